@@ -1,0 +1,35 @@
+# make demo and make test do everything on a fresh machine: set-up into .venv, then the job.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+# torch first and pinned: an open range would fetch a CUDA build of several gigabytes where the CPU one will do.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,metrics]"
+	touch $(STAMP)
+
+# Order 1 on the embedded tiny model and synthetic data: what SeqLoRA forgets and O-LoRA keeps.
+demo: setup
+	$(BIN)/cl-runner train --order order1 --method seqlora --preset tiny --data synthetic
+	$(BIN)/cl-runner train --order order1 --method olora --preset tiny --data synthetic
+	$(BIN)/cl-runner report runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,267 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cl_runner import __version__
+from cl_runner.console import report_error, stdout_kept_for_results
+from cl_runner.errors import TrainingError, UserError
+
+# Plain text, no boxes; errors are told in one line by main().
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
+app = typer.Typer(
+    name="cl-runner",
+    help="Continual-learning experiments for language models: train a task order, see what was learned and forgotten.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    **PLAIN,
+)
+config_app = typer.Typer(help="Show the settings of a run, and their schema.", **PLAIN)
+data_app = typer.Typer(help="Check and look at the data of an order.", **PLAIN)
+new_app = typer.Typer(help="Write examples to start from.", **PLAIN)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+app.add_typer(new_app, name="new")
+
+Order = Annotated[str | None, typer.Option("--order", help="Task order: a name or a YAML file.")]
+Text = Annotated[str | None, typer.Option()]
+Presets = Annotated[list[str] | None, typer.Option("--preset", help="Preset; may be given again.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="section.key=value, tasks.NAME.section.key=value, stages.K.section.key=value."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML of settings, or a run's run.yaml.")]
+Method = Annotated[str | None, typer.Option("--method", help="Continual-learning method.")]
+Model = Annotated[str | None, typer.Option("--model", help="Embedded model, folder, or hub id.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmark folder (default $CL_RUNNER_DATA).")]
+DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub or synthetic.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder of the run folders (default runs).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+RunName = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.")
+]
+
+
+def _flags(**given: Any) -> dict[str, Any]:
+    """Flags as dotted settings; what was not given is left out."""
+    return {key.replace("__", "."): value for key, value in given.items() if value is not None}
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Settings of every command."""
+    if version:
+        print(f"cl-runner {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    order: Order = None,
+    method: Method = None,
+    model: Model = None,
+    preset: Presets = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    data: DataSource = None,
+    output_dir: OutputDir = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
+    seed: Seed = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")] = None,
+    set_: Sets = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Json = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train a task order with a method; goes on where an unfinished run stopped."""
+    from cl_runner import commands
+
+    flags = _flags(
+        method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
+        output__name=name, seed=seed,
+    )  # fmt: skip
+    request = commands.Request(order, preset or [], config, flags, set_ or [])
+    commands.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunName = None,
+    stage: Annotated[int | None, typer.Option("--stage", help="Stage, from 1; default: the last.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated; default: those scored then.")] = None,
+    output_dir: OutputDir = None,
+    data_dir: DataDir = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Score a committed stage again, and compare with what was committed. Writes nothing into the run."""
+    from cl_runner import commands
+
+    commands.evaluate(
+        run,
+        root=Path(output_dir or "runs"),
+        stage=stage,
+        tasks=tasks,
+        data_dir=data_dir,
+        sets=set_ or [],
+        as_json=as_json,
+    )
+
+
+@app.command()
+def report(
+    run: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="As for eval; several are compared, over seeds.")
+    ] = None,
+    output_dir: OutputDir = None,
+    csv: Annotated[bool, typer.Option("--csv", help="The matrix as CSV.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy matrix, average accuracy, forgetting and transfer of a run, finished or not."""
+    from cl_runner import commands
+
+    form = "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
+    commands.report(run or [], root=Path(output_dir or "runs"), form=form)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="orders, tasks, methods, adapters, models, presets or runs.")],
+    output_dir: OutputDir = None,
+    as_json: Json = False,
+) -> None:
+    """List orders, tasks, methods, adapters, models, presets or runs."""
+    from cl_runner import listing
+
+    listing.show_list(what, root=Path(output_dir or "runs"), as_json=as_json)
+
+
+@app.command()
+def show(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: Json = False) -> None:
+    """A method: equation, paper, settings, what is carried and how it grows."""
+    from cl_runner import listing
+
+    listing.show_method(method, as_json=as_json)
+
+
+@config_app.command("show")
+def config_show(
+    order: Order = None,
+    method: Method = None,
+    model: Model = None,
+    preset: Presets = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    data: DataSource = None,
+    seed: Seed = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """The resolved settings, each with where it came from."""
+    from cl_runner import commands
+
+    flags = _flags(method__name=method, model__name=model, data__dir=data_dir, data__source=data, seed=seed)
+    commands.config_show(commands.Request(order, preset or [], config, flags, set_ or []), as_json=as_json)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """JSON Schema of the settings, for editors."""
+    from cl_runner import listing
+
+    listing.show_schema()
+
+
+@data_app.command("check")
+def data_check(
+    order: Order = None,
+    model: Model = None,
+    preset: Presets = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    data: DataSource = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Rows, labels, duplicates, lengths and truncation of every task of an order."""
+    from cl_runner import commands
+
+    flags = _flags(model__name=model, data__dir=data_dir, data__source=data)
+    commands.data_check(commands.Request(order, preset or [], config, flags, set_ or []), as_json=as_json)
+
+
+@data_app.command("show")
+def data_show(
+    task: Annotated[str, typer.Option("--task", help="A task of the order.")],
+    order: Order = None,
+    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
+    model: Model = None,
+    preset: Presets = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    data: DataSource = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """The first test rows of a task: id, the model's exact input, the target."""
+    from cl_runner import commands
+
+    flags = _flags(model__name=model, data__dir=data_dir, data__source=data)
+    commands.data_show(commands.Request(order, preset or [], config, flags, set_ or []), task, n, as_json=as_json)
+
+
+@new_app.command("order")
+def new_order(
+    file: Annotated[Path, typer.Argument(help="The YAML file to write.")],
+    from_olora: Annotated[Path | None, typer.Option("--from-olora", help="An O-LoRA order folder.")] = None,
+) -> None:
+    """Write a commented example of a task order."""
+    from cl_runner.tasks.order import new_order as write
+
+    for line in write(file, from_olora):
+        print(line)
+
+
+def main() -> None:
+    """Run the command line; the exit code says how it ended (0 done, 1 training failed, 2 input, 130 stopped)."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        with stdout_kept_for_results():
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        report_error(error, debug)
+        sys.exit(2)
+    except TrainingError as error:
+        report_error(error, debug)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        # Typer brings its own click, whose usage errors have one thing in common.
+        if hasattr(error, "format_message"):
+            report_error(UserError(usage_line(error)), debug)
+            sys.exit(2)
+        if debug:
+            raise
+        report_error(TrainingError(f"{type(error).__name__}: {error} (--debug shows where)"), debug)
+        sys.exit(1)
+
+
+def usage_line(error: Any) -> str:
+    """A usage error in one line, with the help that would tell more."""
+    message = " ".join(str(error.format_message()).split())
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "cl-runner"
+    return f"{message.rstrip('.')} ({command} --help tells more)"

@@ -1,0 +1,156 @@
+"""RunConfig: every setting of a run, in eight sections.
+
+This file says what there is; ``settings.py`` says where a value comes from (presets, files, flags) and
+``yamlfile.py`` reads YAML with positions. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model: frozen unless the method trains it."""
+
+    name: str = Field(default="tiny-t5", description="Embedded model (tiny-t5, tiny-llama), folder, or hub id.")
+    revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Precision of the frozen base: auto is bf16 on a GPU, fp32 on the CPU."
+    )
+    attention: str | None = Field(
+        default=None, description="Attention implementation of transformers; default: its own choice."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run code that comes with a hub model. Off unless you say so."
+    )
+
+
+class AdapterConfig(Section):
+    """The parameterisation of the update."""
+
+    kind: Literal["lora"] = Field(default="lora", description="Adapter kind.")
+    r: int = Field(default=8, ge=1, description="Rank of each stage's pair.")
+    alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: list[str] | None = Field(
+        default=None,
+        description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
+    )
+
+
+class MethodConfig(BaseModel):
+    """The method's name; its own settings are the method's config class (``cl-runner show METHOD``)."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    name: str = Field(default="olora", description="Continual-learning method (cl-runner list methods).")
+
+    def own(self) -> dict[str, Any]:
+        """The settings beside the name, as given."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become text."""
+
+    source: Literal["auto", "folder", "hub", "synthetic"] = Field(
+        default="auto",
+        description="folder (dir), hub, or synthetic; auto: folder if dir is set, synthetic for the embedded models.",
+    )
+    dir: str | None = Field(default=None, description="Benchmark folder <kind>/<name>/{train,dev,test,labels}.json.")
+    seed: int = Field(default=42, ge=0, description="Seed of synthetic rows and of the cut of hub data.")
+    max_train: int | None = Field(default=None, ge=1, description="Use only the first so many train rows of each task.")
+    max_test: int | None = Field(default=None, ge=1, description="Use only the first so many test rows of each task.")
+    unknown_labels: Literal["refuse", "drop"] = Field(
+        default="refuse", description="Train rows whose label is outside the task's set (test rows are always dropped)."
+    )
+    add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
+    add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
+    truncate: Literal["text", "tail"] = Field(
+        default="text",
+        description="Too long an input loses the end of its text (text), or of the whole (tail, reference).",
+    )
+    max_source: int = Field(default=512, ge=8, description="Longest input in tokens.")
+    max_target: int = Field(default=50, ge=2, description="Longest target in tokens, the end token included.")
+
+
+class TrainingConfig(Section):
+    """One stage's optimisation."""
+
+    epochs: int = Field(default=1, ge=0, description="Passes over the task's rows.")
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup: float = Field(default=0.0, ge=0, description="Warm-up: steps, or a share of all steps if below 1.")
+    optimizer: Literal["adamw"] = Field(default="adamw", description="Rule of the ordinary parameters.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    clip: float = Field(default=1.0, ge=0, description="Whole-gradient norm bound; 0 is off.")
+    global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
+    micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Compute: auto is bf16 on GPU, fp32 on CPU."
+    )
+    loss_mean: Literal["global", "micro"] = Field(
+        default="global",
+        description="Mean over the label tokens of the global batch, or of each micro-batch (reference).",
+    )
+    deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
+    offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
+
+
+class EvalConfig(Section):
+    """Scoring."""
+
+    batch: int = Field(default=64, ge=1, description="Examples per evaluation batch.")
+    max_new_tokens: int = Field(default=50, ge=1, description="Longest generated answer.")
+    future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
+
+
+class OutputConfig(Section):
+    """What is written, and where. Nothing here changes a number."""
+
+    dir: str = Field(default="runs", description="Folder of the run folders.")
+    name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
+    log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    presets: list[str] = Field(
+        default_factory=list, description="Presets the settings began with; --preset adds to them."
+    )
+    order: str | None = Field(default=None, description="Name of a task order, or its YAML file.")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of initialisation, order of rows and dropout.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    tasks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Per task: section.key → value, for example MNLI: {training.epochs: 2}."
+    )
+    stages: dict[int, dict[str, Any]] = Field(
+        default_factory=dict, description="Per position (from 1): section.key → value; stronger than tasks."
+    )
+
+    def at(self, position: int, task: str | None) -> RunConfig:
+        """The config of one stage: ours with what is set for its task, then for its position (from 1)."""
+        changes = dict(self.tasks.get(task, {})) if task else {}
+        changes.update(self.stages.get(position, {}))
+        if not changes:
+            return self
+        values = self.model_dump()
+        for key, value in changes.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        return RunConfig.model_validate(values)

@@ -1,0 +1,142 @@
+"""A resolved config as YAML, with where each value came from, and its JSON Schema for editors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from cl_runner.config import RunConfig
+from cl_runner.layers import SETTABLE
+from cl_runner.validation import section_of
+
+if TYPE_CHECKING:
+    from cl_runner.settings import Resolved
+
+_SAFE = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
+# Not text to every reader of YAML, so written in quotes.
+_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+
+
+def show(resolved: Resolved) -> str:
+    """The config as YAML, each value with a comment that says where it came from. Reading it gives the config again."""
+    lines = list(_lines(resolved.config))
+    width = min(max(len(text) for text, _ in lines), 60)
+    shown = [f"{text:<{width}}  # {resolved.origin.get(key, 'default')}" if key else text for text, key in lines]
+    return "\n".join(shown) + "\n"
+
+
+def dump(config: RunConfig) -> str:
+    """The config as YAML without comments."""
+    return "\n".join(text for text, _ in _lines(config)) + "\n"
+
+
+def _lines(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Lines of YAML, each with the dotted key it sets ("" for the line of a section)."""
+    for name, value in config.model_dump(mode="json").items():
+        if not isinstance(value, dict):
+            yield f"{name}: {_yaml(value)}", name
+        elif not value:
+            yield f"{name}: {{}}", name
+        elif name in SETTABLE:
+            yield f"{name}:", ""
+            for key, entry in getattr(config, name).items():
+                yield f"  {_yaml(key)}:", ""
+                for inner, given in entry.items():
+                    yield f"    {_yaml(inner)}: {_yaml(given)}", f"{name}.{key}.{inner}"
+        else:
+            yield f"{name}:", ""
+            for key, given in value.items():
+                yield f"  {_yaml(key)}: {_yaml(given)}", f"{name}.{key}"
+
+
+def _yaml(value: Any) -> str:
+    """One value on one line, as ``yamlfile`` reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_yaml(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_yaml(key)}: {_yaml(item)}' for key, item in value.items())}}}"
+    text = str(value)
+    if _SAFE.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return '"' + "".join(_escaped(letter) for letter in text) + '"'
+
+
+def _escaped(letter: str) -> str:
+    if letter in '"\\':
+        return "\\" + letter
+    if letter.isprintable():
+        return letter
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def schema(methods: Mapping[str, type[BaseModel]] | None = None) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a config file; with the methods' own settings where their classes are given."""
+    made: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "cl-runner config",
+        **RunConfig.model_json_schema(),
+    }
+    made["title"] = "cl-runner config"
+    made["description"] = "Settings of a cl-runner run."
+    definitions, properties = made["$defs"], made["properties"]
+    if methods is not None:
+        properties["method"] = {"anyOf": [_method(name, kind, definitions) for name, kind in methods.items()]}
+    for section in SETTABLE:
+        entry = _override(section, methods or {}, definitions)
+        properties[section] = {
+            "type": "object",
+            "description": RunConfig.model_fields[section].description,
+            ("additionalProperties" if section == "tasks" else "patternProperties"): (
+                entry if section == "tasks" else {"^[1-9][0-9]*$": entry}
+            ),
+        }
+    properties["stages"]["additionalProperties"] = False
+    return made
+
+
+def _method(name: str, kind: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    own = kind.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(own.pop("$defs", {}))
+    default = RunConfig().method.name
+    return {
+        "title": name,
+        "description": own.get("description", ""),
+        "type": "object",
+        "properties": {**own.get("properties", {}), "name": {"const": name}},
+        "additionalProperties": False,
+        # Without a name it is the default method.
+        **({} if name == default else {"required": ["name"]}),
+    }
+
+
+def _override(section: str, methods: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
+    """What can be set for one task or position: ``training.lr: …`` and ``training: {lr: …}``."""
+    properties: dict[str, Any] = {}
+    for name in SETTABLE[section]:
+        kind = section_of(RunConfig, name)
+        assert kind is not None
+        own: dict[str, Any] = {}
+        if name == "method":
+            for method in methods.values():
+                for key, value in method.model_json_schema().get("properties", {}).items():
+                    own.setdefault(key, {"anyOf": []})["anyOf"].append(value)
+        else:
+            own = definitions[kind.__name__]["properties"]
+        properties[name] = {
+            "type": "object",
+            "properties": own,
+            "additionalProperties": name == "method" and not methods,
+        }
+        properties.update({f"{name}.{key}": value for key, value in own.items()})
+    made: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    if "method" in SETTABLE[section] and not methods:
+        made["patternProperties"] = {r"^method\.": {}}
+    return made

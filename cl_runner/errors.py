@@ -1,0 +1,20 @@
+"""What may go wrong for a user, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that names the culprit and what to do. Exit code 2."""
+
+
+class TrainingError(Exception):
+    """Training itself failed (a loss that is not finite, a lost process). Exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'olora'?"`` where something known is close, else ``""``."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""

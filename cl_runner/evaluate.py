@@ -1,0 +1,67 @@
+"""Scores of a stage: what the model answers on the test rows of every task, and how much of it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_runner.metrics.text import normalise, score
+from cl_runner.models.batch import Example
+from cl_runner.stage import StageRun
+from cl_runner.tasks.task import Row, Task
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task's answers and score in percent (None where the metric is undefined)."""
+
+    task: str
+    score: float | None
+    predictions: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A task's test rows and their token ids."""
+
+    task: Task
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+
+
+def evaluate(
+    stage: StageRun, tests: Mapping[str, TestSet], tick: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Scored]:
+    """Answer and score the test rows of each task, each with the parameters that the method answers it with.
+
+    Batches are formed over all rows and then dealt to the ranks, so that their number changes no answer.
+    """
+    method, adapters = stage.room.method, stage.adapters
+    shown = adapters.pair() if adapters.live is not None else None
+    results = []
+    for number, (name, test) in enumerate(tests.items()):
+        tick(name, number, len(tests))
+        known = name if type(method).task_id else None
+        wanted = method.answering(known)
+        if wanted is not None and wanted in adapters.kept:
+            adapters.show(adapters.kept[wanted])
+        results.append(score_task(test, stage.generate(test.examples, known)))
+    adapters.show(shown)
+    return results
+
+
+def score_task(test: TestSet, answers: Sequence[str]) -> Scored:
+    """Score answers, and write down each one beside its gold label."""
+    golds = [row.label for row in test.rows]
+    predictions = [
+        {
+            "task": test.task.name,
+            "id": row.id,
+            "gold": row.label,
+            "output": answer,
+            "correct": normalise(answer) == normalise(row.label),
+        }
+        for row, answer in zip(test.rows, answers, strict=True)
+    ]
+    return Scored(test.task.name, score(test.task.metric, list(answers), golds, test.task.labels), predictions)

@@ -1,0 +1,44 @@
+"""Continual-learning methods, one file each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from cl_runner.config import RunConfig, Section
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.methods.base import Method
+
+# Name → module: importing a method costs nothing until it is asked for.
+METHODS = {
+    "seqlora": "cl_runner.methods.seqlora",
+    "inclora": "cl_runner.methods.inclora",
+    "pertask": "cl_runner.methods.pertask",
+    "mtl": "cl_runner.methods.mtl",
+    "olora": "cl_runner.methods.olora",
+    "nlora": "cl_runner.methods.nlora",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name.
+
+    Raises:
+        UserError: there is none; with the nearest name.
+    """
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS) or f" (there are {', '.join(METHODS)})"
+        raise UserError(f"there is no method '{name}'{hint}")
+    module = import_module(METHODS[name])
+    found: type[Method] = module.METHOD
+    return found
+
+
+def method_schema(name: str) -> type[Section]:
+    """The class of a method's own settings."""
+    return method_class(name).Config
+
+
+def make_method(config: RunConfig) -> Method:
+    """The method of a config, with its settings validated."""
+    found = method_class(config.method.name)
+    return found(found.Config.model_validate(config.method.own()))

@@ -1,0 +1,265 @@
+"""The one waist: what a continual-learning method is, and what it may touch.
+
+A method is one class in one short file. Every hook has a default that does nothing; a hook reaches the machinery only
+through the ``stage`` it is handed. Nothing here imports torch at run time, so that listing methods is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from cl_runner.config import RunConfig, Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cl_runner.adapters import Adapters, FactorGroup
+    from cl_runner.models.batch import Batch, Example
+    from cl_runner.optim import ParameterGroup
+
+Fold = Literal["factors", "keep"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its name, the tasks it trains on, and what it starts from."""
+
+    name: str
+    tasks: tuple[str, ...]
+    start: Literal["previous", "base"] = "previous"
+
+
+@dataclass
+class Source:
+    """A part of a stage's training mix: examples, and the weight of each one's label tokens in the loss."""
+
+    examples: Sequence[Example]
+    tasks: Sequence[str]
+    weight: float = 1.0
+
+
+@dataclass
+class State:
+    """What a method carries over: tensors (safetensors) and JSON. Whatever is not here does not survive."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    json: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the stage is: optimizer steps done, of how many, and the detached task loss of the last forward."""
+
+    step: int
+    steps: int
+    loss: Tensor | None
+
+    @property
+    def share(self) -> float:
+        """Steps done, 0 to 1."""
+        return self.step / self.steps if self.steps else 1.0
+
+
+class Stage(Protocol):
+    """What a hook is handed: the stage it works for, and the services of the machinery.
+
+    Services marked *collective* have to be called on every rank, in the same order.
+    """
+
+    config: RunConfig
+    plan: StagePlan
+    index: int  # from 0
+    order: tuple[StagePlan, ...]
+    adapters: Adapters
+    evaluating: bool  # True when the stage was rebuilt only to answer
+
+    @property
+    def progress(self) -> Progress:
+        """Steps done and the task loss of the last forward."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def ranks(self) -> int:
+        """How many processes train."""
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Everything that trains, by name."""
+
+    def factors(self) -> list[FactorGroup]:
+        """The live pair and past ones in groups of equal shape."""
+
+    def base_weight(self, target: str) -> Tensor:
+        """W0 of a target layer, (m, n)."""
+
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Targets that share an input."""
+
+    def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (b, t, vocabulary) at the label positions, on the raw module; other parameter values if given."""
+
+    def gradient(
+        self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of ``loss`` by name, fp32, on the raw module. *Collective*.
+
+        One dict: the sum over all batches of all ranks, the same on every rank. ``per_example``: one dict for each
+        example of all ranks, in the order of the source, the same on every rank.
+        """
+
+    def observe(
+        self, what: Literal["inputs", "outputs"], see: Callable[[str, Tensor, Tensor | None], None]
+    ) -> AbstractContextManager[None]:
+        """Call ``see(target, rows, mask)`` at every forward of a target layer: ``rows`` (b, t, d), mask (b, t)."""
+
+    def batches(self, source: Source | None = None) -> Iterator[Batch]:
+        """This rank's share of a source (default: the stage's own rows), as many batches on every rank.
+
+        Row weights are such that the sum of the token losses over all batches and ranks is the mean per label token.
+        """
+
+    def generate(self, examples: Sequence[Example], task: str | None = None) -> list[str]:
+        """Greedy answers, in order, the same on every rank; ``task`` where the method may know it. *Collective*."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks. *Collective*."""
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks. *Collective*."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's value on every rank. *Collective*."""
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator from seed, stage and purpose alone: the same on every rank."""
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters by name: the only write that lasts. The same values on every rank."""
+
+    def moments(self, name: str) -> dict[str, Tensor] | None:
+        """Adam's whole moments of a parameter; None before the first step. *Collective*."""
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Replace Adam's moments of a parameter."""
+
+
+class Method:
+    """A continual-learning method. Subclass it in one file; ``methods/__init__.py`` lists the files.
+
+    Class attributes are what ``cl-runner show METHOD`` prints.
+    """
+
+    class Config(Section):
+        """The method's own settings."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # arXiv id and short title
+    carried: ClassVar[str] = ""
+    growth: ClassVar[str] = ""
+    task_id: ClassVar[bool] = False
+
+    def __init__(self, config: Section) -> None:
+        self.config: Any = config
+
+    @property
+    def form(self) -> str:
+        """``reference`` or ``paper`` where a method has both forms, else empty."""
+        reference = getattr(self.config, "reference", None)
+        return "" if reference is None else "reference" if reference else "paper"
+
+    def configure(self, config: Section) -> None:
+        """Take the settings of one stage (per-task and per-position ones included), before ``build``."""
+        self.config = config
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Refuse with UserError, before anything is trained, what cannot work.
+
+        Runs twice before stage 1: with the settings alone, and with the target layers' (m, n) once they are known.
+        """
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        """Runs once: the stages of the order. Default: one a task, each from the state before."""
+        return [StagePlan(task, (task,)) for task in order]
+
+    def build(self, stage: Stage) -> None:
+        """Runs at the start of a stage, on resume and before ``eval``: structures from config and state alone.
+
+        Default: a new pair for the stage.
+        """
+        stage.adapters.begin(stage.plan.name, stage.rng("adapter"))
+
+    def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
+        """Runs after build: learning rates, weight decay and rules. Default: everything that trains, AdamW."""
+        from cl_runner.optim import ParameterGroup
+
+        return [ParameterGroup(stage.parameters(), weight_decay=stage.config.training.weight_decay)]
+
+    def begin_task(self, stage: Stage) -> None:
+        """Runs once a stage, before step 1, data at hand; what it makes is state."""
+
+    def training_data(self, stage: Stage, own: Source) -> list[Source]:
+        """Runs before training: the mix. Default: the stage's own rows."""
+        return [own]
+
+    def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
+        """Runs before every forward: per-example tensors (b, …), sliced with the batch as ``batch.condition``."""
+        return None
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        """Runs at every micro-batch. Default: the weighted token loss."""
+        from cl_runner.models.forward import token_loss
+
+        return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
+
+    def penalty(self, stage: Stage) -> Tensor | None:
+        """Runs once per optimizer step, the same on every rank, fp32; None adds nothing."""
+        return None
+
+    def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Runs after clipping, on whole fp32 mean gradients; returns those to replace. None leaves all."""
+        return None
+
+    def whole_step(self, stage: Stage, name: str, gradient: Tensor, lr: float) -> Tensor:
+        """Runs for each parameter of rule ``whole``: the update to add to it, lr applied."""
+        raise NotImplementedError
+
+    def after_step(self, stage: Stage) -> None:
+        """Runs after the optimizer step; writes only through ``stage.write``."""
+
+    def end_task(self, stage: Stage) -> None:
+        """Runs when the parameters are final, the engine still alive."""
+
+    def fold(self, stage: Stage) -> Fold:
+        """Runs at commit: ``factors`` adds the live pair to the weight, ``keep`` leaves it in the forward."""
+        return "factors"
+
+    def state(self) -> State:
+        """Runs at commit: what is carried on, beside the adapters."""
+        return State()
+
+    def load_state(self, state: State) -> None:
+        """Runs before ``build`` of a later stage, on resume and before ``eval``."""
+
+    def answering(self, task: str | None) -> str | None:
+        """Runs at evaluation: the stage whose kept pair answers; None is the model as it is.
+
+        ``task`` is None unless the method may know it (``task_id``).
+        """
+        return None
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether a method defines a hook itself: what it leaves alone costs nothing."""
+    return getattr(type(method), hook) is not getattr(Method, hook)

@@ -1,0 +1,35 @@
+"""PerTaskFT: a fresh pair for each task, from the untouched base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cl_runner.methods.base import Fold, Method, StagePlan
+
+if TYPE_CHECKING:
+    from cl_runner.methods.base import Stage
+
+
+class PerTask(Method):
+    """No transfer and no forgetting; at inference the task's own pair answers, so the task has to be known."""
+
+    name = "pertask"
+    title = "PerTaskFT: a LoRA of its own for each task"
+    equation = "W_t = W0 + s·B_t A_t, each t from the base;  task k is answered with its own pair"
+    paper = "2310.14152 (baseline of O-LoRA)"
+    carried = "all pairs"
+    growth = "one pair a task"
+    task_id = True
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        return [StagePlan(task, (task,), start="base") for task in order]
+
+    def fold(self, stage: Stage) -> Fold:
+        return "keep"
+
+    def answering(self, task: str | None) -> str | None:
+        return task
+
+
+METHOD = PerTask

@@ -1,0 +1,118 @@
+"""Examples as token ids, and batches of them as padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_runner.models.base import Layout
+
+IGNORE = -100  # label of a position that is no label token
+
+
+class Example(NamedTuple):
+    """One row as token ids. ``target`` ends with the end token; a row of weight 0 only fills a batch."""
+
+    source: list[int]
+    target: list[int]
+    truncated: bool = False  # the source lost tokens
+    target_cut: bool = False  # the target lost tokens (it still ends with the end token)
+    weight: float = 1.0
+
+
+def filler(example: Example) -> Example:
+    """A row of weight 0, as short as can be, to fill up a batch without adding to its loss."""
+    return Example(example.source[:1], example.target[-1:], weight=0.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b rows on one device; s input positions, t label positions.
+
+    Encoder-decoder: ``input_ids`` and ``attention_mask`` (b, s) are the source, right-padded, and ``decoder_input_ids``
+    (b, t) the target shifted right; labels begin at column 0. Decoder-only: the input is source and target without its
+    last token, left-padded, with ``position_ids`` (b, s) counted from each row's first real token; label column j is
+    predicted at input position s - t + j, so labels end at column t - 1. A batch of prompts has t = 0.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor  # (b, t), IGNORE outside label tokens
+    token_weights: Tensor  # (b, t) fp32, 0 outside label tokens
+    position_ids: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    condition: dict[str, Tensor] = field(default_factory=dict)  # a method's own rows (b, …), sliced with the batch
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def label_tokens(self) -> int:
+        """Label tokens of weight other than 0. Waits for the device: plan steps with ``len(example.target)``."""
+        return int((self.token_weights != 0).sum())
+
+    def slice(self, rows: slice | Tensor | list[int]) -> Batch:
+        """The given rows, padding unchanged."""
+        return self._each(lambda value: value[rows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed, condition={name: change(value) for name, value in self.condition.items()})
+
+
+def collate(
+    examples: Sequence[Example],
+    layout: Layout,
+    device: torch.device | str = "cpu",
+    weights: Sequence[float] | None = None,
+) -> Batch:
+    """Pad examples into a batch with labels. ``weights`` multiplies each row's own weight, one number a row."""
+    return _collate(examples, layout, weights).to(device)
+
+
+def collate_prompts(examples: Sequence[Example], layout: Layout, device: torch.device | str = "cpu") -> Batch:
+    """Pad the sources alone, to generate from: t = 0."""
+    return _collate([example._replace(target=[]) for example in examples], layout, None).to(device)
+
+
+def _collate(examples: Sequence[Example], layout: Layout, weights: Sequence[float] | None) -> Batch:
+    if weights is not None and len(weights) != len(examples):
+        raise ValueError(f"{len(weights)} weights for {len(examples)} examples")
+    targets = [example.target for example in examples]
+    sources = [example.source for example in examples]
+    left = not layout.encoder_decoder
+    inputs = sources if layout.encoder_decoder else [s + t[:-1] for s, t in zip(sources, targets, strict=True)]
+    input_ids, attention_mask = _pad(inputs, layout.pad_id, left)
+    labels, is_label = _pad(targets, IGNORE, left)
+    row_weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
+    if weights is not None:
+        row_weights = row_weights * torch.tensor(list(weights), dtype=torch.float32)
+    token_weights = is_label * row_weights[:, None]
+    if layout.encoder_decoder:
+        assert layout.decoder_start_id is not None
+        shifted, _ = _pad([[layout.decoder_start_id, *t[:-1]] if t else [] for t in targets], layout.pad_id, left)
+        return Batch(input_ids, attention_mask, labels, token_weights, decoder_input_ids=shifted)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return Batch(input_ids, attention_mask, labels, token_weights, position_ids=position_ids)
+
+
+def _pad(rows: Sequence[list[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids as an int64 tensor (b, longest) with its 0/1 mask, padded at the left or the right."""
+    width = max((len(row) for row in rows), default=0)
+    gaps = [width - len(row) for row in rows]
+    ids = [[value] * gap + row if left else row + [value] * gap for row, gap in zip(rows, gaps, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    columns = torch.arange(width)[None, :]
+    mask = columns >= width - lengths if left else columns < lengths
+    return torch.tensor(ids, dtype=torch.long).view(len(rows), width), mask.long()

@@ -1,0 +1,143 @@
+"""Several runs side by side: mean ± standard deviation over seeds, for the terminal, the docs and machines."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from cl_runner.metrics import accuracy
+from cl_runner.report.tables import RunSummary, markdown_table, number
+
+MEASURES = {"average_accuracy": "AA", "forgetting": "forgetting", "backward_transfer": "BWT"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (over ``n − 1``; ``None`` for one value) of ``n`` values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def text(self, plus_minus: str = "±") -> str:
+        """``"78.4 ± 0.6"``, or the mean alone for one value."""
+        return number(self.mean, 1) if self.std is None else f"{number(self.mean, 1)} {plus_minus} {self.std:.1f}"
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """The spread of ``values``; ``None`` if there is none, or one of them is undefined."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return Spread(math.fsum(known) / len(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Finished runs that differ in nothing but the seed; measures in percent (points), by the keys of ``MEASURES``."""
+
+    method: str
+    form: str
+    variant: str
+    order: str
+    model: str
+    synthetic: bool
+    seeds: tuple[int, ...]
+    measures: dict[str, Spread | None]
+
+
+class Comparison:
+    """What ``compare`` found: ``groups``, and in ``left_out`` a line for each run that does not count, with why."""
+
+    def __init__(self, groups: list[SeedGroup], left_out: list[str]) -> None:
+        self.groups = groups
+        self.left_out = left_out
+
+    def _head(self) -> list[str]:
+        return ["method", *self._differing(), *MEASURES.values(), "seeds"]
+
+    def _differing(self) -> list[str]:
+        """The columns that are needed to tell the rows apart."""
+        return [key for key in ("order", "model", "variant") if len({getattr(g, key) for g in self.groups}) > 1]
+
+    def _title(self) -> str:
+        common = [getattr(self.groups[0], key) for key in ("order", "model") if key not in self._differing()]
+        synthetic = {group.synthetic for group in self.groups}
+        data = {frozenset([True]): ["synthetic data"], frozenset([True, False]): ["some on synthetic data"]}
+        return ", ".join(["mean ± std over seeds, percent", *common, *data.get(frozenset(synthetic), [])])
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for group in self.groups:
+            name = f"{group.method} ({group.form})" if group.form else group.method
+            name += " (synthetic)" if group.synthetic else ""
+            cells = ["-" if (s := group.measures[key]) is None else s.text() for key in MEASURES]
+            rows.append([name, *(str(getattr(group, key)) for key in self._differing()), *cells, str(len(group.seeds))])
+        return rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Methods down, measures across."""
+        if self.groups:
+            plain = options.ascii_only
+            table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+            left = 1 + len(self._differing())
+            for i, head in enumerate(self._head()):
+                table.add_column(head, justify="left" if i < left else "right", no_wrap=i >= left, overflow="fold")
+            for row in self._rows():
+                table.add_row(*(Text(cell.replace("±", "+-") if plain else cell) for cell in row))
+            yield Text(self._title().replace("±", "+-") if plain else self._title(), style="bold")
+            yield table
+        else:
+            yield Text("no finished run to compare")
+        for line in self.left_out:
+            yield Text(line, style="dim")
+
+    def markdown(self) -> str:
+        """The same as a GitHub table."""
+        blocks = []
+        if self.groups:
+            blocks += [f"{self._title()}\n", markdown_table(self._head(), self._rows(), 1 + len(self._differing()))]
+        if self.left_out:
+            blocks.append("".join(f"- {line}\n" for line in self.left_out))
+        return "\n".join(blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"groups": [{method, …, seeds, average_accuracy: {mean, std, n} | None, …}], "left_out": [line]}``."""
+        groups = []
+        for group in self.groups:
+            entry = asdict(group)
+            measures = entry.pop("measures")
+            groups.append({**entry, "seeds": list(group.seeds), **measures})
+        return {"groups": groups, "left_out": list(self.left_out)}
+
+
+def compare(runs: Sequence[RunSummary]) -> Comparison:
+    """Group finished runs by all but the seed, in the order in which the groups first appear.
+
+    Unfinished runs are left out by name: their averages are over fewer tasks. Of two runs with the same settings and
+    seed (``--restart``) the later one given counts, so that no seed weighs twice.
+    """
+    groups: dict[tuple[Any, ...], dict[int, RunSummary]] = {}
+    left_out: list[str] = []
+    for run in runs:
+        if not run.finished:
+            left_out.append(f"{run.name}: not finished, stage {run.stages_done} of {run.stages_total}")
+            continue
+        key = (run.method, run.form, run.variant, run.order, run.model, run.synthetic)
+        seeds = groups.setdefault(key, {})
+        if run.seed in seeds:
+            left_out.append(f"{seeds[run.seed].name}: the same settings and seed as {run.name}")
+        seeds[run.seed] = run
+    found = []
+    for key, seeds in groups.items():
+        summaries = [accuracy.summary(run.matrix) for run in seeds.values()]
+        measures = {name: spread([summary[name] for summary in summaries]) for name in MEASURES}
+        found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures))
+    return Comparison(found, left_out)

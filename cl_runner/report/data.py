@@ -1,0 +1,38 @@
+"""The data report for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def data_lines(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What ``tasks.check.check`` found, as lines of at most a few facts each."""
+    for task in tasks:
+        yield f"{task['task']} ({task['kind']}){' synthetic' if task['synthetic'] else ''}"
+        for name, split in task["splits"].items():
+            yield from _split(name, split)
+        twice = task["duplicates"]
+        if any(twice.values()):
+            yield (
+                f"  duplicates: {twice['train']} in train, {twice['test']} in test, "
+                f"{twice['train_in_test']} test rows are in train too; "
+                f"{twice['conflicting']} train texts under more than one label"
+            )
+        if task["dev_equals_test"]:
+            yield "  dev is the same file as test: never choose a checkpoint or a setting on it"
+    if tasks:
+        told = [what for what, key in (("task", "names_task"), ("data set", "names_dataset")) if tasks[0][key]]
+        yield f"the input names the {' and the '.join(told)}" if told else "the input names neither task nor data set"
+
+
+def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
+    length = split["length"]
+    sizes = ", ".join(f"{key} {length[key]}" for key in ("p50", "p90", "p99", "p100"))
+    cut = "" if split["truncated"] is None else f"; {split['truncated']:.2f} % truncated"
+    yield f"  {name}: {split['rows']} rows from {split['source']}; input {length['unit']}: {sizes}{cut}"
+    if split["labels"]:
+        yield "    labels: " + ", ".join(f"{label} {count}" for label, count in split["labels"].items())
+    if split["unknown_labels"]:
+        left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
+        yield f"    labels outside the task's set, rows left out: {left}"

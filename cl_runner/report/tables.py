@@ -1,0 +1,349 @@
+"""A run's result for people and machines: terminal, markdown, CSV, JSON (``compare.py``: several runs).
+
+Wherever a number from synthetic data stands, the word ``synthetic`` stands in the title and beside the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from cl_runner.metrics import accuracy
+from cl_runner.metrics.accuracy import Matrix
+from cl_runner.report import published
+from cl_runner.report.published import Published
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a report needs to know of a run.
+
+    stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
+    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, else empty. variant:
+    what tells runs of different settings apart (the hash in the folder's name; without the seed), empty for presets.
+    seconds: timings by part. notes: lines to print below.
+    """
+
+    name: str
+    method: str
+    order: str
+    model: str
+    seed: int
+    synthetic: bool
+    stages_done: int
+    stages_total: int
+    matrix: Matrix
+    seconds: dict[str, float] | None = None
+    named_task: bool = True
+    notes: list[str] = field(default_factory=list)
+    form: str = ""
+    variant: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are committed."""
+        return self.stages_done >= self.stages_total
+
+    @property
+    def mark(self) -> str:
+        """``" (synthetic)"`` to stand beside a number, or nothing."""
+        return " (synthetic)" if self.synthetic else ""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A score or difference; ``-`` where undefined or not evaluated, and never ``-0.00``."""
+    if value is None:
+        return "-"
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def title(run: RunSummary, dot: str = " · ") -> str:
+    """One line: what was run, on what, and how far it is."""
+    method = f"{run.method} ({run.form} form)" if run.form else run.method
+    parts = [run.order, method, run.model, f"seed {run.seed}"]
+    if run.synthetic:
+        parts.append("synthetic data")
+    if not run.finished:
+        parts.append(f"stage {run.stages_done} of {run.stages_total}")
+    return dot.join(parts)
+
+
+def comparable(run: RunSummary) -> Published | None:
+    """The published result to print beside ``run``: only for a finished run on real data that matches it."""
+    if run.synthetic or not run.finished:
+        return None
+    return published.lookup(run.order, run.model, run.method, run.form)
+
+
+def tasks_of(count: int, kind: str = "") -> str:
+    """``"1 task"``, ``"3 earlier tasks"``."""
+    return f"{count} {kind}task{'' if count == 1 else 's'}"
+
+
+def measures(run: RunSummary) -> list[tuple[str, str, str]]:
+    """(name, value, what it is) for each measure, in the order in which they are read."""
+    m = run.matrix
+    seen, earlier = len(m.seen()), len(m.earlier())
+    before = tasks_of(earlier, "earlier ")
+    why = {
+        "average_accuracy": f"mean over the {tasks_of(seen)} seen",
+        "weighted_average_accuracy": "the same by test rows",
+        "forgetting": f"best minus now, {before}",
+        "forgetting_signed": "negative: better than ever before",
+        "backward_transfer": f"now minus when learned, {tasks_of(earlier)}",
+        "forward_transfer": "before its stage minus the base",
+        "learning_accuracy": "mean right after learning",
+    }
+    names = {
+        "average_accuracy": "average accuracy (AA)",
+        "weighted_average_accuracy": "weighted average accuracy",
+        "forgetting": "forgetting (F.Ra)",
+        "forgetting_signed": "forgetting, signed",
+        "backward_transfer": "backward transfer (BWT)",
+        "forward_transfer": "forward transfer (FWT)",
+        "learning_accuracy": "learning accuracy",
+    }
+    rows = []
+    for key, value in accuracy.summary(m).items():
+        reason = why[key]
+        if value is None and key == "forward_transfer" and seen > 1:
+            reason = "needs eval.future"
+        elif value is None and earlier == 0 and key in ("forgetting", "forgetting_signed", "backward_transfer"):
+            reason = "no earlier task"
+        elif value is None:
+            reason = "not all its scores were evaluated"
+        rows.append((names[key], number(value), reason))
+    return rows
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------
+
+
+class ResultTable:
+    """A run as a rich renderable that fits the width it is given.
+
+    The matrix as it is where that fits; else turned round, tasks down and stages (by number) across in whole percent;
+    else one line a task: when learned, best, now.
+    """
+
+    def __init__(self, run: RunSummary) -> None:
+        self.run = run
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        ascii_only = options.ascii_only
+        yield Text(title(self.run, ", " if ascii_only else " · "), style="bold")
+        yield Text(self.run.name, style="dim")
+        if not self.run.matrix.stages:
+            yield Text("no stage is committed yet")
+        else:
+            yield from self._matrix(console, options)
+            yield Text("")
+            yield self._measures(wide=options.max_width >= 60)
+        beside = comparable(self.run)
+        if beside is not None:
+            yield Text("")
+            yield Text("beside the published result, percent after the last stage")
+            yield self._published(beside)
+            yield Text(f"published: {beside.label}, {beside.source}", style="dim")
+        for note in notes(self.run):
+            yield Text(note)
+
+    def _matrix(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        mark = self.run.mark
+        wide = options.update(max_width=10_000)  # measured in its own width, a table says what it needs
+        plain, turned = self._plain(), self._turned()
+        if console.measure(plain, options=wide).maximum <= options.max_width:
+            yield Text(f"percent correct{mark} on each task (across) after each stage (down)")
+            yield plain
+        elif console.measure(turned, options=wide).maximum <= options.max_width:
+            yield Text(f"percent correct{mark} on each task (down) after each stage (across)")
+            yield turned
+            if any(len(tasks) != 1 for tasks in self.run.matrix.trained):
+                names = (f"{t} {stage}" for t, stage in enumerate(self.run.matrix.stages, 1))
+                yield Text(f"stages: {', '.join(names)}", style="dim")
+        else:
+            yield Text(f"percent correct{mark} on each task: when learned, at best, now")
+            yield self._short()
+
+    def _table(self) -> Table:
+        return Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+
+    def _plain(self) -> Table:
+        m = self.run.matrix
+        table = self._table()
+        table.add_column("stage", no_wrap=True)
+        for task in m.tasks:
+            table.add_column(Text(task), justify="right", no_wrap=True)
+        if m.base is not None:
+            table.add_row("base", *(number(m.base.get(task)) for task in m.tasks), style="dim")
+        for t, (stage, row) in enumerate(zip(m.stages, m.values, strict=True)):
+            cells = [
+                Text("" if value is None else number(value), style="bold" if task in m.trained[t] else "")
+                for task, value in zip(m.tasks, row, strict=True)
+            ]
+            table.add_row(Text(stage), *cells)
+        return table
+
+    def _turned(self) -> Table:
+        m = self.run.matrix
+        table = self._table()
+        table.add_column("task", no_wrap=True, max_width=12)
+        if m.base is not None:
+            table.add_column("base", justify="right", no_wrap=True)
+        last = len(m.stages) - 1
+        for t in range(len(m.stages)):
+            table.add_column(str(t + 1), justify="right", no_wrap=True)
+        for k, task in enumerate(m.tasks):
+            cells = [Text(_cut(task, 12))]
+            if m.base is not None:
+                cells.append(Text(number(m.base.get(task), 0), style="dim"))
+            for t, row in enumerate(m.values):
+                value = row[k]
+                text = "" if value is None else number(value, 1 if t == last else 0)
+                cells.append(Text(text, style="bold" if task in m.trained[t] else ""))
+            table.add_row(*cells)
+        return table
+
+    def _short(self) -> Table:
+        m = self.run.matrix
+        table = self._table()
+        table.add_column("task", overflow="fold")
+        for head in ("learned", "best", "now", "change"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for task in m.seen():
+            learned, now = m.learned(task), m.final(task)
+            change = None if learned is None or now is None else now - learned
+            table.add_row(Text(task), number(learned), number(m.best(task)), number(now), number(change))
+        return table
+
+    def _measures(self, wide: bool) -> Table:
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(style="dim", overflow="fold")
+        for name, value, what in measures(self.run):
+            table.add_row(name, value if value == "-" else f"{value}{self.run.mark}", what if wide else "")
+        return table
+
+    def _published(self, beside: Published) -> Table:
+        table = self._table()
+        table.add_column("", no_wrap=True)
+        for head in ("this run", "published", "difference"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, ours, theirs in _pairs(self.run, beside):
+            table.add_row(Text(name), *_three(ours, theirs))
+        return table
+
+
+def table(run: RunSummary) -> ResultTable:
+    """``run`` for the terminal: ``console.print(table(run))``. Legible at 80 columns with 15 tasks."""
+    return ResultTable(run)
+
+
+def notes(run: RunSummary) -> list[str]:
+    """Lines to print below any form of the table."""
+    lines = [] if run.named_task else ["the input did not name the task or data set"]
+    if run.synthetic:
+        lines.append("synthetic data: these numbers say nothing about the real tasks")
+    return lines + list(run.notes)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "~"
+
+
+def _pairs(run: RunSummary, beside: Published) -> Iterable[tuple[str, float | None, float | None]]:
+    for task in run.matrix.tasks:
+        if task in beside.final:
+            yield task, run.matrix.final(task), beside.final[task]
+    if beside.average is not None:
+        yield "average", accuracy.average_accuracy(run.matrix), beside.average
+    if beside.weighted_average is not None:
+        yield "weighted average", accuracy.weighted_average_accuracy(run.matrix), beside.weighted_average
+
+
+def _three(ours: float | None, theirs: float | None) -> tuple[str, str, str]:
+    difference = None if ours is None or theirs is None else ours - theirs
+    return (
+        number(ours),
+        number(theirs),
+        number(difference) if difference is None or difference < 0 else (f"+{number(difference)}"),
+    )
+
+
+# --- markdown, CSV, JSON ----------------------------------------------------------------------------------------
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A GitHub table, the first ``left`` columns aligned left and the others right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return (
+            "| "
+            + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+            + " |"
+        )
+
+    rule = "|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|"
+    return "\n".join([line(head), rule, *(line(row) for row in rows)]) + "\n"
+
+
+def markdown(run: RunSummary) -> str:
+    """``run`` for a README or an issue: title, matrix, measures, the published result where there is one, notes."""
+    m = run.matrix
+    blocks = [f"**{title(run)}** (`{run.name}`)\n"]
+    base = [] if m.base is None else [["base", *(number(m.base.get(task)) for task in m.tasks)]]
+    rows = [
+        [stage, *("" if value is None else number(value) for value in row)]
+        for stage, row in zip(m.stages, m.values, strict=True)
+    ]
+    blocks.append(markdown_table([f"after stage, %{run.mark}", *m.tasks], [*base, *rows]))
+    cells = ([name, value, what] for name, value, what in measures(run))
+    blocks.append(
+        markdown_table([f"measure{run.mark}", "value", "what it is"], cells).replace("|---:|---:|", "|---:|---|")
+    )
+    beside = comparable(run)
+    if beside is not None:
+        pairs = [[name, *_three(ours, theirs)] for name, ours, theirs in _pairs(run, beside)]
+        blocks.append(markdown_table(["after the last stage, %", "this run", "published", "difference"], pairs))
+        blocks.append(f"Published: {beside.label}, {beside.source}.\n")
+    blocks += [f"{note}\n" for note in notes(run)]
+    return "\n".join(blocks)
+
+
+def csv(run: RunSummary) -> str:
+    """The matrix exactly as in ``matrix.csv``. The format has no place for a mark: print ``title(run)`` on stderr."""
+    return accuracy.to_csv(run.matrix)
+
+
+def report_json(run: RunSummary) -> dict[str, Any]:
+    """``run`` for machines: percent 0 to 100, differences in points, undefined ``None``, timings under ``seconds``."""
+    m = run.matrix
+    beside = comparable(run)
+    return {
+        "name": run.name,
+        "method": run.method,
+        "form": run.form or None,
+        "order": run.order,
+        "model": run.model,
+        "seed": run.seed,
+        "synthetic": run.synthetic,
+        "named_task": run.named_task,
+        "stage": run.stages_done,
+        "stages": run.stages_total,
+        "finished": run.finished,
+        **accuracy.summary(m),
+        "matrix": {"stages": list(m.stages), "tasks": list(m.tasks), "values": [list(row) for row in m.values]},
+        "trained": [list(tasks) for tasks in m.trained],
+        "test_rows": dict(m.counts),
+        "base_accuracy": None if m.base is None else dict(m.base),
+        "published": None if beside is None else beside.to_dict(),
+        "notes": list(run.notes),
+        "seconds": None if run.seconds is None else dict(run.seconds),
+    }

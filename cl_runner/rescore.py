@@ -1,0 +1,104 @@
+"""``cl-runner eval``: a committed stage scored again, beside what was committed. Writes nothing into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_runner import engine
+from cl_runner.checkpoint import restore_stage
+from cl_runner.errors import UserError
+from cl_runner.evaluate import Scored, evaluate
+from cl_runner.place import Place
+from cl_runner.progress import Screen, StagePlan
+from cl_runner.run import Plan, open_room, open_stage
+from cl_runner.rundir import RunDir, read_json, read_jsonl
+from cl_runner.settings import Resolved
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Scores now and as committed (percent), and the ids of the rows whose answer differs."""
+
+    stage: int
+    name: str
+    synthetic: bool
+    now: dict[str, float | None]
+    committed: dict[str, float | None]
+    differing: dict[str, list[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "stage": self.stage,
+            "name": self.name,
+            "synthetic": self.synthetic,
+            "scores": self.now,
+            "committed": self.committed,
+            "differing_rows": self.differing,
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        mark = ", synthetic" if self.synthetic else ""
+        lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
+        for task, score in self.now.items():
+            before = self.committed.get(task)
+            if task not in self.committed:
+                lines.append(f"  {task}: {_percent(score)} (not scored when the stage was committed)")
+            elif self.differing[task]:
+                ids = self.differing[task]
+                rows = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+                lines.append(f"  {task}: {_percent(score)}, committed {_percent(before)}; other answers: {rows}")
+            else:
+                lines.append(f"  {task}: {_percent(score)}, as committed")
+        return lines
+
+
+def rescore(
+    resolved: Resolved, rundir: RunDir, index: int, tasks: Sequence[str] | None, place: Place, screen: Screen
+) -> Rescored:
+    """Score stage ``index`` (from 0) on ``tasks``, by default those it was scored on.
+
+    Raises:
+        UserError: the data are not those of the run, or the stage is damaged.
+    """
+    assert resolved.order is not None
+    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
+    before = rundir.about()["identity"]["data"]
+    committed = read_json(rundir.stage_dir(index, plan.stages[index].name) / "metrics.json")["scores"]
+    wanted = list(tasks or committed)
+    for task in wanted:
+        if before[task]["test"]["fingerprint"] != plan.data.test[task].fingerprint:
+            raise UserError(f"the test data of {task} are not those of the run {rundir.path}")
+    engine.start(place)
+    try:
+        scored = _score(plan, rundir, index, wanted, place, screen)
+    finally:
+        engine.stop()
+    rows = read_jsonl(rundir.stage_dir(index, plan.stages[index].name) / "predictions.jsonl")
+    outputs = {(row["task"], row["id"]): row["output"] for row in rows}
+    differing = {
+        one.task: [row["id"] for row in one.predictions if outputs.get((one.task, row["id"])) != row["output"]]
+        for one in scored
+    }
+    now = {one.task: one.score for one in scored}
+    return Rescored(index + 1, plan.stages[index].name, plan.data.synthetic, now, committed, differing)
+
+
+def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:
+    room, tokens = open_room(plan, place)
+    stage = open_stage(room, plan.config, index, evaluating=True)
+    restore_stage(rundir, stage, index)
+    room.method.build(stage)
+    tests = {task: tokens.test[task] for task in tasks}
+    screen.begin([StagePlan("", 0, sum(len(test.rows) for test in tests.values()))])
+    try:
+        return evaluate(stage, tests, lambda task, done, total: screen.evaluating(task, 0, len(tests[task].rows)))
+    finally:
+        stage.close()
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.4f}"

@@ -1,0 +1,386 @@
+"""A run: its plan of stages, the folder they are committed to, and the loop over them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_runner import __version__, engine
+from cl_runner.adapters import Adapters
+from cl_runner.checkpoint import restore_stage, save_stage
+from cl_runner.config import RunConfig
+from cl_runner.evaluate import Scored, TestSet, evaluate
+from cl_runner.methods import make_method
+from cl_runner.methods.base import Method, Source, StagePlan
+from cl_runner.metrics.accuracy import Matrix, summary, to_csv
+from cl_runner.models.base import Base, load_base
+from cl_runner.models.batch import Example
+from cl_runner.models.encoding import Encoder
+from cl_runner.place import Place
+from cl_runner.progress import Screen
+from cl_runner.progress import StagePlan as ShownStage
+from cl_runner.rundir import RunDir, append_jsonl, write_json, write_text
+from cl_runner.runs import read_matrix
+from cl_runner.stage import Room, StageRun
+from cl_runner.tasks.rows import Rows, load_rows
+from cl_runner.tasks.task import Task
+from cl_runner.train import BatchPlan, Trained, train_stage
+
+
+@dataclass
+class Data:
+    """The rows of an order's tasks, label-checked, and whether any of them is synthetic."""
+
+    tasks: dict[str, Task]
+    train: dict[str, Rows]
+    test: dict[str, Rows]
+
+    @classmethod
+    def load(cls, tasks: Sequence[Task], config: RunConfig, plans: Sequence[StagePlan]) -> Data:
+        """Read every row that any stage will want; raises UserError for whatever is wrong with one."""
+        settings = {task.name: _config_of_task(config, plans, task.name).data for task in tasks}
+        return cls(
+            {task.name: task for task in tasks},
+            {task.name: load_rows(task, settings[task.name], "train") for task in tasks},
+            {task.name: load_rows(task, settings[task.name], "test") for task in tasks},
+        )
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether any row was made by a grammar."""
+        return any(rows.synthetic for rows in [*self.train.values(), *self.test.values()])
+
+    def about(self) -> dict[str, Any]:
+        """What a run says of its data: rows, source and fingerprint of every split."""
+        return {
+            name: {
+                split: {
+                    "rows": len(rows),
+                    "source": rows.source,
+                    "synthetic": rows.synthetic,
+                    "dropped": rows.dropped,
+                    "fingerprint": rows.fingerprint,
+                }
+                for split, rows in (("train", self.train[name]), ("test", self.test[name]))
+            }
+            for name in self.tasks
+        }
+
+
+@dataclass
+class Tokens:
+    """The same rows as token ids."""
+
+    train: dict[str, list[Example]]
+    test: dict[str, TestSet]
+
+    @classmethod
+    def make(cls, data: Data, config: RunConfig, encoder: Encoder) -> Tokens:
+        """Tokenise every row; raises UserError for a label that does not fit."""
+        train = {
+            name: encoder.encode_many(_prompts(task, data.train[name], config), _labels(data.train[name]))
+            for name, task in data.tasks.items()
+        }
+        test = {
+            name: TestSet(
+                task,
+                data.test[name].rows,
+                encoder.encode_many(_prompts(task, data.test[name], config), _labels(data.test[name]), cut_target=True),
+            )
+            for name, task in data.tasks.items()
+        }
+        return cls(train, test)
+
+    def source(self, plan: StagePlan) -> Source:
+        """The own rows of a stage."""
+        examples = [example for task in plan.tasks for example in self.train[task]]
+        return Source(examples, [task for task in plan.tasks for _ in self.train[task]])
+
+
+def _prompts(task: Task, rows: Rows, config: RunConfig) -> list[Any]:
+    data = config.data
+    return [
+        task.prompt(row.text, add_task_name=data.add_task_name, add_dataset_name=data.add_dataset_name)
+        for row in rows.rows
+    ]
+
+
+def _labels(rows: Rows) -> list[str]:
+    return [row.label for row in rows.rows]
+
+
+def _config_of_task(config: RunConfig, plans: Sequence[StagePlan], task: str) -> RunConfig:
+    """The config of the stage that trains a task."""
+    for index, plan in enumerate(plans):
+        if task in plan.tasks:
+            return stage_config(config, index, plan)
+    return config
+
+
+def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
+    """The config of a stage: what is set for its task (where it trains one) and for its position."""
+    return config.at(index + 1, plan.tasks[0] if len(plan.tasks) == 1 else None)
+
+
+@dataclass
+class Plan:
+    """What a run will do, known before anything is loaded on a device."""
+
+    config: RunConfig
+    order: str
+    method: Method
+    stages: tuple[StagePlan, ...]
+    data: Data
+
+    @classmethod
+    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task]) -> Plan:
+        """Check all that can be refused without the model. Raises UserError."""
+        method = make_method(config)
+        stages = tuple(method.plan([task.name for task in tasks]))
+        for index, plan in enumerate(stages):
+            of_stage = stage_config(config, index, plan)
+            make_method(of_stage).check(of_stage)
+            engine.read_deepspeed_json(of_stage.training.deepspeed)
+        return cls(config, order, method, stages, Data.load(tasks, config, stages))
+
+    def batches(self, ranks: int) -> list[BatchPlan]:
+        """The batch arithmetic of each stage."""
+        found = []
+        for index, plan in enumerate(self.stages):
+            rows = sum(len(self.data.train[task]) for task in plan.tasks)
+            found.append(BatchPlan.make(rows, stage_config(self.config, index, plan).training, ranks))
+        return found
+
+    def identity(self, ranks: int) -> dict[str, Any]:
+        """What has to be the same for a run to go on: beside the settings, the data and the micro-batches."""
+        return {
+            "data": self.data.about(),
+            "micro_batches": [batch.micro_batch for batch in self.batches(ranks)],
+        }
+
+    def seen(self, index: int) -> list[str]:
+        """Tasks trained up to and with a stage."""
+        return [task for plan in self.stages[: index + 1] for task in plan.tasks]
+
+
+def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
+    """Load the base, tokenise, and wrap the base with adapters. Raises UserError."""
+    config = plan.config
+    base = load_base(config.model, place.torch_device)
+    encoder = _encoder(base, config)
+    tokens = Tokens.make(plan.data, config, encoder)
+    adapters = Adapters(
+        base.model, config.adapter, name_or_path=base.name_or_path, encoder_decoder=base.encoder_decoder
+    )
+    shapes = [tuple(past.base.shape) for past in adapters.past.values()]
+    for index, stage in enumerate(plan.stages):
+        of_stage = stage_config(config, index, stage)
+        make_method(of_stage).check(of_stage, shapes)  # type: ignore[arg-type]
+    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
+    root = engine.Autocast(adapters.model, place.torch_device, bf16)
+    return Room(base, encoder, adapters, plan.method, place, root, plan.stages), tokens
+
+
+def _encoder(base: Base, config: RunConfig) -> Encoder:
+    data = config.data
+    return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
+
+
+def open_stage(room: Room, config: RunConfig, index: int, *, evaluating: bool = False) -> StageRun:
+    """A stage with its own config; the method takes the settings of that stage."""
+    of_stage = stage_config(config, index, room.order[index])
+    room.method.configure(type(room.method).Config.model_validate(of_stage.method.own()))
+    return StageRun(room, of_stage, index, evaluating=evaluating)
+
+
+class Run:
+    """A run in its folder: trains the stages that are not committed yet."""
+
+    def __init__(self, plan: Plan, rundir: RunDir, place: Place, screen: Screen) -> None:
+        self.plan = plan
+        self.rundir = rundir
+        self.place = place
+        self.screen = screen
+        self.current: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages."""
+        return [stage.name for stage in self.plan.stages]
+
+    def train(self) -> Matrix:
+        """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
+        engine.start(self.place)
+        room, tokens = open_room(self.plan, self.place)
+        if room.base.advice:
+            self.screen.line(room.base.advice)
+        done = self.rundir.committed(self.names)
+        batches = self.plan.batches(self.place.ranks)
+        tested = [sum(len(tokens.test[task].rows) for task in self._tested(i)) for i in range(len(self.names))]
+        shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
+        self.screen.begin(shown, done)
+        if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
+            self._base_scores(room, tokens)
+        for index in range(done, len(self.names)):
+            if index == done and index > 0:
+                with_state = open_stage(room, self.plan.config, index - 1)
+                restore_stage(self.rundir, with_state, index - 1)
+                with_state.close()
+            self.current = self.names[index]
+            self._stage(room, tokens, index, batches[index])
+        self.current = None
+        matrix = read_matrix(self.rundir)
+        self._write_results(matrix)
+        return matrix
+
+    def _tested(self, index: int) -> list[str]:
+        return list(self.plan.data.tasks) if self.plan.config.eval.future else self.plan.seen(index)
+
+    def _base_scores(self, room: Room, tokens: Tokens) -> None:
+        """a0: the untouched base on every task, before stage 1."""
+        stage = open_stage(room, self.plan.config, 0, evaluating=True)
+        room.adapters.show(None)
+        scored = evaluate(stage, tokens.test, self._tick_evaluation(tokens))
+        stage.close()
+        if self.place.rank == 0:
+            self.rundir.commit(-1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
+        self._wait()
+        self._show_scores(scored)
+
+    def _stage(self, room: Room, tokens: Tokens, index: int, batch: BatchPlan) -> None:
+        name = self.names[index]
+        stage = open_stage(room, self.plan.config, index)
+        started = time.perf_counter()
+        self.screen.stage(index + 1, len(self.names), name, batch.steps)
+        try:
+            if stage.plan.start == "base":
+                room.adapters.restore([], room.adapters.kept, None)
+            room.method.build(stage)
+            own = tokens.source(stage.plan)
+            trained = train_stage(stage, own, log=self._log, tick=self.screen.step)
+            room.adapters.train(False)
+            if room.method.fold(stage) == "factors":
+                room.adapters.fold_live()
+            else:
+                room.adapters.keep_live()
+            before = time.perf_counter()
+            tests = {task: tokens.test[task] for task in self._tested(index)}
+            scored = evaluate(stage, tests, self._tick_evaluation(tokens))
+            seconds = {
+                "train": round(trained.seconds, 3),
+                "evaluate": round(time.perf_counter() - before, 3),
+                "stage": round(time.perf_counter() - started, 3),
+            }
+            if self.place.rank == 0:
+                write = partial(self._write_stage, stage=stage, scored=scored, trained=trained, seconds=seconds)
+                self.rundir.commit(index, name, write)
+                self._write_results(read_matrix(self.rundir))
+            self._wait()
+            self._show_scores(scored, self.plan.seen(index))
+            self.screen.stage_done()
+        finally:
+            stage.close()
+
+    def _write_stage(
+        self, folder: Path, stage: StageRun, scored: Sequence[Scored], trained: Trained, seconds: Mapping[str, float]
+    ) -> None:
+        sizes = save_stage(folder, stage)
+        about = {
+            "index": stage.index,
+            "training": {
+                "steps": trained.steps,
+                "examples": trained.examples,
+                "loss": trained.loss,
+                "penalty": trained.penalty,
+                "skipped_steps": trained.skipped,
+                "global_batch": trained.plan.global_batch,
+                "micro_batch": trained.plan.micro_batch,
+                "accumulation": trained.plan.accumulation,
+                "ranks": trained.plan.ranks,
+            },
+            "megabytes": sizes,
+            "synthetic": self.plan.data.synthetic,
+            "seconds": dict(seconds),
+        }
+        _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
+
+    def _write_results(self, matrix: Matrix) -> None:
+        if self.place.rank != 0:
+            return
+        write_text(self.rundir.path / "matrix.csv", to_csv(matrix))
+        results = {"synthetic": self.plan.data.synthetic, **summary(matrix), "matrix": matrix.to_dict()}
+        write_json(self.rundir.path / "metrics.json", results)
+
+    def _show_scores(self, scored: Sequence[Scored], seen: Sequence[str] = ()) -> None:
+        mark = "synthetic" if self.plan.data.synthetic else ""
+        of_seen = [one.score for one in scored if one.task in seen and one.score is not None]
+        mean = sum(of_seen) / len(of_seen) if of_seen else None
+        self.screen.scores({one.task: one.score for one in scored}, mark, mean)
+
+    def _tick_evaluation(self, tokens: Tokens) -> Any:
+        def tick(task: str, done: int, total: int) -> None:
+            self.screen.evaluating(task, 0, len(tokens.test[task].rows))
+
+        return tick
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        if self.place.rank == 0:
+            append_jsonl(self.rundir.path / "log.jsonl", [row])
+
+    def _wait(self) -> None:
+        if self.place.ranks > 1:
+            torch.distributed.barrier()
+
+
+def _write_scores(
+    folder: Path, stage: str, tasks: Sequence[str], scored: Sequence[Scored], about: Mapping[str, Any]
+) -> None:
+    append_jsonl(folder / "predictions.jsonl", [row for one in scored for row in one.predictions])
+    write_json(
+        folder / "metrics.json",
+        {
+            "stage": stage,
+            "tasks": list(tasks),
+            "scores": {one.task: one.score for one in scored},
+            "counts": {one.task: len(one.predictions) for one in scored},
+            **about,
+        },
+    )
+
+
+def environment(plan: Plan, place: Place) -> dict[str, Any]:
+    """``environment.json``: versions, git commit, device, data."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors")
+    device = torch.cuda.get_device_name(place.torch_device) if place.device == "cuda" else platform.processor() or "cpu"
+    return {
+        "cl_runner": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "processes": place.ranks,
+        "threads": torch.get_num_threads(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data": plan.data.about(),
+    }
+
+
+def _git_commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    source = Path(__file__).parent
+    asked = subprocess.run([git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None if asked.returncode == 0 else None

@@ -1,0 +1,307 @@
+"""Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from cl_runner.config import RunConfig
+from cl_runner.config_text import dump, schema, show
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.layers import (
+    Given,
+    Layer,
+    dotted,
+    from_document,
+    from_flags,
+    from_order,
+    from_sets,
+    merge,
+    strongest,
+    user_text,
+)
+from cl_runner.lookup import looks_like_path, shipped
+from cl_runner.presets import EMBEDDED, PUBLISHED, Preset, published
+from cl_runner.tasks.order import Order, find_order, load_order
+from cl_runner.validation import first_fault, refuse, section_of, unknown, wants_text
+from cl_runner.yamlfile import Key, load
+
+__all__ = ["Resolved", "difference", "differing_from_presets", "dump", "resolve", "schema", "settings_of", "show"]
+
+MethodSchema = Callable[[str], type[BaseModel]]
+
+# What is in the name of the run's folder already, or changes no number.
+_NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir", "data.source")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run, where each came from (dotted key → words), its order, and what to tell the user."""
+
+    config: RunConfig
+    origin: dict[str, str]
+    order: Order | None
+    notes: list[str] = field(default_factory=list)
+    baseline: RunConfig = field(default_factory=RunConfig)  # defaults and presets alone
+
+
+def resolve(
+    *,
+    presets: Sequence[str] = (),
+    order: str | None = None,
+    config_file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    method_schema: MethodSchema | None = None,
+) -> Resolved:
+    """The settings of a run.
+
+    Args:
+        presets: names or files, weakest first; ``published`` goes last wherever it stands.
+        order: name or file of the task order.
+        config_file: YAML of the user, or the ``run.yaml`` of a run, which gives that run again.
+        flags: dotted key → value; None is not given.
+        sets: ``section.key=value``, ``tasks.NAME.section.key=value``, ``stages.POSITION.section.key=value``.
+        method_schema: gives the class of a method's own settings; without it they are not checked.
+
+    Raises:
+        UserError: one line that names the file, line and column, or the flag, and what is wrong.
+    """
+    notes: list[str] = []
+    file = from_document(load(config_file)) if config_file is not None else {}
+    given = {**(flags or {}), **({"order": order} if order is not None else {})}
+    stronger = [file, from_flags(given), from_sets(sets)]
+
+    chosen = [*_presets_of_file(file), *((name, "--preset") for name in presets)]
+    made = [Preset(name, where) for name, where in chosen if name != PUBLISHED]
+    want_published = any(name == PUBLISHED for name, _ in chosen)
+    shared = [preset.shared for preset in made]
+    model = user_text(strongest([*shared, *stronger], ("model", "name")), "model.name")
+    automatic = EMBEDDED.get(model or "") if model or want_published else "tiny"
+    if automatic and automatic not in [preset.name for preset in made]:
+        made.insert(0, Preset(automatic))
+    named = strongest([*(preset.shared for preset in made), *stronger], ("method", "name"))
+    method = user_text(named, "method.name") or RunConfig().method.name
+    own_settings = _own_settings(method_schema, method, named)
+    loaded = _order(strongest(stronger, ("order",)))
+
+    weakest = [preset.layer(method) for preset in made]
+    if want_published:
+        weakest.append(published(method, model, loaded, notes))
+    weakest = [_without_absent_tasks(layer, loaded) for layer in weakest]
+    names = [_absolute(preset.name) for preset in made] + [PUBLISHED] * want_published
+    origin = "--preset" if presets else file[("presets",)].origin if ("presets",) in file else "default"
+    weakest.append({("presets",): Given(names, origin, "--preset", "--preset")})
+    stronger = [{path: value for path, value in layer.items() if path != ("presets",)} for layer in stronger]
+
+    merged = merge([*weakest, from_order(loaded) if loaded else {}, *stronger], loaded, notes)
+    if loaded is not None and ("order",) in merged:
+        merged[("order",)] = _rerunnable(merged[("order",)], loaded)
+    _check_places(merged, loaded)
+    config = _config(merged, method, own_settings)
+    baseline = merge(weakest, loaded)
+    baseline[("method", "name")] = Given(method, "", "--preset", "--preset")
+    return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
+
+
+def _presets_of_file(file: Layer) -> list[tuple[str, str]]:
+    given = file.get(("presets",))
+    if given is None or given.value is None:
+        return []
+    if not isinstance(given.value, list) or not all(isinstance(name, str) for name in given.value):
+        raise refuse(given.where, "presets must be a list of names, such as [t5-large]")
+    return [(name, given.where) for name in given.value]
+
+
+def _order(given: Given | None) -> Order | None:
+    name = user_text(given, "order")
+    if given is None or name is None:
+        return None
+    try:
+        find_order(name)
+    except UserError as error:
+        raise refuse(_place(given, "--order"), str(error)) from error
+    return load_order(name)
+
+
+def _rerunnable(given: Given, order: Order) -> Given:
+    """An order that does not come along, by its full path: a run goes on from any folder."""
+    ours = order.file.resolve().parent == shipped("task_orders").resolve()
+    return Given(order.file.stem if ours else str(order.file.resolve()), given.origin, given.where, given.where_key)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if looks_like_path(name) else name
+
+
+def _without_absent_tasks(layer: Layer, order: Order | None) -> Layer:
+    """A preset may set things for tasks that this order has not."""
+    if order is None:
+        return layer
+    return {
+        path: given
+        for path, given in layer.items()
+        if not (path[0] == "tasks" and path[1] not in order.names)
+        and not (path[0] == "stages" and int(path[1]) > len(order.names))
+    }
+
+
+def _check_places(merged: Layer, order: Order | None) -> None:
+    """Every task and position that something is set for must be in the order."""
+    if order is None:
+        return
+    for path, given in merged.items():
+        if path[0] == "tasks" and path[1] not in order.names:
+            hint = did_you_mean(str(path[1]), order.names) or f", which has {', '.join(order.names)}"
+            raise refuse(given.where_key, f"task '{path[1]}' is not in {order.name}{hint}")
+        if path[0] == "stages" and int(path[1]) > len(order.names):
+            raise refuse(given.where_key, f"stage {path[1]} is not in {order.name}, which has {len(order.names)} tasks")
+
+
+def _own_settings(method_schema: MethodSchema | None, method: str, named: Given | None) -> type[BaseModel] | None:
+    """The class of the method's own settings; an unknown method is refused where it was named."""
+    if method_schema is None:
+        return None
+    try:
+        return method_schema(method)
+    except UserError as error:
+        raise refuse(_place(named, "--method"), str(error)) from error
+
+
+def _place(given: Given | None, flag: str) -> str:
+    """The file and line, or the flag without its value, which the message names itself."""
+    if given is None:
+        return flag
+    return given.where if given.origin == "--set" or not given.origin.startswith("--") else given.origin
+
+
+def _config(merged: Layer, method: str, own_settings: type[BaseModel] | None) -> RunConfig:
+    """Values checked, section by section, with the place of the first that is wrong."""
+    tree: dict[str, Any] = {}
+    for path, given in merged.items():
+        if len(path) == 1:
+            tree[str(path[0])] = _value(RunConfig, str(path[0]), given)
+        elif len(path) == 2 and path[0] != "method":
+            kind = section_of(RunConfig, str(path[0]))
+            assert kind is not None
+            tree.setdefault(str(path[0]), {})[path[1]] = _value(kind, str(path[1]), given)
+    own = {str(path[1]): given for path, given in merged.items() if len(path) == 2 and path[0] == "method"}
+    own.pop("name", None)
+    tree["method"] = {"name": method, **_method_settings(own, method, own_settings)}
+    config, path, problem = first_fault(RunConfig, tree)
+    if config is None:
+        raise _fault(merged, path, problem)
+    for path, given in merged.items():
+        if path[0] in ("tasks", "stages"):
+            _set_override(config, path, given, own_settings)
+    return config
+
+
+def _value(kind: type[BaseModel], name: str, given: Given) -> Any:
+    """``output.name: 2024`` is meant as text."""
+    number = isinstance(given.value, (int, float)) and not isinstance(given.value, bool)
+    return given.text if number and given.text is not None and wants_text(kind, name) else given.value
+
+
+def _fault(merged: Layer, path: Key, problem: str) -> UserError:
+    known = path
+    while known and known not in merged:
+        known = known[:-1]
+    where = merged[known].where if known else "settings"
+    return refuse(where, f"{dotted(path)} {problem}")
+
+
+def _method_settings(own: dict[str, Given], method: str, own_settings: type[BaseModel] | None) -> dict[str, Any]:
+    values = {key: given.value for key, given in own.items()}
+    if own_settings is None:
+        return values
+    for key, given in own.items():
+        if key not in own_settings.model_fields:
+            raise refuse(given.where_key, unknown(f"method.{key}", key, own_settings, method))
+        values[key] = _value(own_settings, key, given)
+    settings, path, problem = first_fault(own_settings, values)
+    if settings is None:
+        where = own[str(path[0])].where if path and str(path[0]) in own else "--method"
+        raise refuse(where, f"{dotted(('method', *path))} {problem}")
+    made: dict[str, Any] = settings.model_dump(mode="json")
+    made.pop("name", None)
+    return made
+
+
+def _set_override(config: RunConfig, path: Key, given: Given, own_settings: type[BaseModel] | None) -> None:
+    """Check one setting of a task or a position, and put it into the config."""
+    section, _, name = str(path[2]).partition(".")
+    value = given.value
+    kind = own_settings if section == "method" else section_of(RunConfig, section)
+    if kind is not None:
+        if name not in kind.model_fields:
+            whose = config.method.name if section == "method" else ""
+            raise refuse(given.where_key, unknown(f"{section}.{name}", name, kind, whose))
+        values = config.method.own() if section == "method" else getattr(config, section).model_dump()
+        made, _, problem = first_fault(kind, {**values, name: _value(kind, name, given)})
+        if made is None:
+            raise refuse(given.where, f"{dotted(path)} {problem}")
+        value = made.model_dump(mode="json")[name]
+    places: dict[Any, dict[str, Any]] = config.tasks if path[0] == "tasks" else config.stages
+    places.setdefault(path[1], {})[str(path[2])] = value
+
+
+def settings_of(config: RunConfig) -> Iterator[tuple[Key, Any]]:
+    """Every setting of a config with its path, in the order of the sections."""
+    for name, value in config.model_dump(mode="json").items():
+        if name in ("tasks", "stages"):
+            for key, entry in getattr(config, name).items():
+                for inner, given in entry.items():
+                    yield (name, key, inner), given
+        elif isinstance(value, dict):
+            for inner, given in value.items():
+                yield (name, inner), given
+        else:
+            yield (name,), value
+
+
+def _origins(config: RunConfig, merged: Layer, method: str) -> dict[str, str]:
+    origins: dict[str, str] = {}
+    for path, _ in settings_of(config):
+        own = path[0] == "method" and path[1] != "name"
+        default = f"default of {method}" if own else "default"
+        origins[dotted(path)] = merged[path].origin if path in merged else default
+    return origins
+
+
+def difference(a: RunConfig, b: RunConfig) -> list[str]:
+    """The dotted keys in which two configs differ, in the order of the sections."""
+    absent = object()
+    ours = {dotted(path): value for path, value in settings_of(a)}
+    theirs = {dotted(path): value for path, value in settings_of(b)}
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    return [key for key in keys if ours.get(key, absent) != theirs.get(key, absent)]
+
+
+def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
+    """What order, config file, flags and ``--set`` changed of defaults and presets and what may change a number.
+
+    Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, and the path to the
+    data. Where the rows come from (``data.source``, as it works out) is in.
+    """
+    config, baseline = resolved.config, resolved.baseline
+    values = {dotted(path): value for path, value in settings_of(config)}
+    found = {
+        key: values.get(key)
+        for key in difference(config, baseline)
+        if key not in _NOT_DIFFERENT and not key.startswith("output.")
+    }
+    source = _source(config, config.model.name)
+    if source != _source(baseline, config.model.name):
+        found["data.source"] = source
+    return found
+
+
+def _source(config: RunConfig, model: str) -> str:
+    if config.data.source != "auto":
+        return config.data.source
+    return "synthetic" if model in EMBEDDED and config.data.dir is None else "folder"

@@ -1,0 +1,69 @@
+"""Rows from the benchmark's folder: ``<dir>/<kind>/<name>/{train,dev,test,labels}.json``."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.tasks import files
+from cl_runner.tasks.task import Columns, Row, Split, Task
+
+COLUMNS = Columns(text="sentence", label="label")
+
+
+def read(task: Task, root: str, split: Split) -> tuple[list[Row], Path]:
+    """One split's rows and the file they are from. What is missing or malformed is a UserError of one line."""
+    folder = task_folder(task, root)
+    _check_labels(task, folder / "labels.json")
+    path = folder / f"{split}.json"
+    if not path.exists():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "nothing"
+        raise UserError(
+            f"task {task.name}: no split {path} (there is {there}); every task needs train.json and test.json"
+        )
+    return files.read(path, split, COLUMNS, f"task {task.name}"), path
+
+
+def task_folder(task: Task, root: str) -> Path:
+    """The task's folder under ``root``; UserError naming the part that is missing."""
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        what = "is not a folder" if base.exists() else "does not exist"
+        raise UserError(
+            f"data folder {base} {what}: give --data-dir the folder that holds <kind>/<name>/train.json, "
+            "or take --data hub or --data synthetic"
+        )
+    folder = base / task.kind / task.name
+    if not folder.is_dir():
+        known = sorted(p.parent.name for p in base.glob("*/*/train.json"))
+        hint = did_you_mean(task.name, known) or (f" (it has {', '.join(known)})" if known else "")
+        raise UserError(
+            f"task {task.name}: no folder {folder}{hint}; put train.json and test.json there, or take the task out"
+        )
+    return folder
+
+
+def same_file(one: Path, other: Path) -> bool | None:
+    """Whether two files (dev and test) are the same, byte for byte; None where one is missing."""
+    return filecmp.cmp(one, other, shallow=False) if one.is_file() and other.is_file() else None
+
+
+def _check_labels(task: Task, path: Path) -> None:
+    """labels.json, where there is one, must name the task's labels; their order is the task's."""
+    if not path.exists():
+        return
+    files.existing(path, f"task {task.name}")
+    labels = files.json_document(path)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: must be a list of labels, each a text")
+    if task.labels is None or set(labels) == set(task.labels):
+        return
+    extra = [label for label in labels if label not in task.labels]
+    missing = [label for label in task.labels if label not in labels]
+    parts = [f"has '{extra[0]}', which the task has not"] if extra else []
+    parts += [f"lacks '{missing[0]}'"] if missing else []
+    raise UserError(
+        f"{path}: disagrees with the labels of task {task.name}: {' and '.join(parts)}; "
+        "correct one of them (an order's entry may give labels: […])"
+    )

@@ -1,0 +1,206 @@
+"""Rows from the hub: the task's YAML says which fields make its text and which class is which label.
+
+A split is cut to the benchmark's size, balanced by label, by ``data.seed`` and the task's name alone, so every method
+and every run sees the same rows. Ids are row numbers of the hub's split.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_runner.errors import UserError
+from cl_runner.tasks.files import first_line
+from cl_runner.tasks.quiet import quiet
+from cl_runner.tasks.task import Hub, Row, Split, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def read(task: Task, split: Split, seed: int) -> tuple[list[Row], str]:
+    """One split's rows, cut and shuffled, and where they are from: ``hub <id> <config>@<commit>, split <name>``."""
+    hub = task.hub
+    if hub is None:
+        raise UserError(f"task {task.name} is not on the hub; give it files of its own (source: {{train, test}})")
+    if split == "dev":
+        raise UserError(f"task {task.name}: the hub's data has no dev split here; test is split {hub.splits.test}")
+    name = hub.splits.train if split == "train" else hub.splits.test
+    size = task.sizes.train if split == "train" else task.sizes.test
+    data, commit = _load(task, hub, split, name)
+    place = _place(hub, name, commit)
+    _check_columns(hub, data.column_names, place)
+    labels = _labels(hub, data, place)
+    chosen = cut(labels, size, random.Random(f"{seed}/{task.name}/{split}"))
+    records = zip(chosen, data.select(chosen), strict=True)
+    return [Row(f"{split}/{k}", fill(hub.text, record), labels[k] or "") for k, record in records], place
+
+
+def fill(templates: list[str], record: Mapping[str, Any]) -> str:
+    """The first template whose fields are all filled, else the last, with the record's values in place.
+
+    One pass: braces inside a value are text like any other.
+    """
+    for template in templates:
+        if all(str(record[name] or "").strip() for name in _FIELD.findall(template)):
+            break
+    return _FIELD.sub(lambda match: str(record[match[1]]), template)
+
+
+def cut(labels: list[str | None], size: int | None, rng: random.Random) -> list[int]:
+    """Positions of at most ``size`` rows in shuffled order, as evenly over the labels as these allow.
+
+    Rows without a gold label (None) are never taken. Free text has as many labels as answers: a plain sample.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, label in enumerate(labels):
+        if label is not None:
+            groups.setdefault(label, []).append(position)
+    for label in sorted(groups):
+        rng.shuffle(groups[label])
+    total = sum(map(len, groups.values()))
+    left = total if size is None else min(size, total)
+    taken: list[int] = []
+    # Smallest group first: what it cannot give, the larger ones share.
+    waiting = sorted(groups, key=lambda label: (len(groups[label]), label))
+    for k, label in enumerate(waiting):
+        share = groups[label][: left // (len(waiting) - k)]
+        taken += share
+        left -= len(share)
+    rng.shuffle(taken)
+    return taken
+
+
+def _labels(hub: Hub, data: Dataset, place: str) -> list[str | None]:
+    """Each row's label in the task's words; None for a hidden one, and for the header row of a CSV file without one."""
+    from datasets import ClassLabel
+
+    feature = data.features[hub.label]
+    values = data.data.column(hub.label).to_pylist()
+    if isinstance(feature, ClassLabel):
+        classes = feature.names
+        values = [None if v is None or v < 0 else classes[v] for v in values]
+    else:
+        values = [None if v is None or v == -1 else str(v) for v in values]
+    if hub.labels is None:
+        return values
+    labels = [None if v is None else hub.labels.get(v) for v in values]
+    start = 1 if hub.column_names and labels and labels[0] is None else 0
+    for number in range(start, len(labels)):
+        if labels[number] is None and values[number] is not None:
+            raise UserError(
+                f"{place}: row {number + 1}: class '{values[number]}' of '{hub.label}' is not in the task's mapping "
+                f"(hub.labels has {', '.join(hub.labels)}); the data set has changed, or needs another revision"
+            )
+    if not any(label is not None for label in labels):
+        raise UserError(f"{place}: every label is hidden there; another split has them (hub.splits)")
+    return labels
+
+
+def _check_columns(hub: Hub, columns: list[str], place: str) -> None:
+    needed = {name for template in hub.text for name in _FIELD.findall(template)} | {hub.label}
+    missing = sorted(needed - set(columns))
+    if missing:
+        raise UserError(f"{place}: no column '{missing[0]}', only {', '.join(columns)}; the data set has changed")
+
+
+def _place(hub: Hub, split: str, revision: str | None) -> str:
+    config = f" {hub.config}" if hub.config else ""
+    return f"hub {hub.id}{config}{'@' + revision[:12] if revision else ''}, split {split}"
+
+
+def _load(task: Task, hub: Hub, split: Split, name: str) -> tuple[Dataset, str | None]:
+    """The split and its commit; from the local cache where the hub cannot be reached; else a UserError."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    place = _place(hub, name, hub.revision)
+    if Path(hub.id).exists():  # datasets would read it in the hub's stead
+        raise UserError(f"{place}: ./{hub.id} in the current folder has the same name; run in another folder")
+    reached = True
+    try:
+        reached = _reachable(hub)
+        with quiet(), _offline(not reached):
+            data, commit = _csv_file(hub, split) if hub.files else _repository(hub, name)
+    except GatedRepoError as error:
+        raise UserError(f"{place}: the data set is gated: accept its terms there, then hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{place}: no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{place}: no such data set, or it is private (hf auth login)") from error
+    except Exception as error:  # datasets, pyarrow, httpx and the hub's client: each has errors of its own
+        if not reached:
+            raise UserError(
+                f"task {task.name}: no network for {hub.id} ({_endpoint()}), and it is not in the local cache; "
+                "offline: --data-dir FOLDER (the benchmark's layout) or --data synthetic"
+            ) from error
+        raise UserError(f"{place}: cannot be loaded: {first_line(error)}") from error
+    if hub.revision and commit != hub.revision and not reached:  # offline, datasets takes the newest it has
+        raise UserError(f"{place}: no network, and the local cache has only revision {commit}")
+    return data, commit
+
+
+def _repository(hub: Hub, name: str) -> tuple[Dataset, str | None]:
+    """A split of a repository of Parquet files, which describes itself."""
+    from datasets import load_dataset
+
+    data = load_dataset(hub.id, hub.config, split=name, revision=hub.revision)
+    files = data.cache_files
+    commit = Path(files[0]["filename"]).parent.name if files else ""  # the cache's folder is named by it
+    return data, commit if re.fullmatch(r"[0-9a-f]{40}", commit) else hub.revision
+
+
+def _csv_file(hub: Hub, split: Split) -> tuple[Dataset, str | None]:
+    """A plain CSV file of a repository, all columns text: labels are mapped by their words, "NA" stays "NA"."""
+    from datasets import Features, Value, load_dataset
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(hub.id, (hub.files or {})[split], repo_type="dataset", revision=hub.revision)
+    names = hub.column_names
+    options = {"names": names, "features": Features(dict.fromkeys(names, Value("string")))} if names else {}
+    data = load_dataset("csv", data_files=path, split="train", keep_default_na=False, **options)
+    folders = Path(path).parts  # …/snapshots/<commit>/<file>
+    return data, folders[folders.index("snapshots") + 1]
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _reachable(hub: Hub) -> bool:
+    """Whether the hub answers: one request of 10 seconds at most, where ``datasets`` would try for half a minute.
+
+    A clear no (no such data set or revision, gated) is raised.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().dataset_info(hub.id, revision=hub.revision, timeout=10)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception:  # offline mode, no name, no route, refused, timed out, 5xx: the cache may still have it
+        return False
+    return True
+
+
+@contextmanager
+def _offline(on: bool) -> Iterator[None]:
+    """The libraries' offline mode for a while: the cache answers at once, or an error does."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if on:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

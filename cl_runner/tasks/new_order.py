@@ -1,0 +1,103 @@
+"""A new order's file: a commented example, or one made of an old O-LoRA folder of stage configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cl_runner.errors import UserError
+from cl_runner.lookup import is_name
+from cl_runner.tasks import catalog
+from cl_runner.yamlfile import printable, read_text
+
+EXAMPLE = """\
+# A task order: the tasks are learned from top to bottom. Try it: cl-runner train --order {file} --dry-run
+name: {name}
+
+tasks:
+  # A task of the benchmark, by its name (cl-runner list tasks).
+  - dbpedia
+
+  # The same, with settings of its own. A method's settings do not live here: they belong to --config or --set.
+  - {{task: amazon, set: {{training.epochs: 2}}}}
+
+  # Your own task. Uncomment it and name your files: JSON, JSON Lines, CSV or Parquet, relative to this file.
+  # - name: mine
+  #   kind: TC                       # the kind gives the instruction, unless you write one
+  #   instruction: What is the topic of the following paragraph? Choose one from the option.
+  #   labels: [sports, politics]     # leave out for free text, and choose a metric, such as rouge-l
+  #   metric: exact
+  #   source: {{train: mine-train.csv, test: mine-test.csv}}
+  #   columns: {{text: body, label: topic}}
+"""
+
+
+def new_order(file: Path, from_olora: Path | None = None) -> list[str]:
+    """Write a new order file and say what was written, line by line. Refuses to overwrite.
+
+    ``from_olora`` is a folder such as ``order1_configs`` of the O-LoRA repository: one folder a stage, with
+    ``train_tasks.json`` (its task) and ``test_tasks.json`` (all tasks up to it), which together give the order.
+    """
+    if not is_name(file.stem) or file.suffix not in (".yaml", ".yml"):
+        problem = "the name must be of letters, digits and - _ . + and end in .yaml"
+        raise UserError(f"{printable(str(file))}: {problem}")
+    if from_olora is None:
+        text, lines = EXAMPLE.format(name=file.stem, file=file), [f"wrote {file}, an example to change"]
+    else:
+        tasks = _stages_of(from_olora)
+        text = f"# From an O-LoRA order folder, {from_olora.resolve().name}.\nname: {file.stem}\n"
+        text += "tasks:\n" + "".join(f"  - {task}\n" for task in tasks)
+        lines = [f"wrote {file}: {', '.join(tasks)}"]
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError as error:
+        raise UserError(f"{file}: already there; choose another name") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    return lines
+
+
+def _stages_of(folder: Path) -> list[str]:
+    """The tasks in the order in which the test sets grow."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{printable(str(folder))}: no such folder; --from-olora takes one such as configs/order1_configs"
+        )
+    stages: list[tuple[set[str], str, Path]] = []
+    for train_file in sorted(folder.glob("*/train_tasks.json")):
+        train = _tasks_in(train_file)
+        if len(train) != 1:
+            raise UserError(f"{train_file}: a stage trains one task; here are {len(train)}")
+        stages.append((set(_tasks_in(train_file.with_name("test_tasks.json"))), train[0], train_file))
+    if not stages:
+        raise UserError(f"{folder}: no stage folders with train_tasks.json in it; give one order's folder")
+    stages.sort(key=lambda stage: len(stage[0]))
+    before: set[str] = set()
+    for number, (seen, task, train_file) in enumerate(stages, 1):
+        if task in before:
+            raise UserError(f"{train_file}: trains {task}, which an earlier stage has trained or tested")
+        if seen != before | {task}:
+            wrong = ", ".join(sorted(seen ^ (before | {task})))
+            raise UserError(
+                f"{train_file.with_name('test_tasks.json')}: stage {number} ({task}) should test all tasks so far; "
+                f"it differs in {wrong}, so the order is not clear"
+            )
+        before = seen
+    return [task for _, task, _ in stages]
+
+
+def _tasks_in(file: Path) -> list[str]:
+    """Names of the tasks in a file such as ``{"TC": [{"sampling strategy": "full", "dataset name": "dbpedia"}]}``."""
+    try:
+        content: Any = json.loads(read_text(file))
+        names = [str(entry["dataset name"]) for entries in content.values() for entry in entries]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from error
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{file}: not of the form {{"TC": [{{"dataset name": "dbpedia"}}]}}') from error
+    try:
+        return [catalog.get(name).name for name in names]
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error

@@ -1,0 +1,301 @@
+"""One stage's training: the batch arithmetic, the loop over optimizer steps, and what is logged.
+
+One step reads: micro-batches (condition, loss, backward), the penalty on the last one, clip, edit, whole steps, engine
+step, after_step, log.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_runner.config import TrainingConfig
+from cl_runner.engine import Engine
+from cl_runner.errors import TrainingError
+from cl_runner.methods.base import Source, overrides
+from cl_runner.models.batch import Batch, Example
+from cl_runner.stage import StageRun, derived_seed
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a stage.
+
+    ``micro_batch`` is what a device really takes at once: the setting, or less where the ranks share a small global
+    batch. Micro-batch j of a step holds its rows j·micro … and goes to rank j mod ranks.
+    """
+
+    rows: int
+    global_batch: int
+    micro_batch: int
+    ranks: int
+    accumulation: int
+    epochs: int
+
+    @classmethod
+    def make(cls, rows: int, training: TrainingConfig, ranks: int) -> BatchPlan:
+        """The plan for so many rows on so many ranks."""
+        micro = min(training.micro_batch, math.ceil(training.global_batch / ranks))
+        accumulation = math.ceil(training.global_batch / (micro * ranks))
+        return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last may be short."""
+        return math.ceil(self.rows / self.global_batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.steps_per_epoch * self.epochs
+
+    def step_rows(self, seed: int, index: int) -> Iterator[list[int]]:
+        """The rows of every step: each epoch a new order, from seed, stage and epoch alone."""
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(derived_seed(seed, index, "rows", epoch))
+            rows = torch.randperm(self.rows, generator=generator).tolist()
+            for start in range(0, self.rows, self.global_batch):
+                yield rows[start : start + self.global_batch]
+
+    def micro_batches(self, rows: Sequence[int], rank: int) -> Iterator[tuple[int, list[int]]]:
+        """(global number, rows) of this rank's micro-batches of a step; rows may be empty, the count never varies."""
+        for slot in range(self.accumulation):
+            number = slot * self.ranks + rank
+            yield number, list(rows[number * self.micro_batch : (number + 1) * self.micro_batch])
+
+
+def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
+    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the schedule down to 0."""
+    warmup = training.warmup * steps if training.warmup < 1 else training.warmup
+    if step < warmup:
+        return training.lr * (step + 1) / max(warmup, 1.0)
+    if training.schedule == "constant":
+        return training.lr
+    share = (step - warmup) / max(steps - warmup, 1.0)
+    if training.schedule == "linear":
+        return training.lr * (1.0 - share)
+    return training.lr * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class StepWeights:
+    """The weight of each row's label tokens in the loss of a step.
+
+    Micro-batch losses are added over the accumulation and averaged over ranks; with these weights the result is the
+    mean over the label tokens of the global batch, on any number of ranks (``loss_mean: micro``: the mean over
+    micro-batches of each one's mean, as the reference has it).
+    """
+
+    def __init__(self, plan: BatchPlan, mean: str, tokens: Sequence[int], shares: Sequence[float]) -> None:
+        self.plan, self.mean, self.tokens, self.shares = plan, mean, tokens, shares
+
+    def of(self, step_rows: Sequence[int], rows: Sequence[int]) -> list[float]:
+        """Weights of ``rows``, one micro-batch of the step's rows."""
+        if self.mean == "global":
+            total = sum(self.tokens[i] for i in step_rows)
+        else:
+            total = sum(self.tokens[i] for i in rows) * math.ceil(len(step_rows) / self.plan.micro_batch)
+        return [self.shares[i] * self.plan.ranks / total for i in rows]
+
+
+@dataclass
+class Trained:
+    """What a stage's training reports."""
+
+    steps: int
+    examples: int
+    seconds: float
+    loss: float | None
+    penalty: float | None
+    skipped: int
+    plan: BatchPlan
+
+
+LogRow = dict[str, Any]
+
+
+def train_stage(
+    stage: StageRun,
+    own: Source,
+    *,
+    log: Callable[[LogRow], None],
+    tick: Callable[[int, float | None, float | None], None],
+) -> Trained:
+    """Train one stage; the adapters hold the result.
+
+    Args:
+        stage: built by its method.
+        own: the stage's own rows.
+        log: takes a row of ``log.jsonl`` (rank 0 writes it).
+        tick: called after every step with steps done, loss and examples/s (those two at logged steps).
+
+    Raises:
+        TrainingError: a gradient that is not finite.
+    """
+    method, training = stage.room.method, stage.config.training
+    stage.own = own
+    sources = method.training_data(stage, own)
+    examples: list[Example] = [example for source in sources for example in source.examples]
+    tasks = [task for source in sources for task in source.tasks]
+    shares = [source.weight for source in sources for _ in source.examples]
+    plan = BatchPlan.make(len(examples), training, stage.ranks)
+    stage.steps, stage.step = plan.steps, 0
+    engine = Engine(
+        stage.room.root,
+        method.parameter_groups(stage),
+        training,
+        stage.room.place,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+    )
+    stage.engine = engine
+    weights = StepWeights(plan, training.loss_mean, [len(example.target) for example in examples], shares)
+    meter = Meter(stage, log, tick)
+    try:
+        method.begin_task(stage)
+        stage.adapters.model.train()
+        for rows in plan.step_rows(stage.config.seed, stage.index):
+            lr = learning_rate(training, stage.step, plan.steps)
+            engine.set_lr(lr)
+            loss, penalty = _micro_batches(stage, plan, weights, rows, examples, tasks)
+            norm = engine.clip()
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not finite; "
+                    "try a lower training.lr"
+                )
+            _edit(stage, lr)
+            engine.step()
+            if overrides(method, "after_step"):
+                method.after_step(stage)
+            stage.step += 1
+            meter.step(len(rows), loss, penalty, lr, norm)
+        stage.adapters.model.eval()
+        method.end_task(stage)
+        return meter.trained(plan, engine.skipped)
+    finally:
+        stage.engine = None
+        engine.destroy()
+
+
+def _micro_batches(
+    stage: StageRun,
+    plan: BatchPlan,
+    weights: StepWeights,
+    rows: Sequence[int],
+    examples: Sequence[Example],
+    tasks: Sequence[str],
+) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of a step's micro-batches; returns this rank's task loss, and the penalty."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    total = torch.zeros((), device=stage.device)
+    penalty: Tensor | None = None
+    for slot, (number, mine) in enumerate(plan.micro_batches(rows, stage.rank)):
+        batch = _batch(stage, weights, rows, mine, examples, tasks)
+        torch.manual_seed(derived_seed(stage.config.seed, stage.index, "forward", stage.step, number))
+        loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
+        stage.task_loss = loss.detach()
+        total += stage.task_loss
+        last = slot == plan.accumulation - 1
+        if last:
+            penalty = method.penalty(stage)
+        engine.backward(loss if penalty is None else loss + penalty)
+        if not last:
+            engine.next_micro_batch()
+    return total, None if penalty is None else penalty.detach()
+
+
+def _batch(
+    stage: StageRun,
+    weights: StepWeights,
+    step_rows: Sequence[int],
+    mine: Sequence[int],
+    examples: Sequence[Example],
+    tasks: Sequence[str],
+) -> Batch:
+    """A micro-batch; a rank without rows takes the step's first row at weight zero, so that graphs stay alike."""
+    rows, row_weights = (mine, weights.of(step_rows, mine)) if mine else ([step_rows[0]], [0.0])
+    return stage.make_batch([examples[i] for i in rows], [tasks[i] for i in rows], row_weights)
+
+
+def _edit(stage: StageRun, lr: float) -> None:
+    """The method's edits of whole gradients, and its own updates of ``whole`` parameters."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    edits = overrides(method, "edit_gradients")
+    if not edits and not engine.whole:
+        return
+    gradients = engine.whole_gradients()
+    if edits:
+        changed = method.edit_gradients(stage, gradients)
+        if changed:
+            engine.set_whole_gradients(changed)
+            gradients.update(changed)
+    scale = {name: group.lr_scale for group in engine.groups for name in group.parameters}
+    updates = {
+        name: engine.parameters[name].detach() + method.whole_step(stage, name, gradients[name], lr * scale[name])
+        for name in engine.whole
+    }
+    if updates:
+        engine.write(updates)
+
+
+class Meter:
+    """Rows of ``log.jsonl`` and the pace of a stage.
+
+    Reading a loss off the device waits for it, so it is done at logged steps only.
+    """
+
+    def __init__(self, stage: StageRun, log: Callable[[LogRow], None], tick: Callable[..., None]) -> None:
+        self.stage, self.log, self.tick = stage, log, tick
+        self.started = self.last = time.perf_counter()
+        self.examples = self.since = 0
+        self.loss: float | None = None
+        self.penalty: float | None = None
+
+    def step(self, examples: int, loss: Tensor, penalty: Tensor | None, lr: float, norm: float) -> None:
+        """Count one optimizer step, and log it if it is due."""
+        stage = self.stage
+        self.examples += examples
+        self.since += examples
+        if stage.step % stage.config.output.log_every and stage.step != stage.steps:
+            self.tick(stage.step, None, None)
+            return
+        self.loss = float(stage.mean(loss))
+        self.penalty = None if penalty is None else float(penalty)
+        now = time.perf_counter()
+        pace = self.since / max(now - self.last, 1e-9)
+        self.last, self.since = now, 0
+        row: LogRow = {
+            "stage": stage.plan.name,
+            "step": stage.step,
+            "steps": stage.steps,
+            "loss": self.loss,
+            "penalty": self.penalty,
+            "lr": lr,
+            "gradient_norm": norm,
+            "examples_per_second": round(pace, 2),
+            "memory_mb": memory_mb(stage.device),
+        }
+        self.log(row)
+        self.tick(stage.step, self.loss, pace)
+
+    def trained(self, plan: BatchPlan, skipped: int) -> Trained:
+        """The stage's summary."""
+        seconds = time.perf_counter() - self.started
+        return Trained(self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

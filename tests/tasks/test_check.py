@@ -1,0 +1,100 @@
+"""The data report, counted here by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_runner.config import DataConfig
+from cl_runner.tasks import catalog
+from cl_runner.tasks.check import check, lengths_by, percentiles, share_over, show
+from cl_runner.tasks.task import Task
+
+TRAIN = [("one", "yes"), ("two words", "no"), ("one", "yes"), ("two words", "yes"), ("x", "-")]
+TEST = [("one", "no"), ("new", "yes"), ("new", "yes"), ("never", "?")]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Task:
+    for split, records in (("train", TRAIN), ("test", TEST), ("dev", TEST)):
+        content = [{"text": text, "label": label} for text, label in records]
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    source = {split: str(tmp_path / f"{split}.json") for split in ("train", "test", "dev")}
+    return catalog.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"], "source": source})
+
+
+class WordTokenizer:
+    """A token a word, and an end token."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool, truncation: bool) -> dict[str, Any]:
+        assert add_special_tokens and not truncation
+        return {"input_ids": [[*range(len(text.split())), -1] for text in texts]}
+
+
+def test_report(mine: Task) -> None:
+    (report,) = check([mine], DataConfig())
+    assert (report["task"], report["kind"], report["synthetic"], report["dev_equals_test"]) == (
+        "mine",
+        "YN",
+        False,
+        True,
+    )
+    assert report["duplicates"] == {"train": 2, "test": 1, "conflicting": 1, "train_in_test": 1}
+    train, test = report["splits"]["train"], report["splits"]["test"]
+    assert (train["rows"], train["labels"], train["unknown_labels"]) == (4, {"yes": 3, "no": 1}, {"-": 1})
+    assert (test["rows"], test["labels"], test["unknown_labels"]) == (3, {"yes": 2, "no": 1}, {"?": 1})
+    # Task:YN / Dataset:mine / Option: yes, no / the text / Answer: are 6 words and the text's own
+    assert train["length"] == {"unit": "words", "p50": 7, "p90": 8, "p99": 8, "p100": 8}
+    assert train["truncated"] is None and train["target_truncated"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_lengths_in_tokens_and_truncated_share(mine: Task) -> None:
+    data = DataConfig(max_source=8)
+    train = check([mine], data, lengths_by(WordTokenizer()))[0]["splits"]["train"]
+    assert train["length"]["unit"] == "tokens" and train["length"]["p50"] == 8 and train["length"]["p100"] == 9
+    assert train["truncated"] == 50.0, "two of four inputs are 9 tokens long"
+    assert train["target_truncated"] == 0.0
+
+
+def test_input_that_names_the_task_is_said(mine: Task) -> None:
+    report = check([mine], DataConfig(add_task_name=False))[0]
+    assert (report["names_task"], report["names_dataset"]) == (False, True)
+
+
+def test_dev_that_is_another_file(mine: Task, tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text((tmp_path / "dev.json").read_text() + "\n")
+    assert check([mine], DataConfig())[0]["dev_equals_test"] is False
+
+
+def test_synthetic_is_said() -> None:
+    report = check([catalog.get("COPA")], DataConfig(source="synthetic", max_train=50, max_test=10))[0]
+    assert report["synthetic"] and report["dev_equals_test"] is None
+    assert "synthetic" in report["splits"]["train"]["source"]
+    assert (report["splits"]["train"]["rows"], report["splits"]["test"]["rows"]) == (50, 10)
+
+
+def test_show_gives_input_and_target(mine: Task) -> None:
+    shown = show(mine, DataConfig(add_dataset_name=False), 2)
+    assert shown == [
+        {"id": "test/0", "input": "Task:YN\nOption: yes, no \none\nAnswer:", "target": "no"},
+        {"id": "test/1", "input": "Task:YN\nOption: yes, no \nnew\nAnswer:", "target": "yes"},
+    ]
+    assert len(show(mine, DataConfig(), 99)) == 3
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50))
+def test_percentiles_are_by_nearest_rank(sizes: list[int]) -> None:
+    for key, value in percentiles(sizes).items():
+        p = int(key[1:])
+        enough = [s for s in sorted(sizes) if 100 * sum(t <= s for t in sizes) >= p * len(sizes)]
+        assert value == enough[0]
+
+
+def test_share_over() -> None:
+    assert share_over([1, 2, 3, 4], 3) == 25.0
