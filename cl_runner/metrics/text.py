@@ -57,11 +57,16 @@ def score(
     return other[metric]()
 
 
-def require(metric: str) -> None:
+def require(metric: str, labels: Sequence[str] | None = None) -> None:
     """UserError if what the metric needs is not installed: to be asked before training, not after."""
-    needs = {"f1": "sklearn.metrics", "matthews": "sklearn.metrics", "pearson": "scipy.stats",
-             "rouge-l": "rouge_score.rouge_scorer", "bleu": "sacrebleu"}  # fmt: skip
-    if metric in needs:
+    needs = {
+        "f1": "sklearn.metrics",
+        "matthews": "sklearn.metrics",
+        "pearson": "scipy.stats",
+        "rouge-l": "rouge_score.rouge_scorer",
+        "bleu": "sacrebleu",
+    }
+    if metric in needs and (metric != "f1" or labels):
         _library(needs[metric], metric)
 
 

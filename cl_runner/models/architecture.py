@@ -40,23 +40,24 @@ def is_encoder_decoder(config: dict[str, Any], where: str, trust_remote_code: bo
             f"model {where}: model_type '{model_type}' is not known to transformers {transformers.__version__}"
             + (code if "auto_map" in config else "; a newer transformers may know it")
         )
+    architecture = str((config.get("architectures") or [""])[0])
+    named = f"{model_type}, {architecture}" if architecture else model_type
+    text_to_text = model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not text_to_text and not config.get("is_decoder"):
+        raise UserError(f"model {where} ({named}): is encoder-only: it reads text but cannot write an answer; {_USE}")
+    for ending, what in _OTHER_HEADS.items():
+        if architecture.endswith(ending):
+            raise UserError(f"model {where} ({named}): was saved with {what}, not to write text; {_USE}")
     try:
         parsed = configuration_auto.CONFIG_MAPPING[model_type].from_dict(config)
     except Exception as error:  # the config classes validate, each in its own way
-        raise UserError(f"model {where}: config.json does not fit model_type '{model_type}' ({error})") from error
-
-    architecture = str((config.get("architectures") or [""])[0])
-    named = f"{model_type}, {architecture}" if architecture else model_type
-    masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    for ending, what in _OTHER_HEADS.items():
-        if architecture.endswith(ending) and not (masked and not parsed.is_encoder_decoder):
-            raise UserError(f"model {where} ({named}): was saved with {what}, not to write text; {_USE}")
+        why = " ".join(str(error).split())
+        raise UserError(f"model {where}: config.json does not fit model_type '{model_type}' ({why})") from error
     if parsed.is_encoder_decoder:
-        if model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        if text_to_text:
             return True
         raise UserError(f"model {where} ({named}): does not answer text with text; {_USE}")
-    if masked and not config.get("is_decoder"):
-        raise UserError(f"model {where} ({named}): is encoder-only: it reads text but cannot write an answer; {_USE}")
     if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return False
     raise UserError(f"model {where} ({named}): has no language-model head to write an answer with; {_USE}")

@@ -86,7 +86,7 @@ def load_base(model: ModelConfig, device: torch.device, base_dir: Path | None = 
     facts = check(located)
     folder = _folder(located)
     where = located.name_or_path
-    tokenizer = load_tokenizer(folder, where, model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, where, facts.encoder_decoder, model.trust_remote_code)
     network = _load_network(folder, where, facts.encoder_decoder, model, device)
     network.requires_grad_(False)
     network.eval()

@@ -47,7 +47,7 @@ def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
     the hub is not asked. Raises UserError for a name that can be none of the three.
     """
     name = model.name
-    folder = (base_dir or Path.cwd()) / Path(name).expanduser() if name.strip() else None
+    folder = _folder(name, base_dir or Path.cwd())
     if folder is not None and folder.is_dir():
         note = f"model {name}: the folder {folder.resolve()}"
         if name in EMBEDDED:
@@ -94,6 +94,13 @@ def check(located: Located) -> Facts:
     return Facts(
         is_encoder_decoder(config, files.where, located.trust_remote_code), str(config.get("model_type")), advice
     )
+
+
+def _folder(name: str, base_dir: Path) -> Path | None:
+    try:
+        return base_dir / Path(name).expanduser() if name.strip() else None
+    except RuntimeError:  # ~somebody, and there is none
+        return None
 
 
 def _is_hub_id(name: str) -> bool:

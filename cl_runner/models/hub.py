@@ -96,19 +96,21 @@ def fetch(located: Located) -> Path:
 
 
 def _cached(located: Located) -> Path | None:
-    from huggingface_hub import snapshot_download
+    """The snapshot folder in the local cache. That it is whole is the folder check's to say."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        path = Path(snapshot_download(located.name_or_path, revision=located.revision, local_files_only=True))
-    except Exception:  # not in the cache, whatever this version of the library calls that
-        return None
-    return path if (path / "config.json").exists() else None
+    config = try_to_load_from_cache(located.name_or_path, "config.json", revision=located.revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _is_unreachable(error: Exception) -> bool:
     """True where no answer came, or the hub itself is down, as against an answer that says no."""
-    response = getattr(error, "response", None)
-    return response is None or response.status_code >= 500
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return bool(status >= 500)
+    # No connection is an OSError, or an error of the HTTP library, which differs between versions of the hub's.
+    kinds = {kind.__module__.split(".")[0].rstrip("2") for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(kinds & {"httpx", "httpcore", "requests", "urllib3"})
 
 
 def _offline(located: Located) -> UserError:
@@ -141,4 +143,4 @@ def _explained(located: Located, error: Exception) -> UserError:
         )
     if _is_unreachable(error):
         return _offline(located)
-    return UserError(f"model.name: the hub refused {name} ({str(error).splitlines()[0]})")
+    return UserError(f"model.name: the hub refused {name} ({type(error).__name__}: {' '.join(str(error).split())})")

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cl_runner.errors import UserError
 
-_PROBE = "The quick brown fox: True, 3 of 10 (very negative).  Is it so?"
 
-
-def load_tokenizer(folder: Path, where: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, where: str, encoder_decoder: bool, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, cutting at the right and with no length limit of its own. Raises UserError.
 
     A folder with only spiece.model or tokenizer.model is converted by transformers; the result is compared with what
@@ -26,9 +26,7 @@ def load_tokenizer(folder: Path, where: str, trust_remote_code: bool = False) ->
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             if not (folder / "tokenizer.json").exists():
-                tokenizer = _as_sentencepiece_has_it(tokenizer, folder, where)
-    except UserError:
-        raise
+                tokenizer = _as_sentencepiece_has_it(tokenizer, folder, encoder_decoder)
     except Exception as error:  # each tokenizer class fails in its own way
         raise UserError(f"model {where}: its tokenizer cannot be loaded ({first_line(error)})") from error
     tokenizer.truncation_side = "right"
@@ -36,36 +34,33 @@ def load_tokenizer(folder: Path, where: str, trust_remote_code: bool = False) ->
     return tokenizer
 
 
-def _as_sentencepiece_has_it(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> PreTrainedTokenizerBase:
-    """The tokenizer itself if it agrees with the folder's sentencepiece model, else the LLaMA form of it."""
-    names = [name for name in ("spiece.model", "tokenizer.model") if (folder / name).exists()]
-    if not names:
+def _as_sentencepiece_has_it(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, encoder_decoder: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer itself if it agrees with the folder's sentencepiece model, else one that does."""
+    file = next((folder / name for name in ("spiece.model", "tokenizer.model") if (folder / name).exists()), None)
+    if file is None:
         return tokenizer
-    from sentencepiece import SentencePieceProcessor
+    from cl_runner.models import spm
 
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromFile(str(folder / names[0]))
-    except Exception:  # tokenizer.model of LLaMA 3 is tiktoken's: transformers reads that with its own checks
+    processor = spm.open_model(file)
+    if processor is None:
         return tokenizer
-    expected = [processor.IdToPiece(i) for i in processor.EncodeAsIds(_PROBE)]
-    if _pieces(tokenizer) != expected:
-        # Without tokenizer_config.json a generic class is taken, which knows nothing of the space before a text.
-        tokenizer = transformers.LlamaTokenizer.from_pretrained(str(folder))
-        if _pieces(tokenizer) != expected:
-            raise UserError(
-                f"model {where}: transformers {transformers.__version__} reads {names[0]} differently than "
-                "sentencepiece does; add the tokenizer.json (and tokenizer_config.json) of this model"
-            )
-    if isinstance(tokenizer, transformers.LlamaTokenizer) and "add_bos_token" not in _settings(folder):
-        # LLaMA's own default, and the documented one; transformers 5 takes it from the argument alone.
-        tokenizer = transformers.LlamaTokenizer.from_pretrained(str(folder), add_bos_token=True)
-    return tokenizer
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    pieces: list[str] = tokenizer.convert_ids_to_tokens(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
-    return pieces
+    add_bos = bool(_settings(folder).get("add_bos_token", not encoder_decoder))
+    if not isinstance(tokenizer, transformers.T5Tokenizer) and not encoder_decoder:
+        # Without tokenizer_config.json a generic class is taken, which knows nothing of the space before a text; and
+        # LLaMA's <s>, on by its own default, now comes from the argument alone.
+        llama = transformers.LlamaTokenizer.from_pretrained(str(folder), add_bos_token=add_bos)
+        if spm.agrees(llama, processor):
+            return llama
+    if spm.agrees(tokenizer, processor):
+        return tokenizer
+    converted = spm.convert(file, add_bos=add_bos, add_eos=encoder_decoder)
+    if spm.agrees(converted, processor):
+        return converted
+    raise ValueError(
+        f"{file.name} cannot be converted so that it gives the ids sentencepiece gives; add this model's tokenizer.json"
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

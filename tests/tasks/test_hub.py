@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_runner.tasks import catalog, hub
+from cl_runner.tasks.task import Hub
 from tests.hub_server import HubServer
 
 # What runs in a process of its own, whose hub is the server: each request is a task, a split, a seed.
@@ -37,9 +38,16 @@ for entry, split, seed in json.load(sys.stdin):
         answers.append({"error": str(error)})
 json.dump(answers, sys.stdout)
 """
-GLUE = catalog.get("RTE").hub
-AMAZON = catalog.get("amazon").hub
-assert GLUE is not None and GLUE.revision is not None and AMAZON is not None
+
+
+def of_catalog(name: str) -> Hub:
+    found = catalog.get(name).hub
+    assert found is not None
+    return found
+
+
+GLUE, AMAZON = of_catalog("RTE"), of_catalog("amazon")
+REVISION = GLUE.revision or ""
 
 CLASSES = ["entailment", "not_entailment"]
 PAIRS: dict[str, list[Any]] = {
@@ -129,7 +137,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the loader says with the server up, and under ``offline: …`` what it says afterwards, with it gone."""
     home, here = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("here")
     with HubServer() as server:
-        server.add("datasets", GLUE.id, repository(), commit=GLUE.revision)
+        server.add("datasets", GLUE.id, repository(), commit=REVISION)
         csv = {"train.csv": reviews(20, header=True), "test.csv": reviews(10, header=False)}
         server.add("datasets", AMAZON.id, {"README.md": b"---\nlicense: apache-2.0\n---\n", **csv})
         server.add("datasets", "someone/script", {"script.py": b"raise SystemExit", "README.md": b""})
@@ -147,7 +155,7 @@ def test_fields_and_classes_become_text_and_labels(answers: dict[str, Any]) -> N
     assert rows["train/0"] == ["sentence 1: premise 0 {label}\nsentence 2: claim 0", "contradiction"]
     assert rows["train/1"] == ["sentence 1: premise 1 {label}\nsentence 2: claim 1", "entailment"]
     assert len(answers["test"]["rows"]) == 6, "test is the hub's validation"
-    assert answers["test"]["source"] == f"hub {GLUE.id} rte@{GLUE.revision[:12]}, split validation"
+    assert answers["test"]["source"] == f"hub {GLUE.id} rte@{REVISION[:12]}, split validation"
 
 
 def test_cut_is_balanced_and_by_seed_and_task_alone(answers: dict[str, Any]) -> None:
@@ -182,7 +190,7 @@ def test_second_template_where_a_field_is_empty(answers: dict[str, Any]) -> None
         ("script", ["someone/script", "cannot be loaded", "scripts are no longer supported"]),
         ("dev", ["no dev split"]),
         ("offline: missing set", ["no network for nobody/nothing", "--data-dir FOLDER", "--data synthetic"]),
-        ("offline: missing revision", ["no network", f"the local cache has only revision {GLUE.revision}"]),
+        ("offline: missing revision", ["no network", f"the local cache has only revision {REVISION}"]),
     ],
 )
 def test_what_goes_wrong_is_one_clear_line(answers: dict[str, Any], name: str, parts: list[str]) -> None:

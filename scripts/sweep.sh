@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Orders × methods × seeds over this box's GPUs (or CPU slots), one run each. Safe to start again: finished runs are
+# skipped, unfinished ones go on. Failed runs are listed at the end (exit code 1).
+#
+#   scripts/sweep.sh --orders "order1 order2" --methods "seqlora olora" --seeds "1 2 3" [--slots N] [-- TRAIN FLAGS]
+#
+# Everything behind -- goes to every `cl-runner train`, for example:
+#   scripts/sweep.sh --orders order1 --methods "inclora olora" --seeds "1 2 3" -- --preset tiny --output-dir runs
+set -uo pipefail
+
+orders="order1" methods="olora" seeds="42" slots=""
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --orders) orders=${2:?--orders needs names} && shift 2 ;;
+    --methods) methods=${2:?--methods needs names} && shift 2 ;;
+    --seeds) seeds=${2:?--seeds needs numbers} && shift 2 ;;
+    --slots) slots=${2:?--slots needs a number} && shift 2 ;;
+    --) shift && break ;;
+    -h | --help) usage && exit 0 ;;
+    *) echo "sweep.sh: unknown flag $1 (flags of cl-runner train go behind --)" >&2 && exit 2 ;;
+  esac
+done
+
+runner=${CL_RUNNER:-cl-runner}
+command -v "$runner" >/dev/null || { echo "sweep.sh: there is no $runner on the PATH (set CL_RUNNER)" >&2; exit 2; }
+
+# One slot per visible GPU; on a box without any, one per core (or as many as asked for).
+gpus=()
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+elif command -v nvidia-smi >/dev/null; then
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)
+fi
+slots=${slots:-$([ ${#gpus[@]} -gt 0 ] && echo ${#gpus[@]} || nproc)}
+case "$slots" in '' | *[!0-9]* | 0) echo "sweep.sh: --slots must be a number from 1" >&2; exit 2 ;; esac
+if [ ${#gpus[@]} -eq 0 ]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / slots > 0 ? $(nproc) / slots : 1 ))}
+fi
+
+work=$(mktemp -d)
+trap 'trap - EXIT; jobs -p | xargs -r kill 2>/dev/null; wait; rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM HUP
+
+# Slots are lines in a pipe: a run takes one and puts it back.
+mkfifo "$work/slots" && exec 9<>"$work/slots"
+for ((slot = 0; slot < slots; slot++)); do echo "$slot" >&9; done
+
+total=0
+for order in $orders; do
+  for method in $methods; do
+    for seed in $seeds; do
+      total=$((total + 1))
+      read -r -u 9 slot
+      (
+        label="$order $method seed $seed"
+        log="$work/$total.log"
+        [ ${#gpus[@]} -gt 0 ] && export CUDA_VISIBLE_DEVICES=${gpus[$((slot % ${#gpus[@]}))]}
+        echo "start  $label"
+        # Standard output only ends the run's report; the screen lines stand in its run.log too.
+        if "$runner" train --order "$order" --method "$method" --seed "$seed" "$@" >"$log" 2>&1 </dev/null 9<&-; then
+          echo "done   $label"
+        else
+          code=$?
+          echo "FAILED $label (exit code $code): $(tail -n 1 "$log")" | tee -a "$work/failed"
+        fi
+        echo "$slot" >&9
+      ) &
+    done
+  done
+done
+wait
+
+failed=0
+[ -f "$work/failed" ] && failed=$(wc -l <"$work/failed")
+echo "sweep: $total runs, $((total - failed)) done, $failed failed"
+[ "$failed" -eq 0 ] || { cat "$work/failed" >&2; exit 1; }
