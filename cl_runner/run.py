@@ -24,6 +24,7 @@ from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, Source, StagePlan
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
+from cl_runner.metrics.text import require
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
@@ -152,6 +153,8 @@ class Plan:
             of_stage = stage_config(config, index, plan)
             make_method(of_stage).check(of_stage)
             engine.read_deepspeed_json(of_stage.training.deepspeed)
+        for task in tasks:
+            require(task.metric, task.labels)
         return cls(config, order, method, stages, Data.load(tasks, config, stages))
 
     def batches(self, ranks: int) -> list[BatchPlan]:

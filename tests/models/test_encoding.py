@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, t5_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import byte_tokenizer, t5_tokenizer
 from transformers import ByT5Tokenizer
 
 from cl_runner.errors import UserError

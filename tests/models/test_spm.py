@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import transformers
-from conftest import LINES
+from tiny_models import LINES
 
 from cl_runner.errors import UserError
 from cl_runner.models import spm

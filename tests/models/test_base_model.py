@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from conftest import LINES
 from safetensors.torch import load_file, save_file
+from tiny_models import LINES
 
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError
