@@ -116,7 +116,7 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _presets() -> list[dict[str, Any]]:
-    from cl_runner.presets import preset_names
+    from cl_runner.settings.presets import preset_names
 
     return [{"preset": name} for name in preset_names()]
 

@@ -19,7 +19,8 @@ import torch
 from cl_runner import __version__, engine
 from cl_runner.adapters import Adapters
 from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.config import RunConfig
+from cl_runner.config import DataConfig, RunConfig
+from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, Source, StagePlan
@@ -40,46 +41,6 @@ from cl_runner.train import BatchPlan, Trained, train_stage
 
 
 @dataclass
-class Data:
-    """The rows of an order's tasks, label-checked, and whether any of them is synthetic."""
-
-    tasks: dict[str, Task]
-    train: dict[str, Rows]
-    test: dict[str, Rows]
-
-    @classmethod
-    def load(cls, tasks: Sequence[Task], config: RunConfig, plans: Sequence[StagePlan]) -> Data:
-        """Read every row that any stage will want; raises UserError for whatever is wrong with one."""
-        settings = {task.name: _config_of_task(config, plans, task.name).data for task in tasks}
-        return cls(
-            {task.name: task for task in tasks},
-            {task.name: load_rows(task, settings[task.name], "train") for task in tasks},
-            {task.name: load_rows(task, settings[task.name], "test") for task in tasks},
-        )
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether any row was made by a grammar."""
-        return any(rows.synthetic for rows in [*self.train.values(), *self.test.values()])
-
-    def about(self) -> dict[str, Any]:
-        """What a run says of its data: rows, source and fingerprint of every split."""
-        return {
-            name: {
-                split: {
-                    "rows": len(rows),
-                    "source": rows.source,
-                    "synthetic": rows.synthetic,
-                    "dropped": rows.dropped,
-                    "fingerprint": rows.fingerprint,
-                }
-                for split, rows in (("train", self.train[name]), ("test", self.test[name]))
-            }
-            for name in self.tasks
-        }
-
-
-@dataclass
 class Tokens:
     """The same rows as token ids."""
 
@@ -87,20 +48,19 @@ class Tokens:
     test: dict[str, TestSet]
 
     @classmethod
-    def make(cls, data: Data, config: RunConfig, encoder: Encoder) -> Tokens:
-        """Tokenise every row; raises UserError for a label that does not fit."""
-        train = {
-            name: encoder.encode_many(_prompts(task, data.train[name], config), _labels(data.train[name]))
-            for name, task in data.tasks.items()
-        }
-        test = {
-            name: TestSet(
-                task,
-                data.test[name].rows,
-                encoder.encode_many(_prompts(task, data.test[name], config), _labels(data.test[name]), cut_target=True),
-            )
-            for name, task in data.tasks.items()
-        }
+    def make(cls, data: Data, base: Base, max_new_tokens: int) -> Tokens:
+        """Tokenise every row; raises UserError, naming the task, for a label that does not fit."""
+        train: dict[str, list[Example]] = {}
+        test: dict[str, TestSet] = {}
+        for name, task in data.tasks.items():
+            settings = data.settings[name]
+            try:
+                encoder = _encoder(base, settings, max_new_tokens)
+                train[name] = _encode(encoder, task, data.train[name], settings)
+                examples = _encode(encoder, task, data.test[name], settings, cut_target=True)
+            except UserError as error:
+                raise UserError(f"task {name}: {error}") from None
+            test[name] = TestSet(task, data.test[name].rows, examples)
         return cls(train, test)
 
     def source(self, plan: StagePlan) -> Source:
@@ -109,80 +69,28 @@ class Tokens:
         return Source(examples, [task for task in plan.tasks for _ in self.train[task]])
 
 
-def _prompts(task: Task, rows: Rows, config: RunConfig) -> list[Any]:
-    data = config.data
-    return [
-        task.prompt(row.text, add_task_name=data.add_task_name, add_dataset_name=data.add_dataset_name)
-        for row in rows.rows
-    ]
+def _encode(encoder: Encoder, task: Task, rows: Rows, data: DataConfig, cut_target: bool = False) -> list[Example]:
+    names = {"add_task_name": data.add_task_name, "add_dataset_name": data.add_dataset_name}
+    prompts = [task.prompt(row.text, **names) for row in rows.rows]
+    return encoder.encode_many(prompts, [row.label for row in rows.rows], cut_target)
 
 
-def _labels(rows: Rows) -> list[str]:
-    return [row.label for row in rows.rows]
-
-
-def _config_of_task(config: RunConfig, plans: Sequence[StagePlan], task: str) -> RunConfig:
-    """The config of the stage that trains a task."""
-    for index, plan in enumerate(plans):
-        if task in plan.tasks:
-            return stage_config(config, index, plan)
-    return config
-
-
-def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
-    """The config of a stage: what is set for its task (where it trains one) and for its position."""
-    return config.at(index + 1, plan.tasks[0] if len(plan.tasks) == 1 else None)
-
-
-@dataclass
-class Plan:
-    """What a run will do, known before anything is loaded on a device."""
-
-    config: RunConfig
-    order: str
-    method: Method
-    stages: tuple[StagePlan, ...]
-    data: Data
-
-    @classmethod
-    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task]) -> Plan:
-        """Check all that can be refused without the model. Raises UserError."""
-        method = make_method(config)
-        stages = tuple(method.plan([task.name for task in tasks]))
-        for index, plan in enumerate(stages):
-            of_stage = stage_config(config, index, plan)
-            make_method(of_stage).check(of_stage)
-            engine.read_deepspeed_json(of_stage.training.deepspeed)
-        for task in tasks:
-            require(task.metric, task.labels)
-        return cls(config, order, method, stages, Data.load(tasks, config, stages))
-
-    def batches(self, ranks: int) -> list[BatchPlan]:
-        """The batch arithmetic of each stage."""
-        found = []
-        for index, plan in enumerate(self.stages):
-            rows = sum(len(self.data.train[task]) for task in plan.tasks)
-            found.append(BatchPlan.make(rows, stage_config(self.config, index, plan).training, ranks))
-        return found
-
-    def identity(self, ranks: int) -> dict[str, Any]:
-        """What has to be the same for a run to go on: beside the settings, the data and the micro-batches."""
-        return {
-            "data": self.data.about(),
-            "micro_batches": [batch.micro_batch for batch in self.batches(ranks)],
-        }
-
-    def seen(self, index: int) -> list[str]:
-        """Tasks trained up to and with a stage."""
-        return [task for plan in self.stages[: index + 1] for task in plan.tasks]
+def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
+    most = base.layout.max_positions
+    if most is not None and not base.encoder_decoder and data.max_source + max_new_tokens > most:
+        raise UserError(
+            f"data.max_source {data.max_source} and eval.max_new_tokens {max_new_tokens} together exceed "
+            f"the model's {most} positions; set data.max_source={most - max_new_tokens}"
+        )
+    return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
 
 
 def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     """Load the base, tokenise, and wrap the base with adapters. Raises UserError."""
     config = plan.config
     base = load_base(config.model, place.torch_device)
-    encoder = _encoder(base, config)
-    tokens = Tokens.make(plan.data, config, encoder)
+    most = config.eval.max_new_tokens
+    tokens = Tokens.make(plan.data, base, most)
     adapters = Adapters(
         base.model, config.adapter, name_or_path=base.name_or_path, encoder_decoder=base.encoder_decoder
     )
@@ -192,12 +100,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
         make_method(of_stage).check(of_stage, shapes)  # type: ignore[arg-type]
     bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
-    return Room(base, encoder, adapters, plan.method, place, root, plan.stages), tokens
-
-
-def _encoder(base: Base, config: RunConfig) -> Encoder:
-    data = config.data
-    return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
+    return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
 
 
 def open_stage(room: Room, config: RunConfig, index: int, *, evaluating: bool = False) -> StageRun:

@@ -23,53 +23,6 @@ from cl_runner.models.batch import Batch, Example
 from cl_runner.stage import StageRun, derived_seed
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """The batch arithmetic of a stage.
-
-    ``micro_batch`` is what a device really takes at once: the setting, or less where the ranks share a small global
-    batch. Micro-batch j of a step holds its rows j·micro … and goes to rank j mod ranks.
-    """
-
-    rows: int
-    global_batch: int
-    micro_batch: int
-    ranks: int
-    accumulation: int
-    epochs: int
-
-    @classmethod
-    def make(cls, rows: int, training: TrainingConfig, ranks: int) -> BatchPlan:
-        """The plan for so many rows on so many ranks."""
-        micro = min(training.micro_batch, math.ceil(training.global_batch / ranks))
-        accumulation = math.ceil(training.global_batch / (micro * ranks))
-        return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may be short."""
-        return math.ceil(self.rows / self.global_batch)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return self.steps_per_epoch * self.epochs
-
-    def step_rows(self, seed: int, index: int) -> Iterator[list[int]]:
-        """The rows of every step: each epoch a new order, from seed, stage and epoch alone."""
-        for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(derived_seed(seed, index, "rows", epoch))
-            rows = torch.randperm(self.rows, generator=generator).tolist()
-            for start in range(0, self.rows, self.global_batch):
-                yield rows[start : start + self.global_batch]
-
-    def micro_batches(self, rows: Sequence[int], rank: int) -> Iterator[tuple[int, list[int]]]:
-        """(global number, rows) of this rank's micro-batches of a step; rows may be empty, the count never varies."""
-        for slot in range(self.accumulation):
-            number = slot * self.ranks + rank
-            yield number, list(rows[number * self.micro_batch : (number + 1) * self.micro_batch])
-
-
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the schedule down to 0."""
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup

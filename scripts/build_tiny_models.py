@@ -59,14 +59,20 @@ def language(rng: random.Random) -> Iterator[Example]:
         yield Example(str(catalog.get(name).prompt(next(streams[name]).text)), None)
 
 
-def auxiliary(rng: random.Random) -> Iterator[Example]:
-    """Naming topic or tone. Each label has several names, and the options say which of them is asked for."""
+def auxiliary(rng: random.Random, plain: int) -> Iterator[Example]:
+    """Naming topic or tone. Each label has several names, and the options say which of them is asked for.
+
+    The first ``plain`` examples use each label's first name only: reading the options is learned once naming is.
+    """
+    done = 0
     streams = {name: rows(grammar(name), "train", SEED) for name in AUXILIARY}
     while True:
         name = "pretraining-tone" if rng.random() < 0.3 else "pretraining-topic"
         row = next(streams[name])
         kind, instruction = rng.choice(AUXILIARY[name])
-        names = {label: rng.choice(own["name"]) for label, own in grammar(name).own.items()}
+        first = done < plain or rng.random() < 0.3
+        done += 1
+        names = {label: own["name"][0] if first else rng.choice(own["name"]) for label, own in grammar(name).own.items()}
         others = rng.sample(
             [other for label, other in names.items() if label != row.label], rng.randint(2, 4 if len(names) < 6 else 13)
         )
@@ -98,7 +104,7 @@ def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(SEED)
-    sources = (language(rng), auxiliary(rng))
+    sources = (language(rng), auxiliary(rng, 0))
     corpus = [text for source in sources for _ in range(6000) for text in next(source) if text]
     corpus += [label for name in TASKS for label in grammar(name).labels] * 50
     tokenizer.train_from_iterator(corpus, trainer)
@@ -201,7 +207,7 @@ def pretrain(kind: str, steps: int, batch: int, lr: float, log: Callable[[str], 
     model = new_model(kind, tokenizer)
     log(f"{kind}: vocabulary {len(tokenizer)}, {model.num_parameters() / 1e6:.2f} M parameters")
     rng = random.Random(SEED)
-    texts, tasks = language(rng), auxiliary(rng)
+    texts, tasks = language(rng), auxiliary(rng, plain=steps * batch // 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.layers import SETTABLE
-from cl_runner.presets import family, preset_names
 from cl_runner.settings import Resolved, difference, differing_from_presets, dump, resolve, schema, settings_of, show
+from cl_runner.settings.layers import SETTABLE
+from cl_runner.settings.presets import family, preset_names
 
 
 class OLoRA(Section):

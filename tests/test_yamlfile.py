@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_runner.config_text import _yaml
 from cl_runner.errors import UserError
+from cl_runner.settings.text import _yaml
 from cl_runner.yamlfile import load, parse, parse_value
 
 

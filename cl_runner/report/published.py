@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from cl_runner.lookup import shipped
 
 FILE = "published_results.yaml"
 
@@ -49,22 +50,10 @@ class Published:
         }
 
 
-def configs_folder() -> Path:
-    """The presets' folder: in the wheel inside the package, in a checkout at the top of the repository.
-
-    Raises FileNotFoundError where neither is there.
-    """
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / FILE).is_file():
-            return folder
-    raise FileNotFoundError(f"{FILE}: neither in {package / 'configs'} nor in {package.parent / 'configs'}")
-
-
 @lru_cache(maxsize=1)
 def results() -> tuple[Published, ...]:
     """All published results."""
-    data = yaml.safe_load((configs_folder() / FILE).read_text(encoding="utf-8"))
+    data = yaml.safe_load((shipped("configs") / FILE).read_text(encoding="utf-8"))
     sources = {name: f"{s['title']} ({s['paper']}, {s['repository']})" for name, s in data["sources"].items()}
     return tuple(Published(**{**entry, "source": sources[entry["source"]]}) for entry in data["results"])
 

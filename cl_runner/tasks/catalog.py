@@ -9,14 +9,8 @@ from typing import Any
 import yaml
 
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.lookup import shipped
 from cl_runner.tasks.task import Task
-
-
-def configs() -> Path:
-    """The folder of the shipped configs: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -28,13 +22,13 @@ def _read(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def kinds() -> dict[str, str]:
     """Kind → instruction."""
-    return _read(configs() / "kinds.yaml")
+    return _read(shipped("configs") / "kinds.yaml")
 
 
 @lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
     """The names of the benchmark's tasks."""
-    return tuple(sorted((path.stem for path in (configs() / "tasks").glob("*.yaml")), key=str.casefold))
+    return tuple(sorted((path.stem for path in (shipped("configs") / "tasks").glob("*.yaml")), key=str.casefold))
 
 
 def build(entry: dict[str, Any]) -> Task:
@@ -50,4 +44,4 @@ def get(name: str) -> Task:
     if name not in names():
         hint = did_you_mean(name, names()) or f"; there are {', '.join(names())}"
         raise UserError(f"no task '{name}'{hint} (an own task needs name, kind and source in the order's file)")
-    return build(_read(configs() / "tasks" / f"{name}.yaml"))
+    return build(_read(shipped("configs") / "tasks" / f"{name}.yaml"))

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from cl_runner.config import RunConfig
-from cl_runner.config_text import dump, schema, show
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.layers import (
+from cl_runner.lookup import looks_like_path, shipped
+from cl_runner.settings.layers import (
     Given,
     Layer,
     dotted,
@@ -24,13 +24,10 @@ from cl_runner.layers import (
     strongest,
     user_text,
 )
-from cl_runner.lookup import looks_like_path, shipped
-from cl_runner.presets import EMBEDDED, PUBLISHED, Preset, published
+from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, published
 from cl_runner.tasks.order import Order, find_order, load_order
 from cl_runner.validation import first_fault, refuse, section_of, unknown, wants_text
 from cl_runner.yamlfile import Key, load
-
-__all__ = ["Resolved", "difference", "differing_from_presets", "dump", "resolve", "schema", "settings_of", "show"]
 
 MethodSchema = Callable[[str], type[BaseModel]]
 

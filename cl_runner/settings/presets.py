@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.errors import UserError
-from cl_runner.layers import Layer, from_document, given
 from cl_runner.lookup import find, shipped
+from cl_runner.settings.layers import Layer, from_document, given
 from cl_runner.tasks.order import Order, load_order
 from cl_runner.validation import refuse
 from cl_runner.yamlfile import Document, Key, load

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from cl_runner.config import RunConfig
-from cl_runner.layers import SETTABLE
+from cl_runner.settings.layers import SETTABLE
 from cl_runner.validation import section_of
 
 if TYPE_CHECKING:

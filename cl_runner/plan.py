@@ -1,0 +1,197 @@
+"""What a run will do: its stages, their rows and their batch arithmetic. Known, and refused, before torch is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_runner.config import DataConfig, RunConfig, TrainingConfig
+from cl_runner.methods import make_method
+from cl_runner.methods.base import Method, StagePlan
+from cl_runner.metrics.text import require
+from cl_runner.tasks.rows import Rows, load_rows
+from cl_runner.tasks.task import Task
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed from everything that decides it, and from nothing carried along."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a stage.
+
+    ``micro_batch`` is what a device really takes at once: the setting, or less where the ranks share a small global
+    batch. Micro-batch j of a step holds its rows j·micro … and goes to rank j mod ranks.
+    """
+
+    rows: int
+    global_batch: int
+    micro_batch: int
+    ranks: int
+    accumulation: int
+    epochs: int
+
+    @classmethod
+    def make(cls, rows: int, training: TrainingConfig, ranks: int) -> BatchPlan:
+        """The plan for so many rows on so many ranks."""
+        micro = min(training.micro_batch, math.ceil(training.global_batch / ranks))
+        accumulation = math.ceil(training.global_batch / (micro * ranks))
+        return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last may be short."""
+        return math.ceil(self.rows / self.global_batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.steps_per_epoch * self.epochs
+
+    def step_rows(self, seed: int, index: int) -> Iterator[list[int]]:
+        """The rows of every step: each epoch a new order, from seed, stage and epoch alone."""
+        import torch
+
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(derived_seed(seed, index, "rows", epoch))
+            rows = torch.randperm(self.rows, generator=generator).tolist()
+            for start in range(0, self.rows, self.global_batch):
+                yield rows[start : start + self.global_batch]
+
+    def micro_batches(self, rows: Sequence[int], rank: int) -> Iterator[tuple[int, list[int]]]:
+        """(global number, rows) of this rank's micro-batches of a step; rows may be empty, the count never varies."""
+        for slot in range(self.accumulation):
+            number = slot * self.ranks + rank
+            yield number, list(rows[number * self.micro_batch : (number + 1) * self.micro_batch])
+
+
+@dataclass
+class Data:
+    """The rows of an order's tasks, label-checked, each with the data settings of its task."""
+
+    tasks: dict[str, Task]
+    settings: dict[str, DataConfig]
+    train: dict[str, Rows]
+    test: dict[str, Rows]
+
+    @classmethod
+    def load(
+        cls, tasks: Sequence[Task], config: RunConfig, plans: Sequence[StagePlan], *, training: bool = True
+    ) -> Data:
+        """Read every row that any stage will want; raises UserError for whatever is wrong with one.
+
+        training: false reads the test rows alone; those to train on are left empty.
+        """
+        settings = {task.name: _config_of_task(config, plans, task.name).data for task in tasks}
+        train = {
+            task.name: load_rows(task, settings[task.name], "train") if training else Rows([], "train", "not read")
+            for task in tasks
+        }
+        test = {task.name: load_rows(task, settings[task.name], "test") for task in tasks}
+        return cls({task.name: task for task in tasks}, settings, train, test)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether any row was made by a grammar."""
+        return any(rows.synthetic for rows in [*self.train.values(), *self.test.values()])
+
+    def about(self) -> dict[str, Any]:
+        """What a run says of its data: rows, source and fingerprint of every split."""
+        return {
+            name: {
+                split: {
+                    "rows": len(rows),
+                    "source": rows.source,
+                    "synthetic": rows.synthetic,
+                    "dropped": rows.dropped,
+                    "fingerprint": rows.fingerprint,
+                }
+                for split, rows in (("train", self.train[name]), ("test", self.test[name]))
+            }
+            for name in self.tasks
+        }
+
+    def definitions(self) -> dict[str, str]:
+        """A hash of what each task asks and how it is scored; where its rows are from is not in it."""
+        asked = {
+            name: task.model_dump(mode="json", exclude={"source", "columns", "hub"}) for name, task in self.tasks.items()
+        }
+        return {
+            name: hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest() for name, about in asked.items()
+        }
+
+
+def _config_of_task(config: RunConfig, plans: Sequence[StagePlan], task: str) -> RunConfig:
+    """The config of the stage that trains a task."""
+    for index, plan in enumerate(plans):
+        if task in plan.tasks:
+            return stage_config(config, index, plan)
+    return config
+
+
+def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
+    """The config of a stage: what is set for its task (where it trains one) and for its position."""
+    return config.at(index + 1, plan.tasks[0] if len(plan.tasks) == 1 else None)
+
+
+@dataclass
+class Plan:
+    """What a run will do, known before anything is loaded on a device."""
+
+    config: RunConfig
+    order: str
+    method: Method
+    stages: tuple[StagePlan, ...]
+    data: Data
+
+    @classmethod
+    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], *, training: bool = True) -> Plan:
+        """Check all that can be refused without the model. Raises UserError.
+
+        training: false for a plan that will only be evaluated; it needs no rows to train on.
+        """
+        method = make_method(config)
+        stages = tuple(method.plan([task.name for task in tasks]))
+        for index, plan in enumerate(stages):
+            of_stage = stage_config(config, index, plan)
+            make_method(of_stage).check(of_stage)
+            if of_stage.training.deepspeed is not None:
+                from cl_runner.engine import read_deepspeed_json
+
+                read_deepspeed_json(of_stage.training.deepspeed)
+        for task in tasks:
+            require(task.metric, task.labels)
+        return cls(config, order, method, stages, Data.load(tasks, config, stages, training=training))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages."""
+        return [stage.name for stage in self.stages]
+
+    def batches(self, ranks: int) -> list[BatchPlan]:
+        """The batch arithmetic of each stage."""
+        found = []
+        for index, plan in enumerate(self.stages):
+            rows = sum(len(self.data.train[task]) for task in plan.tasks)
+            found.append(BatchPlan.make(rows, stage_config(self.config, index, plan).training, ranks))
+        return found
+
+    def identity(self, ranks: int) -> dict[str, Any]:
+        """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches."""
+        return {
+            "stages": [[stage.name, *stage.tasks] for stage in self.stages],
+            "definitions": self.data.definitions(),
+            "data": self.data.about(),
+            "micro_batches": [batch.micro_batch for batch in self.batches(ranks)],
+        }
+
+    def seen(self, index: int) -> list[str]:
+        """Tasks trained up to and with a stage."""
+        return [task for plan in self.stages[: index + 1] for task in plan.tasks]

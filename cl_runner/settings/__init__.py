@@ -1,0 +1,6 @@
+"""Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
+
+from cl_runner.settings.resolve import Resolved, difference, differing_from_presets, resolve, settings_of
+from cl_runner.settings.text import dump, schema, show
+
+__all__ = ["Resolved", "difference", "differing_from_presets", "dump", "resolve", "schema", "settings_of", "show"]
