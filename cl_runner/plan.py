@@ -121,10 +121,12 @@ class Data:
     def definitions(self) -> dict[str, str]:
         """A hash of what each task asks and how it is scored; where its rows are from is not in it."""
         asked = {
-            name: task.model_dump(mode="json", exclude={"source", "columns", "hub"}) for name, task in self.tasks.items()
+            name: task.model_dump(mode="json", exclude={"source", "columns", "hub", "sizes"})
+            for name, task in self.tasks.items()
         }
         return {
-            name: hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest() for name, about in asked.items()
+            name: hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+            for name, about in asked.items()
         }
 
 

@@ -23,21 +23,21 @@ from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Method, Source, StagePlan
+from cl_runner.methods.base import Source, StagePlan
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
-from cl_runner.metrics.text import require
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
 from cl_runner.place import Place
+from cl_runner.plan import BatchPlan, Data, Plan, stage_config
 from cl_runner.progress import Screen
 from cl_runner.progress import StagePlan as ShownStage
 from cl_runner.rundir import RunDir, append_jsonl, write_json, write_text
 from cl_runner.runs import read_matrix
 from cl_runner.stage import Room, StageRun
-from cl_runner.tasks.rows import Rows, load_rows
+from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
-from cl_runner.train import BatchPlan, Trained, train_stage
+from cl_runner.train import Trained, train_stage
 
 
 @dataclass

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +22,7 @@ from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prom
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, greedy, logits
 from cl_runner.place import Place
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed from everything that decides it, and from nothing carried along."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from cl_runner.plan import derived_seed
 
 
 @dataclass

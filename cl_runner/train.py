@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from cl_runner.engine import Engine
 from cl_runner.errors import TrainingError
 from cl_runner.methods.base import Source, overrides
 from cl_runner.models.batch import Batch, Example
-from cl_runner.stage import StageRun, derived_seed
+from cl_runner.plan import BatchPlan, derived_seed
+from cl_runner.stage import StageRun
 
 
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:

@@ -1,14 +1,18 @@
 """Past updates folded into the weight: a step costs the same at stage 15 as at stage 2.
 
 The fp32 sum of past updates is the truth; the weight computed with is W0 plus that sum, rounded once. Where rounding
-into a bf16 weight would lose 1 % of the update's norm or more, the update stays a bf16 matrix of its own beside W0.
+to bf16 would lose 1 % of the update's norm or more (it does for any update under a tenth of the weight), W0 and the
+update stand side by side as one matrix of twice the width, and the input goes in twice: ``[W0 | ΔW] [x; x]``. One
+product adds both up in fp32 and rounds once. A second product added to the first would not do: the sum of two bf16
+outputs loses what a rounded weight loses.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ROUNDING_LOSS = 0.01
 
@@ -17,16 +21,17 @@ class Accumulator:
     """The fp32 sum of past updates of one target layer, and the weight that carries it.
 
     ``sum`` is (m, n), out by in, or None while nothing was folded. ``transposed`` layers (GPT-2's Conv1D) keep their
-    weight in by out.
+    weight in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's.
+    Read W0 here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
     """
 
-    def __init__(self, layer: nn.Module, transposed: bool) -> None:
+    def __init__(self, layer: nn.Module, transposed: bool, compute: torch.dtype | None = None) -> None:
         self.layer = layer
         self.transposed = transposed
+        self.compute = compute or self.weight.dtype
         self.sum: Tensor | None = None
-        self.beside: Tensor | None = None
-        self._base: Tensor | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._base: Tensor | None = None  # W0 where the weight holds the sum, in the weight's own layout
+        self._doubling: torch.utils.hooks.RemovableHandle | None = None  # there while the update stands beside W0
 
     @property
     def weight(self) -> Tensor:
@@ -38,8 +43,15 @@ class Accumulator:
     @property
     def base(self) -> Tensor:
         """W0, (m, n), in the base's precision."""
+        if self._doubling is not None:
+            return self._halves()[0]
         weight = self.weight.data if self._base is None else self._base
         return weight.T if self.transposed else weight
+
+    @property
+    def beside(self) -> Tensor | None:
+        """The update as it stands beside W0, (m, n) in the weight's precision; None where it is in the weight."""
+        return None if self._doubling is None else self._halves()[1]
 
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
@@ -49,37 +61,53 @@ class Accumulator:
     @torch.no_grad()
     def set(self, total: Tensor | None) -> None:
         """Replace the sum of past updates; None is the untouched base."""
-        if self._base is None:
-            if total is None:
-                return
-            self._base = self.weight.data.clone()
+        self._unfold()
         self.sum = total
-        self.beside = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
         if total is None:
-            self.weight.data.copy_(self._base)
             return
         update = total.T if self.transposed else total
-        summed = (self._base.float() + update).to(self.weight.dtype)
-        lost = torch.linalg.vector_norm((summed.float() - self._base.float()) - update)
-        if self.weight.dtype == torch.float32 or lost < ROUNDING_LOSS * torch.linalg.vector_norm(update):
-            self.weight.data.copy_(summed)
-            return
-        self.weight.data.copy_(self._base)
-        self.beside = total.to(self.weight.dtype)
-        self._hook = self.layer.register_forward_hook(self._add_beside)
+        weight = self.weight.data
+        summed = (weight.float() + update).to(weight.dtype)
+        if self._keeps(weight, summed, update):
+            self._base = weight.clone()
+            weight.copy_(summed)
+        else:
+            side_by_side = torch.cat([weight, update.to(weight.dtype)], dim=0 if self.transposed else 1)
+            self.weight.data = side_by_side
+            self._doubling = self.layer.register_forward_pre_hook(_twice)
 
-    def _add_beside(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert self.beside is not None
-        return output + F.linear(inputs[0].to(self.beside.dtype), self.beside).to(output.dtype)
+    def _keeps(self, weight: Tensor, summed: Tensor, update: Tensor) -> bool:
+        """Whether the difference of the weights, as computed with, still is the update."""
+        if self.compute == torch.float32:
+            return True
+        moved = summed.to(self.compute).float() - weight.to(self.compute).float()
+        lost = torch.linalg.vector_norm(moved - update)
+        return bool(lost <= ROUNDING_LOSS * torch.linalg.vector_norm(update))
+
+    def _unfold(self) -> None:
+        """The layer as it was."""
+        if self._doubling is not None:
+            self._doubling.remove()
+            base = self._halves()[0]
+            self.weight.data = (base.T if self.transposed else base).clone(memory_format=torch.contiguous_format)
+            self._doubling = None
+        if self._base is not None:
+            self.weight.data.copy_(self._base)
+            self._base = None
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        wide = self.weight.data.T if self.transposed else self.weight.data
+        base, update = wide.chunk(2, dim=1)
+        return base, update
 
     def applied(self) -> Tensor:
         """The update that the forward really applies, (m, n) fp32: what tests compare with ``sum``."""
         if self.beside is not None:
-            return self.beside.float()
-        if self._base is None:
-            return torch.zeros_like(self.base, dtype=torch.float32)
-        moved = self.weight.data.float() - self._base.float()
-        return moved.T if self.transposed else moved
+            return self.beside.to(self.compute).float()
+        weight = self.weight.data.T if self.transposed else self.weight.data
+        return weight.to(self.compute).float() - self.base.to(self.compute).float()
+
+
+def _twice(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x: Tensor = inputs[0]
+    return (torch.cat([x, x], dim=-1), *inputs[1:])
