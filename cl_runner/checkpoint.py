@@ -1,24 +1,28 @@
 """A stage's state, to its folder and back: the adapters, what the method carries, and what identifies them.
 
-A later stage, ``eval`` and a resumed run all read a stage through here, and nothing else of it.
+A later stage, ``eval`` and a resumed run all read a stage through here. What an earlier stage holds already is named
+by file and hash, not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cl_runner.adapters import Pair
-from cl_runner.adapters.saved import WEIGHTS, load_own_pair, load_pairs, own_pair_tensors, save_adapter
+from cl_runner.adapters.saved import WEIGHTS, load_own_pair, load_pairs, load_sums, own_pair_tensors, save_adapter
 from cl_runner.errors import UserError
 from cl_runner.methods.base import State
 from cl_runner.rundir import RunDir, read_json, sha256, write_json
 from cl_runner.stage import StageRun
 
 METHOD_PREFIX = "method."
+PAST_PREFIX = "past."  # sums of past updates that the adapter holds only together with the live one
+STATE = "state.safetensors"
 
 
 def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
@@ -26,46 +30,50 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
 
     Returns the sizes of what is carried, in MB.
     """
-    adapters, method = stage.adapters, stage.room.method
-    live = adapters.kept.get(stage.plan.name)
-    pairs = [*adapters.folded, *([live] if live else [])]
-    saved = save_adapter(folder / "adapter", adapters, pairs)
+    adapters, method, name = stage.adapters, stage.room.method, stage.plan.name
+    live = adapters.kept.get(name)
+    saved = save_adapter(folder / "adapter", adapters, live)
     state = method.state()
-    tensors = {METHOD_PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.tensors.items()}
-    if saved["dense"]:
-        tensors.update(own_pair_tensors(pairs[-1]))
+    tensors = {METHOD_PREFIX + key: _to_disk(tensor) for key, tensor in state.tensors.items()}
+    if live is not None:
+        sums = {target: adapters.past[target].sum for target in saved["dense"]}
+        tensors.update({PAST_PREFIX + target: _to_disk(s) for target, s in sums.items() if s is not None})
+    if saved["own"] == "state":
+        own = live or next((pair for pair in adapters.folded if pair.stage == name), None)
+        tensors.update(own_pair_tensors(own) if own else {})
     if tensors:
-        save_file(tensors, folder / "state.safetensors")
-    others = {name: other for name, other in adapters.kept.items() if name != stage.plan.name}
-    names = [plan.name for plan in stage.order]
-    kept = {name: f"../{names.index(name) + 1:02d}-{name}" for name in others}
-    sizes = {
-        "adapter": _megabytes(folder / "adapter" / WEIGHTS),
-        "method": _megabytes(folder / "state.safetensors"),
-    }
+        save_file(tensors, folder / STATE)
+    earlier = [pair.stage for pair in adapters.folded if pair.stage != name] if saved["own"] == "state" else []
+    kept = [other for other in adapters.kept if other != name]
+    sizes = {"adapter": _megabytes(folder / "adapter" / WEIGHTS), "method": _megabytes(folder / STATE)}
     write_json(
         folder / "state.json",
         {
             "method": stage.config.method.name,
-            "stage": stage.plan.name,
+            "stage": name,
             "tasks": list(stage.plan.tasks),
             "start": stage.plan.start,
-            "live": stage.plan.name if live else None,
-            "kept": {name: {"folder": where, "sha256": _hash_of(folder, where)} for name, where in kept.items()},
+            "live": name if live else None,
+            "kept": _references(folder, stage, kept),
+            "earlier": _references(folder, stage, earlier),
             "state": state.json,
             "megabytes": sizes,
             **saved,
         },
     )
-    answers = {
-        task: "adapter" if wanted == stage.plan.name else f"{kept[wanted]}/adapter"
-        for plan in stage.order[: stage.index + 1]
-        for task in plan.tasks
-        if (wanted := method.answering(task if type(method).task_id else None)) in {*kept, stage.plan.name}
-    }
+    answers = _answers(stage, kept)
     if kept and answers:
         write_json(folder / "answers.json", answers)
     return sizes
+
+
+def _answers(stage: StageRun, kept: Iterable[str]) -> dict[str, str]:
+    """Task → adapter folder that answers it, relative to the stage's, for the tasks that have one."""
+    method, name = stage.room.method, stage.plan.name
+    where = {name: "adapter", **{other: f"../{_folder_name(stage, other)}/adapter" for other in kept}}
+    tasks = [task for plan in stage.order[: stage.index + 1] for task in plan.tasks]
+    wanted = {task: method.answering(task if type(method).task_id else None) for task in tasks}
+    return {task: where[other] for task, other in wanted.items() if other in where}
 
 
 def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
@@ -74,22 +82,20 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
     Raises:
         UserError: a file is missing, or is not what was committed.
     """
-    names = [plan.name for plan in stage.order]
-    folder = rundir.stage_dir(index, names[index])
+    folder = rundir.stage_dir(index, stage.order[index].name)
     verify(folder)
     state = read_json(folder / "state.json")
-    pairs = _pairs(rundir, names, index)
+    tensors = load_file(folder / STATE) if (folder / STATE).exists() else {}
     live = state["live"]
-    kept = {name: _pairs(rundir, names, names.index(name))[-1] for name in state["kept"]}
-    for entry in state["kept"].values():
-        if _hash_of(folder, entry["folder"]) != entry["sha256"]:
-            raise UserError(f"{folder / entry['folder']}: not the adapter that {folder.name} was committed with")
+    pairs = load_pairs(folder / "adapter", state) if state["own"] == "adapter" else _pairs(folder, state, tensors)
+    kept = {name: _referenced(folder, name, where) for name, where in state["kept"].items()}
     if live:
         kept[live] = pairs.pop()
-    stage.adapters.restore(pairs, kept, live)
-    tensors = load_file(folder / "state.safetensors") if (folder / "state.safetensors").exists() else {}
-    own = {name.removeprefix(METHOD_PREFIX): t for name, t in tensors.items() if name.startswith(METHOD_PREFIX)}
-    stage.room.method.load_state(State(own, state["state"]))
+        sums = _named(tensors, PAST_PREFIX)
+    else:
+        sums = load_sums(folder / "adapter", state["dense"])
+    stage.adapters.restore(pairs, kept, live, sums=sums, dense=state["dense_stages"])
+    stage.room.method.load_state(State(_named(tensors, METHOD_PREFIX), state["state"]))
 
 
 def verify(folder: Path) -> None:
@@ -98,7 +104,7 @@ def verify(folder: Path) -> None:
     Raises:
         UserError: naming the first one that is not.
     """
-    for name, digest in read_json(folder / "DONE")["sha256"].items():
+    for name, digest in _sealed(folder).items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{folder} is damaged: {name} is missing")
@@ -106,20 +112,61 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder} is damaged: {name} is not what was committed")
 
 
-def _pairs(rundir: RunDir, names: Sequence[str], index: int) -> list[Pair]:
-    """The pairs that a stage's adapter is the sum of, in stage order."""
-    folder = rundir.stage_dir(index, names[index])
-    state = read_json(folder / "state.json")
-    if not state["dense"]:
-        return load_pairs(folder / "adapter", state)
-    # A dense adapter is one matrix: the earlier pairs stand with the earlier stages, its own in its state.
-    about = state["pairs"][-1]
-    return [*_pairs(rundir, names, index - 1), load_own_pair(load_file(folder / "state.safetensors"), about)]
+def _sealed(folder: Path) -> dict[str, str]:
+    """File → hash, as committed."""
+    hashes = read_json(folder / "DONE").get("sha256")
+    if not isinstance(hashes, dict):
+        raise UserError(f"{folder} is damaged: DONE holds no hashes")
+    return hashes
 
 
-def _hash_of(folder: Path, other: str) -> str:
-    # The draft stands beside the stages, as its final place does, so that the relative path is right from both.
-    return str(read_json(folder / other / "DONE")["sha256"][f"adapter/{WEIGHTS}"])
+def _pairs(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Pair]:
+    """The pairs in a stage's sum, where its adapter does not hold them: each from the stage that made it."""
+    return [
+        load_own_pair(tensors, about)
+        if about["stage"] == state["stage"]
+        else _referenced(folder, about["stage"], state["earlier"][about["stage"]])
+        for about in state["pairs"]
+    ]
+
+
+def _references(folder: Path, stage: StageRun, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The files that hold the own pairs of earlier stages, relative to ``folder``, and their hashes."""
+    found = {}
+    for name in names:
+        other = f"../{_folder_name(stage, name)}"
+        own = read_json(folder / other / "state.json")["own"]
+        file = STATE if own == "state" else f"adapter/{WEIGHTS}"
+        found[name] = {"file": f"{other}/{file}", "sha256": _sealed(folder / other)[file]}
+    return found
+
+
+def _referenced(folder: Path, name: str, where: Mapping[str, str]) -> Pair:
+    """The own pair of an earlier stage that ``folder`` names by file and hash."""
+    other = folder.parent / Path(where["file"]).parts[1]
+    verify(other)
+    if sha256(folder / where["file"]) != where["sha256"]:
+        raise UserError(f"{other} is not the stage that {folder.name} was committed with")
+    state = read_json(other / "state.json")
+    if state["own"] == "adapter":
+        return next(pair for pair in load_pairs(other / "adapter", state) if pair.stage == name)
+    about = next(about for about in state["pairs"] if about["stage"] == name)
+    return load_own_pair(load_file(other / STATE), about)
+
+
+def _folder_name(stage: StageRun, name: str) -> str:
+    index = next(i for i, plan in enumerate(stage.order) if plan.name == name)
+    # The draft stands beside the stages, as its final place does, so that a relative path is right from both.
+    return f"{index + 1:02d}-{name}"
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _to_disk(tensor: Tensor) -> Tensor:
+    """A copy: safetensors refuses tensors that share memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _megabytes(file: Path) -> float:

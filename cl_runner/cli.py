@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cl_runner import __version__
-from cl_runner.console import report_error, stdout_kept_for_results
+from cl_runner import __version__, console
+from cl_runner.console import one_line, say_error, stdout_kept_for_results
 from cl_runner.errors import TrainingError, UserError
+from cl_runner.stopping import Stopped, signals_stop
 
 # Plain text, no boxes; errors are told in one line by main().
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
@@ -57,6 +62,7 @@ def _flags(**given: Any) -> dict[str, Any]:
 def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Settings of every command."""
     if version:
@@ -84,14 +90,14 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a task order with a method; goes on where an unfinished run stopped."""
-    from cl_runner import commands
+    from cl_runner import commands, session
 
     flags = _flags(
         method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
         output__name=name, seed=seed,
     )  # fmt: skip
     request = commands.Request(order, preset or [], config, flags, set_ or [])
-    commands.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json)
+    raise typer.Exit(session.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json))
 
 
 @app.command(name="eval")
@@ -176,8 +182,8 @@ def config_show(
 
 
 @config_app.command("schema")
-def config_schema() -> None:
-    """JSON Schema of the settings, for editors."""
+def config_schema(as_json: Json = False) -> None:
+    """JSON Schema of the settings, for editors (JSON in any case)."""
     from cl_runner import listing
 
     listing.show_schema()
@@ -225,43 +231,94 @@ def data_show(
 def new_order(
     file: Annotated[Path, typer.Argument(help="The YAML file to write.")],
     from_olora: Annotated[Path | None, typer.Option("--from-olora", help="An O-LoRA order folder.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a commented example of a task order."""
     from cl_runner.tasks.order import new_order as write
 
-    for line in write(file, from_olora):
-        print(line)
+    lines = write(file, from_olora)
+    if as_json:
+        console.print_json({"file": str(file)})
+    else:
+        for line in lines:
+            print(line)
 
 
 def main() -> None:
     """Run the command line; the exit code says how it ended (0 done, 1 training failed, 2 input, 130 stopped)."""
-    debug = "--debug" in sys.argv[1:]
+    code = outcome(sys.argv[1:])
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    # To take torch's modules down one by one takes Python seconds, and serves nobody.
+    if not (code and _part_of_many()):  # what other processes share may wait for one that is gone
+        atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def outcome(arguments: list[str]) -> int:
+    """Do what the arguments say; returns the exit code. Whatever goes wrong is one line on stderr."""
+    console.debugging = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
-        with stdout_kept_for_results():
-            code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        with stdout_kept_for_results(), signals_stop():
+            code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except UserError as error:
-        report_error(error, debug)
-        sys.exit(2)
+        return _told(error, 2)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as error:
+        return _told(error, 130, "stopped")
     except TrainingError as error:
-        report_error(error, debug)
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        return _told(error, 1)
     except Exception as error:
         # Typer brings its own click, whose usage errors have one thing in common.
         if hasattr(error, "format_message"):
-            report_error(UserError(usage_line(error)), debug)
-            sys.exit(2)
-        if debug:
-            raise
-        report_error(TrainingError(f"{type(error).__name__}: {error} (--debug shows where)"), debug)
-        sys.exit(1)
+            return _told(error, 2, usage_line(error))
+        return _told(error, 1, unforeseen(error))
+
+
+def _told(error: BaseException, code: int, message: str | None = None) -> int:
+    """Say it, by one process of a run alone; returns the exit code."""
+    from cl_runner.launch.channel import TOLD, Channel
+    from cl_runner.place import assigned
+
+    part = assigned()
+    if part is None or part.rank == 0:
+        say_error(error, message)
+        Channel.given().say(TOLD)
+    return code
+
+
+def _part_of_many() -> bool:
+    from cl_runner.place import assigned
+
+    part = assigned()
+    return part is not None and part.ranks > 1
+
+
+def unforeseen(error: Exception) -> str:
+    """An error that nobody thought of; those of the system by what they are of."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else f"cannot write: {error.strerror}"
+    return f"{type(error).__name__}: {one_line(str(error))} (--debug shows where)"
+
+
+# What click and pydantic say of a value of the wrong type, in the words that the settings use.
+TYPES = {"integer": "must be a whole number", "number": "must be a number", "boolean": "must be true or false"}
 
 
 def usage_line(error: Any) -> str:
     """A usage error in one line, with the help that would tell more."""
-    message = " ".join(str(error.format_message()).split())
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "cl-runner"
-    return f"{message.rstrip('.')} ({command} --help tells more)"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        names = [name for name, each in context.command.commands.items() if not each.hidden]
+        return f"say which command: {', '.join(names)} ({command} --help tells more)"
+    message = one_line(str(error.format_message())).rstrip(".")
+    found = re.fullmatch(r"Invalid value for '?([^':]+)'?: .*valid (integer|number|boolean).*", message)
+    if found:
+        message = f"{found[1]}: {TYPES[found[2]]}"
+    return f"{message} ({command} --help tells more)"

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _results: TextIO | None = None
+debugging = False  # --debug: errors come with their traceback
+
+
+class _Results(io.TextIOWrapper):
+    """The real stdout. Who reads it (``head``) may have had enough: what comes after that is dropped."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            return self._drop(len(text))
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._drop(0)
+
+    def _drop(self, length: int) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return length
 
 
 @contextmanager
 def stdout_kept_for_results() -> Iterator[None]:
-    """Inside, whatever libraries print (C code too) goes to stderr; ``result`` still reaches the real stdout."""
+    """Inside, whatever libraries print (C code too) goes to stderr; ``print`` of ours still reaches the real stdout."""
     global _results
     try:
+        sys.stdout.flush()
         kept = os.dup(1)
         os.dup2(2, 1)
-    except OSError:  # started with stdout or stderr closed
+    except (OSError, ValueError, AttributeError):  # started with stdout or stderr closed
         yield
         return
-    _results = os.fdopen(kept, "w", encoding="utf-8")
-    was = sys.stdout
-    sys.stdout = _results  # ours: print() is a result
+    # A lone surrogate, which UTF-8 cannot hold, comes out as the escape that JSON has for it.
+    results = _Results(io.BufferedWriter(io.FileIO(kept, "w")), encoding="utf-8", errors="backslashreplace")
+    was, sys.stdout, _results = sys.stdout, results, results  # ours: print() is a result
     try:
         yield
-        _results.flush()
-    except BrokenPipeError:
-        # Who read us (head) has had enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), kept)
     finally:
-        sys.stdout = was
-        _results = None
+        sys.stdout, _results = was, None
+        results.flush()
+        os.dup2(kept, 1)
+        results.close()
+
+
+def results_fd() -> int:
+    """The file descriptor of the real stdout."""
+    return 1 if _results is None else _results.fileno()
 
 
 def print_json(value: Any) -> None:
@@ -42,10 +70,15 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def report_error(error: Exception, debug: bool) -> None:
-    """One line on stderr, by one process of a run; with ``--debug`` the traceback before it."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if debug:
+def one_line(text: str) -> str:
+    """``text`` on one line, cut where it is longer than anyone reads."""
+    line = " ".join(text.split())
+    return line if len(line) <= 1000 else line[:1000] + " …"
+
+
+def say_error(error: BaseException, message: str | None = None) -> None:
+    """One line on stderr; with ``--debug`` the traceback before it."""
+    if debugging:
         traceback.print_exception(error)
-    print(f"cl-runner: {error}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"cl-runner: {one_line(message or str(error))}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 Measured facts this file rests on (deepspeed 0.19): a parameter that trains is fp32 and its own master as long as
 DeepSpeed's ``bf16`` section stays off; gradient clipping left unset means 1.0; an in-place write to a parameter is
-lost at the next step unless the fp32 fragment is written with it; an engine that is not destroyed is never freed.
+lost at the next step unless the fp32 fragment is written with it; an engine that is not destroyed is never freed, nor
+is one whose hooks stay on the module.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +27,12 @@ from cl_runner.errors import TrainingError, UserError
 from cl_runner.optim import ParameterGroup, RuleOptimizer
 from cl_runner.place import Place
 
-# Keys of a DeepSpeed JSON that decide numbers we answer for.
+# Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
 OWNED = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
     "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
+    "managed_gradient_accumulation": "training.global_batch and training.micro_batch",
     "gradient_clipping": "training.clip",
     "optimizer": "training.optimizer and training.lr",
     "scheduler": "training.schedule",
@@ -37,7 +40,18 @@ OWNED = {
     "fp16": "training.precision",
     "amp": "training.precision",
     "torch_autocast": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
+    "zero_optimization.offload_optimizer": "training.offload_optimizer",
+    "zero_optimization.zenflow": "training.offload_optimizer",
 }
+
+# What ``start`` sets, and what it was before: a child process must not take this one's port and rank for its own.
+_EXPORTED = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("DS_ACCELERATOR", "DS_BUILD_OPS"),
+)
+_environment: dict[str, str | None] = {}
 
 
 class Autocast(nn.Module):
@@ -55,7 +69,14 @@ class Autocast(nn.Module):
 
     def context(self) -> Any:
         """The autocast context of every forward of this model, training or not."""
-        return torch.autocast(self._device, torch.bfloat16) if self._bf16 else nullcontext()
+        if not self._bf16:
+            return nullcontext()
+        # Uncached: a cast made under no_grad (or before a write) would serve later forwards, without their gradient.
+        return torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+
+    def twin(self) -> Autocast:
+        """Another wrapper of the same model, out of reach of what DeepSpeed hangs on this one."""
+        return Autocast(self.model, torch.device(self._device), self._bf16)
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
         with self.context():
@@ -66,6 +87,7 @@ def start(place: Place) -> None:
     """Bring up the one process group of this process; it lives through all stages. Safe to call again."""
     if torch.distributed.is_initialized():
         return
+    _environment.update({name: os.environ.get(name) for name in _EXPORTED})
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if place.device == "cuda" else "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
     place.export()
@@ -78,18 +100,26 @@ def start(place: Place) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls a collective by a name that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    if place.device == "cuda":
+        torch.cuda.set_device(place.torch_device)  # collectives of objects take the current device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
 
 
 def stop() -> None:
-    """Take the process group down (an open one makes later groups of this process hang)."""
+    """Take the process group down (an open one makes later groups of this process hang), the environment with it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
         from deepspeed import comm
 
+        comm.destroy_process_group()  # with the groups that DeepSpeed itself remembers
         comm.comm.cdb = None
+    for name, value in _environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environment.clear()
 
 
 def broadcast_object(place: Place, value: Any) -> Any:
@@ -136,17 +166,25 @@ class Engine:
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 raise TrainingError(f"{name} trains and is {parameter.dtype}; what trains must be fp32")
+            parameter.grad = None  # what an earlier stage left, that did not train it, would be added to
         self.whole = [name for group in self.groups if group.rule == "whole" for name in group.parameters]
         config = deepspeed_config(training, micro_batch=micro_batch, accumulation=accumulation, ranks=place.ranks)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=root,
-                model_parameters=[p for p in self.parameters.values()],  # noqa: C416 (a list is what it wants)
-                optimizer=self._make_optimizer(),
-                config=config,
-                dist_init_required=False,
-            )
+        optimizer = self._make_optimizer()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                    model=root,
+                    model_parameters=list(self.parameters.values()),
+                    optimizer=optimizer,
+                    config=config,
+                    dist_init_required=False,
+                )
+        except (AssertionError, ValueError) as error:
+            if training.deepspeed is None:
+                raise
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"training.deepspeed: {training.deepspeed}: DeepSpeed refuses it: {why}") from error
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         groups = [
@@ -198,7 +236,8 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of the whole mean gradient (no clipping), the same number on every rank."""
         square = torch.zeros((), dtype=torch.float64, device=self.place.torch_device)
-        for norm in torch._foreach_norm(list(self._fragments())):
+        fragments = list(self._fragments())
+        for norm in torch._foreach_norm(fragments) if fragments else ():  # a rank may own nothing but padding
             square += norm.double().to(square.device) ** 2
         return float(self.all_reduce(square).sqrt())
 
@@ -206,8 +245,9 @@ class Engine:
     def clip(self) -> float:
         """Scale the whole gradient to norm ``training.clip`` at most; returns the norm before."""
         norm = self.gradient_norm()
-        if self._clip > 0 and norm > self._clip:
-            torch._foreach_mul_(list(self._fragments()), self._clip / (norm + 1e-6))
+        fragments = list(self._fragments())
+        if fragments and 0 < self._clip < norm < math.inf:
+            torch._foreach_mul_(fragments, self._clip / (norm + 1e-6))
         return norm
 
     def whole_gradients(self) -> dict[str, Tensor]:
@@ -241,18 +281,28 @@ class Engine:
             parameter.data.copy_(value)
 
     def moments(self, name: str) -> dict[str, Tensor] | None:
-        """Adam's whole ``exp_avg`` and ``exp_avg_sq`` of a parameter; None before the first step. A collective."""
+        """Adam's whole ``exp_avg`` and ``exp_avg_sq`` of a parameter; a collective.
+
+        None before the first step, and for a parameter of another rule.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not self._optimizer.state or self._engine.global_steps == 0:
+        if not self._has_moments(name):
             return None
         parameter = self.parameters[name]
         return {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+
+    def _has_moments(self, name: str) -> bool:
+        # Asked of what every rank knows alike: DeepSpeed itself fails on the rank that owns a fragment alone.
+        adamw = any(name in group.parameters and group.rule == "adamw" for group in self.groups)
+        return adamw and self._engine.global_steps > self._engine.skipped_steps
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         """Replace Adam's moments of a parameter (after at least one step)."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if not self._has_moments(name):
+            raise TrainingError(f"{name} has no moments before the first step, nor under another rule than adamw")
         for key, value in moments.items():
             safe_set_full_optimizer_state(self.parameters[name], value.to(torch.float32).contiguous(), key)
 
@@ -274,6 +324,9 @@ class Engine:
                     if hasattr(parameter, name):
                         delattr(parameter, name)
                 parameter.grad = None
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            if hook is not None:  # DeepSpeed leaves both on the module, and the engine alive with them
+                hook.remove()
         self._engine.destroy()
         del self._engine, self._optimizer
         gc.collect()
@@ -295,6 +348,7 @@ def deepspeed_config(training: TrainingConfig, *, micro_batch: int, accumulation
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every forward
         "wall_clock_breakdown": False,
     }
     if training.offload_optimizer:
@@ -315,12 +369,13 @@ def read_deepspeed_json(file: str | None) -> dict[str, Any]:
         raise UserError(f"training.deepspeed: {file}: not JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"training.deepspeed: {file}: must be a JSON object")
-    for key, ours in OWNED.items():
-        if key in given:
-            raise UserError(f"training.deepspeed: {file}: '{key}' is decided by {ours}; remove it from the file")
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 2) != 2:
         raise UserError(f"training.deepspeed: {file}: zero_optimization.stage must be 2")
+    for key, ours in OWNED.items():
+        section, _, name = key.rpartition(".")
+        if name in (given.get(section, {}) if section else given):
+            raise UserError(f"training.deepspeed: {file}: '{key}' is decided by {ours}; remove it from the file")
     return given
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,28 +42,55 @@ class Place:
         )
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """What a launcher (deepspeed, torchrun, srun) made of this process."""
+
+    rank: int
+    local_rank: int
+    ranks: int
+    address: str
+    port: int
+
+
+def assigned(env: Mapping[str, str] = os.environ) -> Assigned | None:
+    """The part a launcher gave this process; None for one that stands alone. Does not need torch."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank = int(env["RANK"])
+        local = int(env.get("LOCAL_RANK", rank))
+        address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))
+        return Assigned(rank, local, int(env["WORLD_SIZE"]), address, port)
+    if "SLURM_PROCID" not in env:
+        return None
+    # A batch script is a process of Slurm too, with the job's SLURM_NTASKS; a step's own number only srun gives.
+    ranks = int(env.get("SLURM_STEP_NUM_TASKS") or (env.get("SLURM_NTASKS", "1") if "MASTER_ADDR" in env else "1"))
+    if ranks < 2:
+        return None
+    rank = int(env["SLURM_PROCID"])
+    address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "127.0.0.1"
+    # The same on every node, and another one for each step of a job.
+    step = int(env.get("SLURM_JOB_ID", "0")) * 131 + int(env.get("SLURM_STEP_ID", "0"))
+    port = int(env.get("MASTER_PORT") or 20000 + step % 12000)
+    return Assigned(rank, int(env.get("SLURM_LOCALID", rank)), ranks, address, port)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's short form: ``gpu[03-07,12],login`` is gpu03."""
+    found = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
 def here() -> Place:
-    """The place that a launcher (deepspeed, torchrun, srun) gave this process; else one process, alone."""
+    """The place that a launcher gave this process; else one process, alone."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local = int(env.get("LOCAL_RANK", rank))
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        rank, ranks = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-        local = int(env.get("SLURM_LOCALID", rank))
-    else:
+    given = assigned()
+    if given is None:
         return Place(device=device)
-    return Place(
-        rank=rank,
-        local_rank=local,
-        ranks=ranks,
-        device=device,
-        address=env.get("MASTER_ADDR", "127.0.0.1"),
-        port=int(env.get("MASTER_PORT", "29500")),
-    )
+    # srun may show each process one GPU of its own.
+    local = given.local_rank % torch.cuda.device_count() if device == "cuda" else given.local_rank
+    return Place(given.rank, local, given.ranks, device, given.address, given.port)
 
 
 def free_port() -> int:

@@ -11,22 +11,24 @@ from cl_runner.checkpoint import restore_stage
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, evaluate
 from cl_runner.place import Place
+from cl_runner.plan import Plan
 from cl_runner.progress import Screen, StagePlan
-from cl_runner.run import Plan, open_room, open_stage
+from cl_runner.run import open_room, open_stage
 from cl_runner.rundir import RunDir, read_json, read_jsonl
+from cl_runner.runs import readable
 from cl_runner.settings import Resolved
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """Scores now and as committed (percent), and the ids of the rows whose answer differs."""
+    """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed)."""
 
     stage: int
     name: str
     synthetic: bool
     now: dict[str, float | None]
     committed: dict[str, float | None]
-    differing: dict[str, list[str]]
+    differing: dict[str, list[str] | None]
 
     def to_json(self) -> dict[str, Any]:
         """The same for machines."""
@@ -44,13 +46,13 @@ class Rescored:
         mark = ", synthetic" if self.synthetic else ""
         lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
         for task, score in self.now.items():
-            before = self.committed.get(task)
-            if task not in self.committed:
+            ids = self.differing[task]
+            if ids is None:
                 lines.append(f"  {task}: {_percent(score)} (not scored when the stage was committed)")
-            elif self.differing[task]:
-                ids = self.differing[task]
+            elif ids:
                 rows = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-                lines.append(f"  {task}: {_percent(score)}, committed {_percent(before)}; other answers: {rows}")
+                before = _percent(self.committed.get(task))
+                lines.append(f"  {task}: {_percent(score)}, committed {before}; other answers: {rows}")
             else:
                 lines.append(f"  {task}: {_percent(score)}, as committed")
         return lines
@@ -65,26 +67,40 @@ def rescore(
         UserError: the data are not those of the run, or the stage is damaged.
     """
     assert resolved.order is not None
-    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
-    before = rundir.about()["identity"]["data"]
-    committed = read_json(rundir.stage_dir(index, plan.stages[index].name) / "metrics.json")["scores"]
+    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks, training=False)
+    with readable(rundir):
+        _same(plan, rundir, tasks)
+        folder = rundir.stage_dir(index, plan.names[index])
+        committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
+        outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / "predictions.jsonl")}
     wanted = list(tasks or committed)
-    for task in wanted:
-        if before[task]["test"]["fingerprint"] != plan.data.test[task].fingerprint:
-            raise UserError(f"the test data of {task} are not those of the run {rundir.path}")
     engine.start(place)
     try:
         scored = _score(plan, rundir, index, wanted, place, screen)
     finally:
         engine.stop()
-    rows = read_jsonl(rundir.stage_dir(index, plan.stages[index].name) / "predictions.jsonl")
-    outputs = {(row["task"], row["id"]): row["output"] for row in rows}
     differing = {
         one.task: [row["id"] for row in one.predictions if outputs.get((one.task, row["id"])) != row["output"]]
+        if one.task in committed
+        else None
         for one in scored
     }
     now = {one.task: one.score for one in scored}
-    return Rescored(index + 1, plan.stages[index].name, plan.data.synthetic, now, committed, differing)
+    return Rescored(index + 1, plan.names[index], plan.data.synthetic, now, committed, differing)
+
+
+def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str] | None) -> None:
+    """Refuse to score anything else than the run did. Raises UserError."""
+    before = rundir.about()["identity"]
+    if before["stages"] != [[stage.name, *stage.tasks] for stage in plan.stages]:
+        stages = ", ".join(stage[0] for stage in before["stages"])
+        raise UserError(f"the order {plan.order} has changed: the run {rundir.path} has the stages {stages}")
+    now = plan.data.definitions()
+    for task in tasks or now:
+        if before["definitions"][task] != now[task]:
+            raise UserError(f"the run {rundir.path} asked {task} otherwise (instruction, labels or metric)")
+        if before["data"][task]["test"]["fingerprint"] != plan.data.test[task].fingerprint:
+            raise UserError(f"the test data of {task} are not those of the run {rundir.path}")
 
 
 def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cl_runner import __version__, engine
+from cl_runner import __version__, engine, stopping
 from cl_runner.adapters import Adapters
 from cl_runner.checkpoint import restore_stage, save_stage
 from cl_runner.config import DataConfig, RunConfig
@@ -24,7 +24,7 @@ from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Source, StagePlan
-from cl_runner.metrics.accuracy import Matrix, summary, to_csv
+from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
@@ -32,8 +32,8 @@ from cl_runner.place import Place
 from cl_runner.plan import BatchPlan, Data, Plan, stage_config
 from cl_runner.progress import Screen
 from cl_runner.progress import StagePlan as ShownStage
-from cl_runner.rundir import RunDir, append_jsonl, write_json, write_text
-from cl_runner.runs import read_matrix
+from cl_runner.rundir import RunDir, append_jsonl, write_json
+from cl_runner.runs import read_matrix, write_results
 from cl_runner.stage import Room, StageRun
 from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
@@ -119,19 +119,40 @@ class Run:
         self.place = place
         self.screen = screen
         self.current: str | None = None
+        self._open: tuple[Room, Tokens] | None = None
 
     @property
     def names(self) -> list[str]:
         """Names of the stages."""
-        return [stage.name for stage in self.plan.stages]
+        return self.plan.names
+
+    def prepare(self) -> tuple[Room, Tokens]:
+        """Load the model and tokenise every row of every stage; nothing is written. Raises UserError."""
+        if self._open is None:
+            engine.start(self.place)
+            self._open = open_room(self.plan, self.place)
+        return self._open
+
+    def bytes_to_write(self, done: int) -> int:
+        """About how much the stages after the first ``done`` will write: each adapter holds all pairs before it."""
+        room, _ = self.prepare()
+        config = self.plan.config
+        shapes = [tuple(past.base.shape) for past in room.adapters.past.values()]
+        total = 0
+        for index, stage in enumerate(self.plan.stages[done:], done):
+            pairs = 1 if stage.start == "base" else index + 1
+            one = [config.adapter.r * (m + n) for m, n in shapes]
+            dense = [n * (m + n) for m, n in shapes]  # an identity and the sum, with its own pair beside it
+            total += 4 * sum(min(pairs * o, d + o) for o, d in zip(one, dense, strict=True))
+            total += sum(300 * len(self.plan.data.test[task]) for task in self._tested(index))
+        return total
 
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
-        engine.start(self.place)
-        room, tokens = open_room(self.plan, self.place)
+        room, tokens = self.prepare()
         if room.base.advice:
             self.screen.line(room.base.advice)
-        done = self.rundir.committed(self.names)
+        done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)
         tested = [sum(len(tokens.test[task].rows) for task in self._tested(i)) for i in range(len(self.names))]
         shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
@@ -139,16 +160,16 @@ class Run:
         if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
             self._base_scores(room, tokens)
         for index in range(done, len(self.names)):
+            self.current = self.names[index]
             if index == done and index > 0:
                 with_state = open_stage(room, self.plan.config, index - 1)
                 restore_stage(self.rundir, with_state, index - 1)
                 with_state.close()
-            self.current = self.names[index]
             self._stage(room, tokens, index, batches[index])
         self.current = None
-        matrix = read_matrix(self.rundir)
-        self._write_results(matrix)
-        return matrix
+        if self.place.rank == 0:
+            write_results(self.rundir)
+        return read_matrix(self.rundir)
 
     def _tested(self, index: int) -> list[str]:
         return list(self.plan.data.tasks) if self.plan.config.eval.future else self.plan.seen(index)
@@ -174,7 +195,7 @@ class Run:
                 room.adapters.restore([], room.adapters.kept, None)
             room.method.build(stage)
             own = tokens.source(stage.plan)
-            trained = train_stage(stage, own, log=self._log, tick=self.screen.step)
+            trained = train_stage(stage, own, log=self._log, tick=self._tick)
             room.adapters.train(False)
             if room.method.fold(stage) == "factors":
                 room.adapters.fold_live()
@@ -191,7 +212,7 @@ class Run:
             if self.place.rank == 0:
                 write = partial(self._write_stage, stage=stage, scored=scored, trained=trained, seconds=seconds)
                 self.rundir.commit(index, name, write)
-                self._write_results(read_matrix(self.rundir))
+                write_results(self.rundir)
             self._wait()
             self._show_scores(scored, self.plan.seen(index))
             self.screen.stage_done()
@@ -221,13 +242,6 @@ class Run:
         }
         _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
 
-    def _write_results(self, matrix: Matrix) -> None:
-        if self.place.rank != 0:
-            return
-        write_text(self.rundir.path / "matrix.csv", to_csv(matrix))
-        results = {"synthetic": self.plan.data.synthetic, **summary(matrix), "matrix": matrix.to_dict()}
-        write_json(self.rundir.path / "metrics.json", results)
-
     def _show_scores(self, scored: Sequence[Scored], seen: Sequence[str] = ()) -> None:
         mark = "synthetic" if self.plan.data.synthetic else ""
         of_seen = [one.score for one in scored if one.task in seen and one.score is not None]
@@ -239,6 +253,10 @@ class Run:
             self.screen.evaluating(task, 0, len(tokens.test[task].rows))
 
         return tick
+
+    def _tick(self, step: int, loss: float | None, pace: float | None) -> None:
+        stopping.check()
+        self.screen.step(step, loss, pace)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if self.place.rank == 0:
@@ -284,9 +302,14 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    """The commit of the checkout that this package is run from; None where it was installed."""
     git = shutil.which("git")
     if git is None:
         return None
-    source = Path(__file__).parent
-    asked = subprocess.run([git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None if asked.returncode == 0 else None
+    package = Path(__file__).resolve().parent
+    asked = subprocess.run(
+        [git, "-C", package, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=False
+    )
+    top, _, commit = asked.stdout.strip().partition("\n")
+    # An environment within a user's own repository is not a checkout of ours.
+    return commit or None if asked.returncode == 0 and Path(top) == package.parent else None

@@ -1,25 +1,27 @@
 """What lies where in a run folder, and how a stage is committed: all of it or nothing.
 
 A stage is written beside its place and renamed into it, so that a reader, or a run that goes on after kill -9, sees
-only whole stages.
+only whole stages. The run folder itself begins in the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from cl_runner.errors import UserError
 
 LAYOUT = 1
+PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
 
 
 class RunDir:
@@ -53,53 +55,97 @@ class RunDir:
         return self.config_file.is_file() and (self.path / "run.json").is_file()
 
     def create(self, config_yaml: str, about: Mapping[str, Any]) -> None:
-        """Make the folder with its ``run.yaml`` and ``run.json`` (plan, order, what the run is of).
+        """Make the folder with its ``run.yaml`` and ``run.json`` (plan, order, what the run is of), in one atomic step.
+
+        A run that another process has made there in the meantime is left as it is.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or something else is there.
         """
+        made: list[Path] = []
+        draft: Path | None = None
         try:
-            self.stages_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.config_file, config_yaml)
-            write_json(self.path / "run.json", {"layout": LAYOUT, **about})
+            for folder in reversed([self.path.parent, *self.path.parent.parents]):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+            draft = Path(tempfile.mkdtemp(prefix=f".{self.name[:80]}.", suffix=".draft", dir=self.path.parent))
+            draft.chmod(0o777 & ~_umask())
+            (draft / "stages").mkdir()
+            write_text(draft / "run.yaml", config_yaml)
+            write_json(draft / "run.json", {"layout": LAYOUT, **about})
+            for file in ("run.yaml", "run.json", ""):
+                sync(draft / file)
+            draft.rename(self.path)
+            sync(self.path.parent)
         except OSError as error:
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+            if self.exists():
+                return
+            with suppress(OSError):  # a folder that others use by now stays
+                for folder in reversed(made):
+                    folder.rmdir()
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
 
     def about(self) -> dict[str, Any]:
         """``run.json``: the plan and what identifies the run.
 
         Raises:
-            UserError: this is no run folder, or its ``run.json`` is broken.
+            UserError: this is no run folder, or its ``run.json`` is broken or of another version.
         """
         if not self.exists():
-            raise UserError(f"{self.path} is no run folder (it has no run.yaml and run.json)")
-        return read_json(self.path / "run.json")
+            what = "is no run folder (it has no run.yaml and run.json)" if self.path.exists() else "does not exist"
+            raise UserError(f"{self.path} {what}")
+        about = read_json(self.path / "run.json")
+        if about.get("layout") != LAYOUT:
+            raise UserError(f"{self.path / 'run.json'}: layout {about.get('layout')}; this version reads {LAYOUT}")
+        return about
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing; a second process that wants it is refused. Ends with the process."""
-        lock = filelock.FileLock(self.path / ".lock")
+        import fcntl
+
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"the run {self.path} is being trained by another process") from None
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
         try:
+            patience = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= patience:
+                        raise UserError(f"the run {self.path} is being trained {self._by_whom()}") from None
+                    time.sleep(0.05)
             yield
         finally:
-            lock.release()
+            os.close(handle)
+
+    def _by_whom(self) -> str:
+        with suppress(UserError):
+            status = self.status()
+            if "pid" in status:
+                return f"by another process (pid {status['pid']} on {status.get('host', 'this machine')})"
+        return "by another process"
 
     def locked(self) -> bool:
         """Whether a living process holds the run."""
-        if not (self.path / ".lock").exists():
-            return False
-        lock = filelock.FileLock(self.path / ".lock")
+        import fcntl
+
         try:
-            lock.acquire(timeout=0)
-        except (filelock.Timeout, OSError):
+            handle = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
-        lock.release()
+        finally:
+            os.close(handle)
         return False
 
     # Stages.
@@ -115,27 +161,58 @@ class RunDir:
                 return index
         return len(names)
 
+    def refuse_gaps(self, names: Sequence[str]) -> None:
+        """A stage stands on those before it.
+
+        Raises:
+            UserError: one is committed, and one before it is not.
+        """
+        done = self.committed(names)
+        for index in range(done + 1, len(names)):
+            if (self.stage_dir(index, names[index]) / "DONE").exists():
+                raise UserError(
+                    f"{self.path} is damaged: stage {index + 1} ({names[index]}) is there and stage {done + 1} "
+                    f"({names[done]}) is not; put it back, or --restart to begin anew beside it"
+                )
+
     def commit(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
         """Let ``write`` fill a folder beside the stage's place, then move it there in one atomic step."""
         final = self.stage_dir(index, name)
         draft = final.with_name(f".{final.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        hashes = {str(file.relative_to(draft)): sha256(file) for file in sorted(draft.rglob("*")) if file.is_file()}
-        write_json(draft / "DONE", {"sha256": hashes})
-        for file in draft.rglob("*"):
-            if file.is_file():
-                sync(file)
-        sync(draft)
-        draft.rename(final)
+        try:
+            draft.mkdir(parents=True)
+            write(draft)
+            files = sorted(file for file in draft.rglob("*") if file.is_file())
+            write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
+            for path in [*draft.rglob("*"), draft]:
+                sync(path)
+            if final.exists() and not (final / "DONE").exists():
+                shutil.rmtree(final)  # was never whole
+            draft.rename(final)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
+            raise
         sync(final.parent)
         return final
 
     def clear_drafts(self) -> None:
         """Remove what an interrupted commit left."""
-        for draft in self.stages_dir.glob(".*.draft"):
-            shutil.rmtree(draft, ignore_errors=True)
+        for draft in [*self.stages_dir.glob(".*.draft"), *self.path.glob(".*.draft")]:
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
+
+    def keep_log_rows(self, stages: Sequence[str]) -> None:
+        """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""
+        file = self.path / "log.jsonl"
+        if not file.is_file():
+            return
+        lines = file.read_text("utf-8", "replace").splitlines(keepends=True)
+        kept = [line for line in lines if _stage_of(line) in stages]
+        if kept != lines:
+            write_text(file, "".join(kept))
 
     def status(self) -> dict[str, Any]:
         """``status.json``: how the last process ended; ``{}`` if none said."""
@@ -148,7 +225,7 @@ class RunDir:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written."""
+    """Have the disk hold what was written to a file, or which names a folder has."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -168,7 +245,7 @@ def sha256(file: Path) -> str:
 def write_text(file: Path, text: str) -> None:
     """Replace a file's content in one atomic step."""
     draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(text, "utf-8")
+    draft.write_text(text, "utf-8", "backslashreplace")
     draft.replace(file)
 
 
@@ -187,7 +264,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: broken JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: must be a JSON object")
@@ -195,9 +272,29 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def append_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a JSON Lines file."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Append rows to a JSON Lines file; a number that is not finite becomes null, a lone surrogate an escape."""
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def _stage_of(line: str) -> str | None:
+    """The stage that a line of ``log.jsonl`` is of; None where the line is not whole."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    stage = row.get("stage") if isinstance(row, dict) else None
+    return stage if isinstance(stage, str) else None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.metrics.accuracy import Matrix, average_accuracy
+from cl_runner.lookup import is_name
+from cl_runner.metrics.accuracy import Matrix, average_accuracy, summary, to_csv
 from cl_runner.report.tables import RunSummary
-from cl_runner.rundir import RunDir, read_json
-from cl_runner.settings import Resolved, difference, differing_from_presets, resolve
+from cl_runner.rundir import RunDir, read_json, write_json, write_text
+from cl_runner.settings import Resolved, difference, differing_from_presets
+from cl_runner.yamlfile import load
 
-# What may differ when a run goes on: it changes no number, or is compared by what it leads to (data by fingerprint).
+# What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
+# fingerprint).
 FREE = ("order", "presets", "data.dir", "data.source", "output.")
 
 
@@ -26,16 +33,21 @@ def folder_name(resolved: Resolved) -> str:
     config = resolved.config
     assert resolved.order is not None
     parts = [resolved.order.name, config.method.name, model_label(config.model.name), f"s{config.seed}"]
+    return "-".join([*parts, *([digits] if (digits := variant(resolved)) else [])])
+
+
+def variant(resolved: Resolved) -> str:
+    """Six hex digits of the settings that differ from the presets (the seed does not count), empty if none does."""
     changed = differing_from_presets(resolved)
-    if changed:
-        text = json.dumps(changed, sort_keys=True, default=str)
-        parts.append(hashlib.sha256(text.encode()).hexdigest()[:6])
-    return "-".join(parts)
+    if not changed:
+        return ""
+    text = json.dumps(changed, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def model_label(name: str) -> str:
     """The last part of a model's name or path, as it stands in folder names."""
-    return re.sub(r"[^\w.+-]+", "_", name.rstrip("/").rsplit("/", 1)[-1]) or "model"
+    return re.sub(r"[^\w.+-]+", "_", name.rstrip("/").rsplit("/", 1)[-1])[:60] or "model"
 
 
 def check_name(name: str) -> str:
@@ -44,7 +56,7 @@ def check_name(name: str) -> str:
     Raises:
         UserError: it would leave its folder, or no file system takes it.
     """
-    if not re.fullmatch(r"[\w][\w.+-]{0,119}", name):
+    if not re.fullmatch(r"[\w][\w.+-]{0,119}", name) or len(name.encode()) > 200:
         raise UserError(f"--name {name!r}: use letters, digits and . + - _, beginning with a letter or digit")
     return name
 
@@ -64,38 +76,70 @@ def find(root: Path, wanted: str | None) -> RunDir:
     Raises:
         UserError: there is none, or more than one fits.
     """
-    if wanted and ("/" in wanted or Path(wanted).is_dir()):
+    if wanted is not None:
+        if not wanted:
+            raise UserError("the name of the run is empty; leave it out for the newest run")
         run = RunDir(Path(wanted))
-        if not run.exists():
-            raise UserError(f"{wanted} is no run folder (it has no run.yaml and run.json)")
-        return run
+        if run.exists():
+            return run
+        if "/" in wanted:
+            run.about()  # says what is wrong
     runs = all_runs(root)
-    if not runs:
-        raise UserError(f"there is no run in {root}; cl-runner train --order order1 makes one")
-    if not wanted:
+    if wanted is None:
+        if not runs:
+            raise UserError(f"there is no run in {root}; cl-runner train --order order1 makes one")
         return runs[0]
     fitting = [run for run in runs if run.name.startswith(wanted)]
     exact = [run for run in fitting if run.name == wanted]
     if len(exact or fitting) == 1:
         return (exact or fitting)[0]
     if fitting:
-        raise UserError(f"'{wanted}' is the beginning of {len(fitting)} runs: {', '.join(r.name for r in fitting[:5])}")
+        names = [run.name for run in fitting]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(f"'{wanted}' is the beginning of {len(names)} runs: {', '.join(names[:5])}{more}")
     raise UserError(f"there is no run '{wanted}' in {root}{did_you_mean(wanted, [run.name for run in runs])}")
 
 
 def all_runs(root: Path) -> list[RunDir]:
-    """Run folders, newest first."""
-    if not root.is_dir():
+    """Run folders, the one that was last trained first."""
+    try:
+        runs = [RunDir(path) for path in root.iterdir() if not path.name.startswith(".") and RunDir(path).exists()]
+    except OSError:
         return []
-    runs = [RunDir(path) for path in root.iterdir() if path.is_dir() and RunDir(path).exists()]
-    return sorted(runs, key=lambda run: ((run.path / "run.json").stat().st_mtime_ns, run.name), reverse=True)
+    return sorted(runs, key=lambda run: (_trained_at(run), run.name), reverse=True)
 
 
-def config_of(run: RunDir) -> Resolved:
-    """The settings of a run, from its ``run.yaml``. Raises UserError."""
-    from cl_runner.methods import method_schema
+def _trained_at(run: RunDir) -> int:
+    """When its state was last written, in ns."""
+    status, plan = run.path / "status.json", run.path / "run.json"
+    try:
+        return (status if status.exists() else plan).stat().st_mtime_ns
+    except OSError:
+        return 0
 
-    return resolve(config_file=run.config_file, method_schema=method_schema)
+
+def recorded(run: RunDir) -> RunConfig:
+    """The settings a run was made with, as its ``run.yaml`` holds them: no preset or order is read again.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    values = load(run.config_file).data
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{run.config_file}: {key} is not as a run writes it") from None
+
+
+@contextmanager
+def readable(run: RunDir) -> Iterator[None]:
+    """Inside, a key that a run's file lacks, or that holds something else, is a fault of that run."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the run {run.path} has a broken file ({what})") from error
 
 
 @dataclass(frozen=True)
@@ -115,38 +159,53 @@ class Listed:
 
 
 def listed(run: RunDir) -> Listed:
-    """How a run stands. Raises UserError where its files are broken."""
-    about = run.about()
-    names = stage_names(about)
-    done = run.committed(names)
-    if done == len(names):
-        state = "done"
-    elif run.locked():
-        state = "running"
-    else:
-        state = "failed" if run.status().get("state") == "failed" else "stopped"
-    matrix = read_matrix(run)
-    return Listed(
-        run.name,
-        about["method"],
-        about["order"],
-        about["model"],
-        about["seed"],
-        done,
-        len(names),
-        state,
-        average_accuracy(matrix),
-        about["synthetic"],
-    )
+    """How a run stands; one whose files cannot be read is listed as broken."""
+    try:
+        with readable(run):
+            about = run.about()
+            names = stage_names(about)
+            done = run.committed(names)
+            return Listed(
+                run.name,
+                str(about["method"]),
+                str(about["order"]),
+                str(about["model"]),
+                int(about["seed"]),
+                done,
+                len(names),
+                state_of(run, done, len(names)),
+                average_accuracy(read_matrix(run)),
+                bool(about["synthetic"]),
+            )
+    except UserError:
+        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, False)
 
 
-def stage_names(about: dict[str, Any]) -> list[str]:
+def state_of(run: RunDir, done: int, stages: int) -> str:
+    """running, stopped, failed or done."""
+    if done == stages:
+        return "done"
+    if run.locked():
+        return "running"
+    return "failed" if run.status().get("state") == "failed" else "stopped"
+
+
+def stage_names(about: Mapping[str, Any]) -> list[str]:
     """The planned stages of a ``run.json``."""
-    return [stage["name"] for stage in about["stages"]]
+    names = [stage["name"] for stage in about["stages"]]
+    for name in names:
+        if not isinstance(name, str) or not is_name(name):
+            raise ValueError(f"{name!r} is no name of a stage")
+    return names
 
 
 def read_matrix(run: RunDir) -> Matrix:
     """The accuracy matrix of a run's committed stages. Raises UserError."""
+    with readable(run):
+        return _matrix(run)
+
+
+def _matrix(run: RunDir) -> Matrix:
     about = run.about()
     names, tasks = stage_names(about), about["tasks"]
     done = run.committed(names)
@@ -165,10 +224,24 @@ def read_matrix(run: RunDir) -> Matrix:
     )
 
 
+def write_results(run: RunDir) -> Matrix:
+    """Write ``matrix.csv`` and ``metrics.json`` of the stages committed so far; returns the matrix."""
+    matrix = read_matrix(run)
+    write_text(run.path / "matrix.csv", to_csv(matrix))
+    results = {"synthetic": run.about()["synthetic"], **summary(matrix), "matrix": matrix.to_dict()}
+    write_json(run.path / "metrics.json", results)
+    return matrix
+
+
 def summary_of(run: RunDir) -> RunSummary:
     """What a report needs of a run. Raises UserError."""
+    with readable(run):
+        return _summary(run)
+
+
+def _summary(run: RunDir) -> RunSummary:
     about = run.about()
-    matrix = read_matrix(run)
+    matrix = _matrix(run)
     names = stage_names(about)
     spent: dict[str, float] = {}
     for index in range(len(matrix.stages)):
@@ -192,26 +265,59 @@ def summary_of(run: RunDir) -> RunSummary:
     )
 
 
-def refuse_other_settings(run: RunDir, config: RunConfig, identity: dict[str, Any]) -> None:
+def refuse_other_settings(run: RunDir, config: RunConfig, identity: Mapping[str, Any]) -> None:
     """A run goes on only with the numbers it began with.
 
     Raises:
-        UserError: naming the keys, or the task whose data differ.
+        UserError: naming the keys, or the task that differs.
     """
-    keys = [key for key in difference(config_of(run).config, config) if not key.startswith(FREE)]
+    with readable(run):
+        _refuse(run, config, run.about()["identity"], identity)
+
+
+def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     how = "give another --name, or --restart to begin anew beside it"
+    keys = [key for key in difference(recorded(run), config) if not key.startswith(FREE)]
     if keys:
         raise UserError(f"the run {run.path} was made with other settings ({', '.join(keys)}); {how}")
-    before = run.about()["identity"]
-    for task, splits in identity["data"].items():
+    if before["model"] != now["model"]:
+        raise UserError(f"the base model {config.model.name} is not what the run {run.path} began with; {how}")
+    if before["stages"] != now["stages"]:
+        stages = ", ".join(stage[0] for stage in before["stages"])
+        raise UserError(f"the run {run.path} has other stages ({stages}); {how}")
+    for task, definition in now["definitions"].items():
+        if before["definitions"][task] != definition:
+            raise UserError(f"the run {run.path} asked {task} otherwise (instruction, labels or metric); {how}")
+    for task, splits in now["data"].items():
         for split, data in splits.items():
-            if before["data"].get(task, {}).get(split, {}).get("fingerprint") != data["fingerprint"]:
+            if before["data"][task][split]["fingerprint"] != data["fingerprint"]:
                 raise UserError(f"the run {run.path} was made with other {split} data of {task}; {how}")
-    if before["micro_batches"] != identity["micro_batches"]:
+    if before["micro_batches"] != now["micro_batches"]:
         raise UserError(
             f"the run {run.path} takes micro-batches of {_few(before['micro_batches'])}, and this many processes would "
-            f"take {_few(identity['micro_batches'])}, which changes numbers; use as many --gpus as before, or {how}"
+            f"take {_few(now['micro_batches'])}, which changes numbers; use as many --gpus as before, or {how}"
         )
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Refuse, before anything is loaded, a folder that cannot be made.
+
+    Raises:
+        UserError: a file is in the way, or a folder above may not be written.
+    """
+    try:
+        if path.is_dir():
+            if any(path.iterdir()) and not RunDir(path).exists():
+                raise UserError(f"{path} is there already and is no run; give another --name")
+        elif os.path.lexists(path):
+            raise UserError(f"{path} is there already and is no folder; give another --name")
+        above = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
+        if not above.is_dir():
+            raise UserError(f"cannot write the run folder {path}: {above} is no folder; give another --output-dir")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write the run folder {path}: no permission to write {above}")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {path}: {error.strerror or error}") from None
 
 
 def _few(sizes: Sequence[int]) -> str:

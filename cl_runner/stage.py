@@ -55,6 +55,8 @@ class StageRun:
         self.steps = 0
         self.task_loss: Tensor | None = None
         self._batch: Batch | None = None
+        self._raw = room.root.twin()
+        self._input_groups: list[tuple[str, ...]] | None = None
         self._observers: list[tuple[str, Callable[[str, Tensor, Tensor | None], None]]] = []
         self._hooks = [
             layer.register_forward_hook(self._observed(target)) for target, layer in self.adapters.layers.items()
@@ -93,19 +95,31 @@ class StageRun:
         return self.adapters.past[target].base
 
     def input_groups(self) -> list[tuple[str, ...]]:
-        groups: dict[str, list[str]] = {}
-        for target in self.adapters.layers:
-            groups.setdefault(self._input_of(target), []).append(target)
-        return [tuple(targets) for targets in groups.values()]
+        if self._input_groups is None:
+            self._input_groups = self._look_for_shared_inputs()
+        return self._input_groups
 
-    def _input_of(self, target: str) -> str:
-        """Layers of one attention (or feed-forward) block read one input; cross-attention reads two."""
-        parent, _, name = target.rpartition(".")
-        if "EncDecAttention" in parent or "encoder_attn" in parent or "cross_attn" in parent:
-            return f"{parent}/{'query' if name.startswith('q') else 'memory'}"
-        if name in ("wo", "o", "o_proj", "down_proj", "c_proj", "out_proj", "fc2"):
-            return target
-        return parent
+    def _look_for_shared_inputs(self) -> list[tuple[str, ...]]:
+        """One small forward tells: layers that are handed the same tensor share their input."""
+        inputs: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, given, target=target: inputs.update({target: given[0]}))
+            for target, layer in self.adapters.layers.items()
+        ]
+        layout = self.room.base.layout
+        batch = collate([Example([layout.eos_id] * 2, [layout.eos_id] * 2)], layout, self.device)
+        observers, self._observers = self._observers, []
+        try:
+            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context():
+                logits(self.adapters.model, batch)
+        finally:
+            self._observers = observers
+            for hook in hooks:
+                hook.remove()
+        groups: dict[int, list[str]] = {}
+        for target in self.adapters.layers:
+            groups.setdefault(id(inputs.get(target, target)), []).append(target)
+        return [tuple(targets) for targets in groups.values()]
 
     # Forward and gradient, on the raw module.
 
@@ -116,11 +130,11 @@ class StageRun:
             return logits(self.adapters.model, batch)
 
         if parameters is None:
-            found: Tensor = self.room.root(compute)
+            found: Tensor = self._raw(compute)
             return found
         names = self._full_names()
         values = {f"model.{names[name]}": value for name, value in parameters.items()}
-        out: Tensor = torch.func.functional_call(self.room.root, values, (compute,))
+        out: Tensor = torch.func.functional_call(self._raw, values, (compute,))
         return out
 
     def _full_names(self) -> dict[str, str]:
@@ -132,10 +146,14 @@ class StageRun:
     ) -> Iterator[dict[str, Tensor]]:
         return self._each_gradient(loss, batches) if per_example else iter([self._sum_gradient(loss, batches)])
 
-    def _one_gradient(self, loss: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _one_gradient(
+        self, loss: Callable[[Batch], Tensor], batch: Batch, retain_graph: bool = False
+    ) -> dict[str, Tensor]:
         parameters = self.parameters()
         with torch.enable_grad():
-            found = torch.autograd.grad(loss(batch), list(parameters.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                loss(batch), list(parameters.values()), allow_unused=True, retain_graph=retain_graph
+            )
         return {
             name: torch.zeros_like(p) if g is None else g.float()
             for (name, p), g in zip(parameters.items(), found, strict=True)
@@ -150,12 +168,28 @@ class StageRun:
         return {name: self.sum(gradient) for name, gradient in total.items()}
 
     def _each_gradient(self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
-        with evaluating(self.adapters.model):
-            for batch in batches:
-                for row in range(batch.size):
-                    one = batch.slice(slice(row, row + 1))
-                    if float(one.token_weights.sum()) > 0:
-                        yield self._one_gradient(loss, one)
+        for batch in batches:
+            # The rows of a batch share the graph of its condition, if that has one.
+            shared = any(value.requires_grad for value in batch.condition.values())
+            rows = (batch.slice(slice(row, row + 1)) for row in range(batch.size))
+            with evaluating(self.adapters.model):
+                mine = [self._one_gradient(loss, row, shared) for row in rows if row.label_tokens]
+            yield from self._of_every_rank(mine)
+
+    def _of_every_rank(self, mine: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Rank 0's, then rank 1's, …, on every rank."""
+        if self.ranks == 1:
+            yield from mine
+            return
+        counts = self.gather({self.rank: len(mine)})
+        like = {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.parameters().items()}
+        for owner in range(self.ranks):
+            for number in range(counts[owner]):
+                parts = mine[number] if owner == self.rank else like
+                flat = torch.cat([part.flatten() for part in parts.values()])
+                torch.distributed.broadcast(flat, src=owner)
+                split = torch.split(flat, [part.numel() for part in like.values()])
+                yield {name: part.view_as(like[name]) for name, part in zip(like, split, strict=True)}
 
     # Observation.
 
@@ -182,15 +216,14 @@ class StageRun:
         return hook
 
     def _mask(self, target: str, rows: Tensor) -> Tensor | None:
+        """Which of a target's rows are no padding; None where the rows are not the batch's (a step of generation)."""
         batch = self._batch
         if batch is None or rows.dim() != 3:
             return None
-        masks = [batch.attention_mask, batch.labels != IGNORE]
-        in_decoder = self.room.base.encoder_decoder and ".decoder." in f".{target}"
-        for mask in reversed(masks) if in_decoder else masks:
-            if mask.shape == rows.shape[:2]:
-                return mask.bool()
-        return None
+        masks = [batch.attention_mask.bool(), batch.labels != IGNORE]
+        if self.room.base.encoder_decoder and ".encoder." not in f".{target}" and not _reads_encoder(target):
+            masks = masks[1:]
+        return next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
 
     # Rows.
 
@@ -198,23 +231,23 @@ class StageRun:
         source = source or self.own
         assert source is not None, "this stage has no rows of its own yet"
         micro = self.config.training.micro_batch
-        tokens = sum(len(example.target) for example in source.examples)
+        tokens = sum(map(label_tokens, source.examples))
         chunks = [range(i, min(i + micro, len(source.examples))) for i in range(0, len(source.examples), micro)]
         for first in range(0, len(chunks), self.ranks):
             mine = first + self.rank
             rows = chunks[mine] if mine < len(chunks) else range(0, 1)
-            weight = source.weight / tokens if mine < len(chunks) else 0.0
+            weight = source.weight / max(tokens, 1) if mine < len(chunks) else 0.0
             examples = [source.examples[i] for i in rows]
             yield self.make_batch(examples, [source.tasks[i] for i in rows], [weight] * len(rows))
 
     def make_batch(self, examples: Sequence[Example], tasks: Sequence[str], weights: Sequence[float]) -> Batch:
         """Padded tensors with row weights, conditioned by the method."""
-        return self._conditioned(collate(examples, self.room.base.layout, self.device, list(weights)), tasks)
+        batch = collate(examples, self.room.base.layout, self.device, list(weights))
+        return self._conditioned(batch, tasks[0] if len(set(tasks)) == 1 else None)
 
-    def _conditioned(self, batch: Batch, tasks: Sequence[str]) -> Batch:
+    def _conditioned(self, batch: Batch, task: str | None) -> Batch:
         if not overrides(self.room.method, "condition"):
             return batch
-        task = tasks[0] if len(set(tasks)) == 1 else None
         return replace(batch, condition=self.room.method.condition(self, batch, task) or {})
 
     def generate(self, examples: Sequence[Example], task: str | None = None) -> list[str]:
@@ -230,7 +263,7 @@ class StageRun:
 
     def _answer(self, examples: Sequence[Example], task: str | None) -> list[str]:
         prompts = collate_prompts(examples, self.room.base.layout, self.device)
-        self._batch = self._conditioned(prompts, [task or ""])
+        self._batch = self._conditioned(prompts, task)
         with torch.no_grad(), self.room.root.context():
             ids = greedy(self.adapters.model, self._batch, self.room.base.layout, self.config.eval.max_new_tokens)
         return [self.room.encoder.decode(row) for row in ids]
@@ -246,7 +279,7 @@ class StageRun:
         return {number: value for part in parts for number, value in part.items()}
 
     def sum(self, tensor: Tensor) -> Tensor:
-        total = tensor.detach().clone()
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
         if self.ranks > 1:
             torch.distributed.all_reduce(total)
         return total
@@ -255,7 +288,7 @@ class StageRun:
         return self.sum(tensor) / self.ranks
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        value = tensor.detach().clone()
+        value = tensor.detach().clone(memory_format=torch.contiguous_format)
         if self.ranks > 1:
             torch.distributed.broadcast(value, src=0)
         return value
@@ -266,12 +299,13 @@ class StageRun:
     # Parameters.
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        if self.engine is not None:
-            self.engine.write(values)
-            return
+        trained = self.engine.parameters if self.engine is not None else {}
         own = self.adapters.parameters()
         for name, value in values.items():
-            own[name].data.copy_(value)
+            if self.engine is not None and name in trained:
+                self.engine.write({name: value})
+            else:
+                own[name].data.copy_(value)
 
     def moments(self, name: str) -> dict[str, Tensor] | None:
         return self.engine.moments(name) if self.engine else None
@@ -279,3 +313,15 @@ class StageRun:
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         assert self.engine is not None, "moments live with the engine"
         self.engine.set_moments(name, moments)
+
+
+def label_tokens(example: Example) -> int:
+    """How many tokens an example adds to those that a loss is the mean over: none if it only fills a batch."""
+    return len(example.target) if example.weight else 0
+
+
+def _reads_encoder(target: str) -> bool:
+    """Whether a target in the decoder has the encoder's positions for rows: K and V of cross-attention."""
+    block, _, layer = target.rpartition(".")
+    crosses = any(name in block for name in ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention"))
+    return crosses and layer.startswith(("k", "v"))

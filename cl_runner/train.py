@@ -21,17 +21,18 @@ from cl_runner.errors import TrainingError
 from cl_runner.methods.base import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.plan import BatchPlan, derived_seed
-from cl_runner.stage import StageRun
+from cl_runner.stage import StageRun, label_tokens
 
 
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the schedule down to 0."""
-    warmup = training.warmup * steps if training.warmup < 1 else training.warmup
+    # Whole steps; 0.07 of 100 is 7 of them, though 0.07 · 100 > 7.
+    warmup = math.ceil(training.warmup * steps - 1e-9 if training.warmup < 1 else training.warmup)
     if step < warmup:
-        return training.lr * (step + 1) / max(warmup, 1.0)
+        return training.lr * (step + 1) / warmup
     if training.schedule == "constant":
         return training.lr
-    share = (step - warmup) / max(steps - warmup, 1.0)
+    share = (step - warmup) / max(steps - warmup, 1)
     if training.schedule == "linear":
         return training.lr * (1.0 - share)
     return training.lr * 0.5 * (1.0 + math.cos(math.pi * share))
@@ -54,7 +55,7 @@ class StepWeights:
             total = sum(self.tokens[i] for i in step_rows)
         else:
             total = sum(self.tokens[i] for i in rows) * math.ceil(len(step_rows) / self.plan.micro_batch)
-        return [self.shares[i] * self.plan.ranks / total for i in rows]
+        return [self.shares[i] * self.plan.ranks / max(total, 1) for i in rows]
 
 
 @dataclass
@@ -93,6 +94,9 @@ def train_stage(
     """
     method, training = stage.room.method, stage.config.training
     stage.own = own
+    stage.adapters.model.eval()  # fresh layers are not, restored ones neither
+    _seed(stage, "begin")
+    method.begin_task(stage)  # before there is an engine, so that it may still decide what trains, and in what shape
     sources = method.training_data(stage, own)
     examples: list[Example] = [example for source in sources for example in source.examples]
     tasks = [task for source in sources for task in source.tasks]
@@ -108,10 +112,9 @@ def train_stage(
         accumulation=plan.accumulation,
     )
     stage.engine = engine
-    weights = StepWeights(plan, training.loss_mean, [len(example.target) for example in examples], shares)
+    weights = StepWeights(plan, training.loss_mean, list(map(label_tokens, examples)), shares)
     meter = Meter(stage, log, tick)
     try:
-        method.begin_task(stage)
         stage.adapters.model.train()
         for rows in plan.step_rows(stage.config.seed, stage.index):
             lr = learning_rate(training, stage.step, plan.steps)
@@ -125,11 +128,11 @@ def train_stage(
                 )
             _edit(stage, lr)
             engine.step()
-            if overrides(method, "after_step"):
-                method.after_step(stage)
             stage.step += 1
+            method.after_step(stage)
             meter.step(len(rows), loss, penalty, lr, norm)
         stage.adapters.model.eval()
+        _seed(stage, "end")
         method.end_task(stage)
         return meter.trained(plan, engine.skipped)
     finally:
@@ -151,11 +154,11 @@ def _micro_batches(
     total = torch.zeros((), device=stage.device)
     penalty: Tensor | None = None
     for slot, (number, mine) in enumerate(plan.micro_batches(rows, stage.rank)):
+        _seed(stage, "forward", stage.step, number)
         batch = _batch(stage, weights, rows, mine, examples, tasks)
-        torch.manual_seed(derived_seed(stage.config.seed, stage.index, "forward", stage.step, number))
         loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
-        stage.task_loss = loss.detach()
-        total += stage.task_loss
+        # Not the last forward's alone: a rank may have had no rows for that one.
+        stage.task_loss = total = total + loss.detach()
         last = slot == plan.accumulation - 1
         if last:
             penalty = method.penalty(stage)
@@ -163,6 +166,11 @@ def _micro_batches(
         if not last:
             engine.next_micro_batch()
     return total, None if penalty is None else penalty.detach()
+
+
+def _seed(stage: StageRun, *of: object) -> None:
+    """Draw anew, from what decides it alone: the same on any number of ranks, and after a restart."""
+    torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
 
 
 def _batch(

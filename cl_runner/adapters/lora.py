@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class Pair:
-    """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32; the update is ``s·B A``."""
+    """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32 on the CPU.
+
+    The update is ``s·B A``.
+    """
 
     stage: str
     rank: int
@@ -30,25 +34,83 @@ class Pair:
     A: dict[str, Tensor]
     B: dict[str, Tensor]
 
-    def update(self, target: str) -> Tensor:
-        """ΔW of a target, (m, n) fp32."""
-        return (self.scale * self.B[target]) @ self.A[target]
+    def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
+        """ΔW of a target, (m, n) fp32, computed on ``device``."""
+        return (self.scale * self.B[target].to(device)) @ self.A[target].to(device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class PastFactors:
+    """The folded pairs of L target layers of equal shape: constants of a stage, made once, when first asked for.
+
+    ``rank`` is R, the sum of the ranks. The scale s is in none of them.
+    """
+
+    targets: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return sum(pair.rank for pair in self.pairs)
+
+    def rows(self, factor: str) -> Tensor:
+        """What the pairs span in the input (A) or the output (B): every A_i (L, R, n), or B_iᵀ (L, R, m), stacked."""
+        return self._rows_A if factor == "A" else self._rows_B
+
+    def gram(self, factor: str) -> Tensor:
+        """``Σ A_iᵀ A_i`` (L, n, n), or ``Σ B_i B_iᵀ`` (L, m, m): the same size at every stage."""
+        return self._gram_A if factor == "A" else self._gram_B
+
+    @cached_property
+    def _rows_A(self) -> Tensor:
+        return torch.cat([self._stack(pair.A) for pair in self.pairs], dim=1)
+
+    @cached_property
+    def _rows_B(self) -> Tensor:
+        return torch.cat([self._stack(pair.B).mT for pair in self.pairs], dim=1)
+
+    @cached_property
+    def _gram_A(self) -> Tensor:
+        return self._gram([self._stack(pair.A) for pair in self.pairs])
+
+    @cached_property
+    def _gram_B(self) -> Tensor:
+        return self._gram([self._stack(pair.B).mT for pair in self.pairs])
+
+    def _stack(self, factor: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([factor[target] for target in self.targets]).to(self.device)
+
+    @staticmethod
+    def _gram(rows: Sequence[Tensor]) -> Tensor:
+        total = rows[0].mT @ rows[0]
+        for more in rows[1:]:
+            total += more.mT @ more
+        return total
+
+
+@dataclass(frozen=True, eq=False)
 class FactorGroup:
     """Target layers of equal shape, stacked, so that a penalty is a few batched products.
 
-    ``A`` (L, r, n) and ``B`` (L, m, r) are the live pair, part of the graph; ``past_A`` (L, R, n) and ``past_B``
-    (L, m, R) the pairs of past stages one under (beside) the other, constants, None at the first stage. The scale s
-    is in none of them.
+    ``A`` (L, r, n) and ``B`` (L, m, r) are the live pair, part of the graph; ``past`` the pairs of past stages, None
+    at the first one. The scale s is in none of them.
     """
 
     targets: tuple[str, ...]
     A: Tensor
     B: Tensor
-    past_A: Tensor | None
-    past_B: Tensor | None
+    past: PastFactors | None
+
+    @property
+    def past_A(self) -> Tensor | None:
+        """A of past stages one under the other, (L, R, n)."""
+        return self.past.rows("A") if self.past else None
+
+    @property
+    def past_B(self) -> Tensor | None:
+        """B of past stages one beside the other, (L, m, R)."""
+        return self.past.rows("B").mT if self.past else None
 
 
 class Adapters:
@@ -59,12 +121,21 @@ class Adapters:
         config: rank, alpha, dropout, targets.
         name_or_path: what a saved adapter names as its base.
         encoder_decoder: for PEFT's task type.
+        compute: precision of the forward, where autocast makes it another than the base's.
 
     Raises:
-        UserError: a target that the model does not have, or that is no linear layer.
+        UserError: a target that the model does not have, that is no linear layer, or that shares its weight.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, *, name_or_path: str, encoder_decoder: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdapterConfig,
+        *,
+        name_or_path: str,
+        encoder_decoder: bool,
+        compute: torch.dtype | None = None,
+    ) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
@@ -75,19 +146,20 @@ class Adapters:
         self.target_modules = list(targets)
         self.rank = config.r
         self.scale = config.alpha / config.r
-        transposed = any(type(m).__name__ == "Conv1D" for n, m in model.named_modules() if n.endswith(tuple(targets)))
         peft_config = LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(targets),
             task_type=self.task_type,
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=any(_transposed(m) for name, m in model.named_modules() if _is_target(name, targets)),
             bias="none",
         )
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers by a name that transformers 5.23 deprecates.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # Conv1D and Linear side by side: PEFT sets it right layer by layer.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
             self.model: Any = get_peft_model(model, peft_config)
         prefix = "base_model.model."
         self.layers: dict[str, Any] = {
@@ -95,13 +167,15 @@ class Adapters:
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
         }
+        bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         self.past: dict[str, Accumulator] = {
-            name: Accumulator(layer.get_base_layer(), transposed) for name, layer in self.layers.items()
+            name: Accumulator(layer, _transposed(layer), compute) for name, layer in bases.items()
         }
         self.folded: list[Pair] = []  # in stage order
+        self.dense: list[str] = []  # stages that folded an update without factors
         self.kept: dict[str, Pair] = {}  # by stage: pairs that stay outside the weight
         self.live: str | None = None  # the stage whose pair the layers hold
-        self._stacks: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._past_factors: dict[tuple[str, ...], PastFactors] = {}
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -145,9 +219,14 @@ class Adapters:
             stage,
             self.rank,
             self.scale,
-            {target: layer.lora_A[NAME].weight.detach().float().clone() for target, layer in self.layers.items()},
-            {target: layer.lora_B[NAME].weight.detach().float().clone() for target, layer in self.layers.items()},
+            {target: _copy(layer.lora_A[NAME].weight) for target, layer in self.layers.items()},
+            {target: _copy(layer.lora_B[NAME].weight) for target, layer in self.layers.items()},
         )
+
+    def live_update(self) -> dict[str, Tensor]:
+        """ΔW of the live pair for every target, (m, n) fp32."""
+        pair = self.pair()
+        return {target: pair.update(target, past.weight.device) for target, past in self.past.items()}
 
     @torch.no_grad()
     def show(self, pair: Pair | None) -> None:
@@ -167,9 +246,9 @@ class Adapters:
     def fold(self, pair: Pair) -> None:
         """Add a pair to the sum of past updates of every target, in the order of the calls."""
         for target, accumulator in self.past.items():
-            accumulator.add(pair.update(target).to(accumulator.weight.device))
+            accumulator.add(pair.update(target, accumulator.weight.device))
         self.folded.append(pair)
-        self._stacks.clear()
+        self._past_factors.clear()
 
     def fold_live(self) -> None:
         """Fold the live pair; what answers from now on is the weight alone."""
@@ -177,19 +256,43 @@ class Adapters:
         self.show(None)
         self.fold(pair)
 
+    def fold_dense(self, stage: str, update: Mapping[str, Tensor]) -> None:
+        """Add an update without factors, (m, n) a target, in place of the live pair, which is dropped."""
+        self.show(None)
+        for target, accumulator in self.past.items():
+            accumulator.add(update[target].detach().to(accumulator.weight.device, torch.float32))
+        self.dense.append(stage)
+
     def keep_live(self) -> None:
         """Keep the live pair as a parameter set of its own, named by its stage."""
         pair = self.pair()
         self.kept[pair.stage] = pair
 
-    def restore(self, folded: Sequence[Pair], kept: Mapping[str, Pair], live: str | None) -> None:
-        """Put the adapters into the state that a stage committed."""
-        for accumulator in self.past.values():
-            accumulator.set(None)
-        self.folded, self.kept = [], dict(kept)
-        self._stacks.clear()
-        for pair in folded:
-            self.fold(pair)
+    @torch.no_grad()
+    def restore(
+        self,
+        folded: Sequence[Pair],
+        kept: Mapping[str, Pair],
+        live: str | None,
+        *,
+        sums: Mapping[str, Tensor] | None = None,
+        dense: Sequence[str] = (),
+    ) -> None:
+        """Put the adapters into the state that a stage committed.
+
+        ``sums`` gives the sum of past updates of a target as it was committed; of other targets it is added up again,
+        in the order of ``folded``. ``dense`` names the stages that folded without factors.
+        """
+        for target, accumulator in self.past.items():
+            device = accumulator.weight.device
+            total = sums[target].to(device) if sums and target in sums else None
+            if total is None:
+                for pair in folded:
+                    update = pair.update(target, device)
+                    total = update if total is None else total + update
+            accumulator.set(total)
+        self.folded, self.dense, self.kept = list(folded), list(dense), dict(kept)
+        self._past_factors.clear()
         self.show(self.kept[live] if live else None)
 
     # Factors for methods.
@@ -205,14 +308,13 @@ class Adapters:
     def _group(self, targets: tuple[str, ...]) -> FactorGroup:
         A = torch.stack([self.layers[target].lora_A[NAME].weight for target in targets])
         B = torch.stack([self.layers[target].lora_B[NAME].weight for target in targets])
-        if not self.folded:
-            return FactorGroup(targets, A, B, None, None)
-        if targets not in self._stacks:
-            # Constants of the stage: stacked once, not at every step.
-            past_A = torch.stack([torch.cat([pair.A[t] for pair in self.folded], dim=0) for t in targets])
-            past_B = torch.stack([torch.cat([pair.B[t] for pair in self.folded], dim=1) for t in targets])
-            self._stacks[targets] = (past_A.to(A.device), past_B.to(B.device))
-        return FactorGroup(targets, A, B, *self._stacks[targets])
+        if self.folded and targets not in self._past_factors:
+            self._past_factors[targets] = PastFactors(targets, tuple(self.folded), A.device)
+        return FactorGroup(targets, A, B, self._past_factors.get(targets))
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -233,18 +335,36 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
     """Every target names at least one linear layer.
 
     Raises:
-        UserError: it names none, or something else.
+        UserError: it names none, something else, or one whose weight is another layer's too.
     """
     modules = dict(model.named_modules())
     endings = {name.rsplit(".", 1)[-1] for name, m in modules.items() if _linear(m)}
+    owners: dict[int, set[str]] = {}  # of each weight, tied ones counted at every place
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
     for target in targets:
-        found = [m for name, m in modules.items() if name == target or name.endswith("." + target)]
+        found = {name: module for name, module in modules.items() if _is_target(name, [target])}
         if not found:
             hint = did_you_mean(target, endings) or f" (there are {', '.join(sorted(endings))})"
             raise UserError(f"adapter.target_modules: the model has no layer '{target}'{hint}")
-        if not all(_linear(module) for module in found):
+        if not all(_linear(module) for module in found.values()):
             raise UserError(f"adapter.target_modules: '{target}' is no linear layer")
+        for name, module in found.items():
+            for other in sorted(owners.get(id(module.weight), set()) - {name}):
+                raise UserError(
+                    f"adapter.target_modules: '{target}' shares its weight with {other}, which a folded update would "
+                    "change too; leave it out"
+                )
+
+
+def _is_target(name: str, targets: Iterable[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"

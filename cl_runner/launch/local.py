@@ -9,10 +9,39 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from cl_runner.errors import UserError
+from cl_runner.console import results_fd
+from cl_runner.errors import TrainingError, UserError
+from cl_runner.launch.channel import STOP, TOLD, VARIABLE, Channel
 from cl_runner.place import free_port
+from cl_runner.stopping import Stopped
+
+GRACE = 10.0  # seconds that ranks get to end after their launcher has
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that a run may take, as ``CUDA_VISIBLE_DEVICES`` names them; empty where there is none."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return []
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(number) for number in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
+def check(processes: int) -> list[str]:
+    """The GPUs of so many processes, none where there is no GPU. Raises UserError where too few are visible."""
+    visible = visible_devices()
+    if visible and processes > len(visible):
+        raise UserError(f"--gpus {processes}: only {len(visible)} visible (CUDA_VISIBLE_DEVICES says which)")
+    return visible[:processes]
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -20,47 +49,98 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     Raises:
         UserError: fewer GPUs are visible.
+        Stopped: the user stopped it before there was a run to tell so.
+        TrainingError: the processes ended and none of them could say why.
     """
-    import torch
-
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if visible and processes > visible:
-        raise UserError(f"--gpus {processes}: only {visible} visible (CUDA_VISIBLE_DEVICES says which)")
+    devices = check(processes)
+    channel = Channel.make()
     environment = dict(os.environ)
-    environment["DS_ACCELERATOR"] = "cuda" if visible else "cpu"
-    if not visible:
+    environment["DS_ACCELERATOR"] = "cuda" if devices else "cpu"
+    if not devices:
         # Every rank's threads on every core would fight for them.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment["CL_RUNNER_LAUNCHED"] = "1"
+    environment[VARIABLE] = str(channel.file)
     environment["PYTHONWARNINGS"] = environment.get("PYTHONWARNINGS", "ignore::FutureWarning")
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+    slots = {"localhost": devices or [str(number) for number in range(processes)]}
+    world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     command = [
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0",
-        "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--no_local_rank", "--quiet",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical",
         "--module", "cl_runner", *arguments,
     ]  # fmt: skip
-    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
-    return _wait(child)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their launcher become ours
+    child = subprocess.Popen(command, env=environment, stdout=results_fd(), preexec_fn=die_with_parent)
+    return _wait(child, channel)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(child: subprocess.Popen[bytes], channel: Channel) -> int:
     """Wait for the launcher, handing on what ends us; a run that was stopped so ends with 130."""
-    told: list[int] = []
 
     def hand_on(number: int, frame: object) -> None:
-        told.append(number)
-        if number != signal.SIGINT:  # Ctrl-C reaches the whole foreground group by itself
-            child.send_signal(signal.SIGTERM)
+        channel.say(STOP)
+        child.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, hand_on)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, hand_on)
     code = child.wait()
-    if told:
+    _end_others()
+    heard = channel.heard()
+    if STOP in heard:
+        if TOLD not in heard:
+            raise Stopped
         return 130
-    return code if code in (0, 1, 2, 130) else 1
+    if TOLD in heard:
+        return code if code in (0, 1, 2, 130) else 1
+    if code == 0:
+        return 0
+    failures = channel.failures()
+    reason = failures[0] if failures else f"a process of the run ended without a word ({_how(code)})"
+    raise TrainingError(f"{reason}; finished stages are kept, and the same command goes on after them")
 
 
-def die_with_parent() -> None:
+def _how(code: int) -> str:
+    """How the launcher, or the process it gives the exit code of, ended."""
+    number = -code if code < 0 else 256 - code if code > 192 else 0  # the launcher hands on -9 as 247
+    if number == signal.SIGKILL:
+        return "killed: out of memory, or by hand"
+    try:
+        return signal.Signals(number).name if number else f"exit code {code}"
+    except ValueError:
+        return f"exit code {code}"
+
+
+def _end_others() -> None:
+    """Wait for ranks that outlived their launcher (killed, it cannot end them); after a while, kill them."""
+    until = time.monotonic() + GRACE
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if ended:
+            continue
+        if time.monotonic() > until:
+            for pid in _children():
+                os.kill(pid, signal.SIGKILL)
+            until += GRACE
+        time.sleep(0.05)
+
+
+def _children() -> Iterator[int]:
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            yield int(entry.name)
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Have the kernel end this process when the one that started it ends (Linux)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _prctl(option: int, value: int) -> None:
+    _LIBC.prctl(option, value, 0, 0, 0)

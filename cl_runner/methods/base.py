@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cl_runner.models.batch import Batch, Example
     from cl_runner.optim import ParameterGroup
 
-Fold = Literal["factors", "keep"]
+Fold = Literal["factors", "dense", "keep"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Source:
 
 @dataclass
 class State:
-    """What a method carries over: tensors (safetensors) and JSON. Whatever is not here does not survive."""
+    """What a method carries over. Whatever is not here does not survive.
+
+    ``tensors`` come back to the bit, on the CPU, with dtype and shape; ``json`` comes back as JSON has it: names are
+    text, tuples are lists, and numbers are finite.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     json: dict[str, Any] = field(default_factory=dict)
@@ -242,8 +246,16 @@ class Method:
         """Runs when the parameters are final, the engine still alive."""
 
     def fold(self, stage: Stage) -> Fold:
-        """Runs at commit: ``factors`` adds the live pair to the weight, ``keep`` leaves it in the forward."""
+        """Runs at commit: what becomes of the stage's update.
+
+        ``factors`` adds the live pair to the sum of past updates, ``dense`` adds ``dense_update`` instead, ``keep``
+        leaves the pair in the forward, as the parameter set of the stage's name.
+        """
         return "factors"
+
+    def dense_update(self, stage: Stage) -> dict[str, Tensor]:
+        """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live pair's."""
+        return stage.adapters.live_update()
 
     def state(self) -> State:
         """Runs at commit: what is carried on, beside the adapters."""
@@ -258,6 +270,17 @@ class Method:
         ``task`` is None unless the method may know it (``task_id``).
         """
         return None
+
+
+def commit_update(method: Method, stage: Stage) -> None:
+    """Fold or keep what the stage has learned, as the method says; the model answers as before."""
+    how = method.fold(stage)
+    if how == "factors":
+        stage.adapters.fold_live()
+    elif how == "dense":
+        stage.adapters.fold_dense(stage.plan.name, method.dense_update(stage))
+    else:
+        stage.adapters.keep_live()
 
 
 def overrides(method: Method, hook: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
@@ -24,24 +24,34 @@ class NLoRA(Method):
     class Config(Section):
         """Settings of N-LoRA."""
 
-        reference: bool = Field(False, description="The official code's form and scale: short for of: reference.")
+        reference: bool = Field(
+            False, strict=True, description="The official code's form and scale: short for of: reference."
+        )
         of: Literal["product", "reference", "factors"] = Field(
             "product", description="‖B A‖₁ (paper), ‖A B‖₁ (code, only where m = n), or ‖A‖₁ + ‖B‖₁."
         )
         lambda1: float = Field(
-            1.0,
+            300.0,
             ge=0,
-            description="Weight. Of product and factors: on the mean over entries, summed over layers (ours, not "
-            "published). Of reference: on the sum of all entries, as published.",
+            description="Weight. Of product and factors: on the mean over entries and layers, so that it carries over "
+            "sizes (ours, not published). Of reference: on the sum of all entries, where 0.4 is published.",
         )
 
-        @model_validator(mode="after")
-        def _reference_form(self) -> NLoRA.Config:
-            if self.reference and self.of != "reference":
-                # Past validate_assignment, which would come back here.
-                object.__setattr__(self, "of", "reference")
-                self.__dict__["of"] = "reference"
-            return self
+        @model_validator(mode="before")
+        @classmethod
+        def _reference_is_of_reference(cls, values: Any) -> Any:
+            if isinstance(values, dict) and values.get("reference") is True:
+                values = {"of": "reference", **values}
+            if isinstance(values, dict) and values.get("of") == "reference":
+                return {"lambda1": 0.4, **values}
+            return values
+
+        @field_validator("of")
+        @classmethod
+        def _one_form(cls, of: str, info: ValidationInfo) -> str:
+            if info.data.get("reference") and of != "reference":
+                raise ValueError(f"does not fit: of: {of} contradicts reference: true; leave one of them out")
+            return of
 
     name = "nlora"
     title = "N-LoRA: sparse new pairs that do not collide with past ones"
@@ -50,23 +60,31 @@ class NLoRA(Method):
     carried = "past updates, folded into the weight"
     growth = "constant in a step"
 
+    @property
+    def form(self) -> str:
+        return "reference" if self.config.of == "reference" else "paper" if self.config.of == "product" else "factors"
+
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.of == "reference":
             for m, n in shapes or ():
                 if m != n:
+                    key = "method.reference" if self.config.reference else "method.of"
                     raise UserError(
-                        f"method.of: the reference form A·B needs square layers, and one is {m} × {n}; "
-                        "use method.of=product, or other adapter.target_modules"
+                        f"{key}: nlora's reference form A·B exists only for square layers, and one is {m} × {n}; use "
+                        "the paper's (method.reference=false, method.of=product), or other adapter.target_modules"
                     )
 
     def penalty(self, stage: Stage) -> Tensor | None:
         if not self.config.lambda1:
             return None
-        terms = [self._size(group) for group in stage.factors()]
-        total: Tensor = self.config.lambda1 * sum(terms[1:], terms[0])
-        return total
+        groups = stage.factors()
+        sizes = [self._size(group) for group in groups]
+        total: Tensor = self.config.lambda1 * sum(sizes[1:], sizes[0])
+        layers = sum(len(group.targets) for group in groups)
+        return total if self.config.of == "reference" else total / layers
 
     def _size(self, group: FactorGroup) -> Tensor:
+        """Summed over the layers of the group."""
         A, B = group.A, group.B
         if self.config.of == "product":
             return (B @ A).abs().mean((1, 2)).sum()

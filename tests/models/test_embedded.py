@@ -21,8 +21,9 @@ FOLDER = Path(cl_runner.__file__).parent / "models" / "embedded"
 NAMES = ["tiny-t5", "tiny-llama"]
 TOKENIZERS = {name: AutoTokenizer.from_pretrained(FOLDER / name) for name in NAMES}
 NASTY = [
-    "", " ", "  two  spaces  ", "\n\n\ttabs\r\n", "</s>", "<pad> <s> <unk> <extra_id_0>", "▁ ▁x", "Ġ Ċ", "a</s>b", "\x00\x01\x7f",
-    "naïve café", "e\u0301 is not é", "日本語 текст عربى", "🎉👩‍👩‍👧‍👦", "\u200b\ufeff\u2028", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "{0} {label} %s $x",
+    "", " ", "  two  spaces  ", "\n\n\ttabs\r\n", "</s>", "<pad> <s> <unk> <extra_id_0>", "▁ ▁x", "Ġ Ċ", "a</s>b",
+    "\x00\x01\x7f", "naïve café", "e\u0301 is not é", "日本語 текст عربى", "🎉 \U0001f469\u200d\U0001f467",
+    "\u200b\ufeff\u2028", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "{0} {label} %s $x",
 ]  # fmt: skip
 
 

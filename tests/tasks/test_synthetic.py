@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner.tasks import catalog
-from cl_runner.tasks.synthetic import SIZES, TASKS, grammar, sample
+from cl_runner.tasks.synthetic import SIZES, TASKS, grammar, sample, size
 
 FORMS = {
     "dbpedia": ["Title: ", "\nText:  "],
@@ -48,7 +48,7 @@ def test_rows(task: str) -> None:
     drawn = {split: sample(task, split) for split in SIZES}
     labels = grammar(task).labels
     for split, rows in drawn.items():
-        assert [row.id for row in rows] == [f"{split}/{i}" for i in range(SIZES[split])]
+        assert [row.id for row in rows] == [f"{split}/{i}" for i in range(size(task, split))]
         counts = Counter(row.label for row in rows)
         assert set(counts) == set(labels)
         assert max(counts.values()) - min(counts.values()) <= 1

@@ -1,0 +1,69 @@
+"""Ctrl-C, SIGTERM and a lost terminal end a command in one orderly way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_asked: str | None = None
+
+
+class Stopped(BaseException):
+    """The user, the system or a lost terminal ended the command (by the signal named). Exit code 130.
+
+    No ``Exception``, so that no library takes it for a failure of its own.
+    """
+
+
+@contextmanager
+def signals_stop() -> Iterator[None]:
+    """Inside, each of the three signals raises ``Stopped``; one that was ignored (nohup, a script's &) stays so."""
+    global _asked
+    _asked = None
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, _stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    global _asked
+    _asked = signal.Signals(number).name
+    raise Stopped(_asked)
+
+
+def asked() -> str | None:
+    """The signal that asked to stop, None before any."""
+    return _asked
+
+
+def check() -> None:
+    """Raise ``Stopped`` where a signal came at a moment in which Python drops exceptions (a destructor)."""
+    if _asked is not None:
+        raise Stopped(_asked)
+
+
+def last_words() -> None:
+    """From here on signals are ignored: what is being said and written is the end."""
+    _set(signal.SIG_IGN)
+
+
+def end_at_once() -> None:
+    """From here on a signal ends the process without a word: another process of the run speaks."""
+    _set(signal.SIG_DFL)
+
+
+def _set(handler: signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)

@@ -1,0 +1,112 @@
+"""Tiny random models of four families, what to feed them, and random pairs for their layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cl_runner.adapters import Adapters, Pair
+from cl_runner.config import AdapterConfig
+
+FAMILIES = ("t5", "llama", "gpt2", "qwen2")
+VOCABULARY = 48
+TARGETS = {"t5": ["q", "v"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "qwen2": ["q_proj", "v_proj"]}
+
+
+def base_model(family: str, layers: int = 2, seed: int = 0, **settings: Any) -> Any:
+    """A frozen random model, weights wide enough for every layer to show in the logits. Qwen2 has fewer key heads."""
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    decoder = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if family == "t5":
+            model: Any = transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    **common, d_model=24, d_kv=6, d_ff=32, num_heads=4, num_layers=layers, dropout_rate=0.0,
+                    decoder_start_token_id=0, **settings,
+                )
+            )  # fmt: skip
+        elif family == "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **{**decoder, **settings}))
+        elif family == "qwen2":
+            settings = {"num_key_value_heads": 2, **settings}
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, **{**decoder, **settings}))
+        else:
+            model = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(
+                    **common, n_embd=24, n_layer=layers, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
+                    resid_pdrop=0.0, **settings,
+                )
+            )  # fmt: skip
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def adapters_of(model: Any, family: str = "t5", *, r: int = 2, alpha: float = 6.0, **more: Any) -> Adapters:
+    """Adapters around ``model`` itself."""
+    config = AdapterConfig(r=r, alpha=alpha, dropout=0.0, target_modules=more.pop("targets", None))
+    more = {"name_or_path": "some/base", "encoder_decoder": family == "t5", **more}
+    return Adapters(model, config, **more)
+
+
+def logits(model: Any, rows: int = 3) -> Tensor:
+    """Logits of fixed random input; T5 gets decoder input as well."""
+    dice = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (rows, 7), generator=dice)
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            found: Tensor = model(input_ids=ids, decoder_input_ids=ids[:, :4].flip(1), use_cache=False).logits
+        else:
+            found = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def random_pair(
+    adapters: Adapters, stage: str, *, rank: int | None = None, scale: float | None = None, seed: int = 0,
+    size: float = 0.2,
+) -> Pair:  # fmt: skip
+    """A pair with both factors random, of the adapters' rank and scale unless told."""
+    dice = torch.Generator().manual_seed(1000 + seed)
+    rank, scale = rank or adapters.rank, adapters.scale if scale is None else scale
+    A, B = {}, {}
+    for target, past in adapters.past.items():
+        m, n = past.base.shape
+        A[target] = torch.randn(rank, n, generator=dice) * size
+        B[target] = torch.randn(m, rank, generator=dice) * size
+    return Pair(stage, rank, scale, A, B)
+
+
+def naive_update(pair: Pair, target: str) -> Tensor:
+    """s·B A entry by entry of the definition, in fp64."""
+    return pair.scale * torch.einsum("mr,rn->mn", pair.B[target].double(), pair.A[target].double())
+
+
+def with_updates(model: Any, updates: Sequence[Mapping[str, Tensor]]) -> Any:
+    """A copy of ``model`` in fp64, every update written into its weights; (m, n) each, whatever the layer's layout."""
+    changed = copy.deepcopy(model).double()
+    for update in updates:
+        for target, delta in update.items():
+            layer: nn.Module = changed.get_submodule(target)
+            transposed = isinstance(layer, transformers.pytorch_utils.Conv1D)
+            layer.weight.data += (delta.T if transposed else delta).double()
+    return changed
+
+
+def naive_updates(adapters: Adapters, pairs: Sequence[Pair]) -> list[dict[str, Tensor]]:
+    return [{target: naive_update(pair, target) for target in adapters.past} for pair in pairs]
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference as a share of the norm."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())

@@ -1,0 +1,51 @@
+"""For all tests: one thread, no network, and nothing that a launcher or a user has set in the environment."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import LAUNCHER, ORDER, SMALL, Result, call
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run in this process leaves RANK and others behind; a user may have set CL_RUNNER_DATA."""
+    for name in (*LAUNCHER, "CL_RUNNER_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of three stages. Nobody changes it: copy ``cwd`` first."""
+
+    cwd: Path
+    run: Path
+    result: Result  # how its train ended
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An O-LoRA run through three stages, in one go."""
+    cwd = tmp_path_factory.mktemp("finished")
+    (cwd / "three.yaml").write_text(ORDER)
+    arguments = ("train", "--order", "three.yaml", *SMALL)
+    result = call(*arguments, cwd=cwd)
+    assert result.code == 0, result.err
+    [run] = (cwd / "runs").iterdir()
+    return Finished(cwd, run, result, arguments)

@@ -1,0 +1,179 @@
+"""O-LoRA's penalty and its gradient against a naive loop over stages, layers and entries, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_runner.adapters import Adapters, Pair
+from cl_runner.methods.olora import OLoRA
+from tests.adapters.families import adapters_of, base_model, off, random_pair
+
+Factors = dict[str, dict[str, Tensor]]  # A and B, target → factor
+
+
+def after(stages: int, rank: int = 2, family: str = "qwen2") -> Adapters:
+    """Adapters at the stage after so many folded ones (of rank, rank + 1, …), with a random live pair."""
+    adapters = adapters_of(base_model(family), family, r=3)
+    for i in range(stages):
+        adapters.fold(random_pair(adapters, f"s{i}", rank=rank + i % 3, seed=i))
+    adapters.begin("now")
+    adapters.show(random_pair(adapters, "now", seed=99))
+    return adapters
+
+
+def penalty_of(adapters: Adapters, **settings: Any) -> Tensor | None:
+    method = OLoRA(OLoRA.Config(**settings))
+    stage: Any = SimpleNamespace(factors=adapters.groups)
+    return method.penalty(stage)
+
+
+def gradients(adapters: Adapters, penalty: Tensor) -> Factors:
+    parameters = adapters.parameters()
+    found = torch.autograd.grad(penalty, list(parameters.values()), allow_unused=True)
+    named = dict(zip(parameters, found, strict=True))
+    return {
+        factor: {
+            t: torch.zeros_like(parameters[f"{t}.lora_{factor}"]) if (g := named[f"{t}.lora_{factor}"]) is None else g
+            for t in adapters.layers
+        }
+        for factor in "AB"
+    }
+
+
+def naive(
+    adapters: Adapters, past: Sequence[Pair], *, lambda1: float, lambda2: float, on: str, reference: bool
+) -> tuple[Tensor, Factors]:
+    """The definition, one number at a time, and what autograd makes of it."""
+    pair = adapters.pair()
+    live = {
+        f: {t: getattr(pair, f)[t].double().requires_grad_() for t in adapters.layers} for f in ("A", "B")
+    }  # fmt: skip
+    total = torch.zeros((), dtype=torch.float64)
+    for target in adapters.layers:
+        A, B = live["A"][target], live["B"][target]
+        for old in past:
+            for j, k in product(range(old.rank), range(pair.rank)):
+                of_A = (old.A[target][j].double() * A[k]).sum()
+                of_B = (old.B[target][:, j].double() * B[:, k]).sum()
+                for factor, overlap in (("A", of_A), ("B", of_B)):
+                    if on in (factor, "both"):
+                        total = total + lambda1 * (overlap.abs() if reference else overlap**2)
+        if lambda2:
+            total = total + lambda2 * (A.square().sum().sqrt() + B.square().sum().sqrt())
+    if not total.requires_grad:
+        return total, live
+    leaves = [live[f][t] for f in ("A", "B") for t in adapters.layers]
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    half = len(adapters.layers)
+    return total, {"A": dict(zip(adapters.layers, filled[:half], strict=True)),
+                   "B": dict(zip(adapters.layers, filled[half:], strict=True))}  # fmt: skip
+
+
+@pytest.mark.parametrize("on", ["A", "B", "both"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "paper"])
+@pytest.mark.parametrize("lambda2", [0.0, 0.3])
+def test_penalty_and_gradient_are_those_of_the_definition(on: str, reference: bool, lambda2: float) -> None:
+    adapters = after(3)
+    found = penalty_of(adapters, reference=reference, lambda1=0.5, lambda2=lambda2, on=on)
+    assert found is not None and found.dtype == torch.float32 and found.shape == ()
+    wanted, wanted_gradients = naive(
+        adapters, adapters.folded, lambda1=0.5, lambda2=lambda2, on=on, reference=reference
+    )  # fmt: skip
+    assert float(wanted.detach()) > 1
+    assert off(found, wanted) < 1e-6
+    ours = gradients(adapters, found)
+    for factor, target in product("AB", adapters.layers):
+        ours_here, theirs = ours[factor][target], wanted_gradients[factor][target]
+        if on in (factor, "both") or lambda2:
+            assert theirs.any() and off(ours_here, theirs) < 1e-6
+        else:
+            assert not ours_here.any()
+
+
+@pytest.mark.parametrize("on", ["A", "B", "both"])
+def test_squares_of_many_rows_come_from_the_gram_matrix_alone(on: str) -> None:
+    """27 past rows in spaces of 24 and 12: the rows are never stacked, the sum and its gradient are the same."""
+    adapters = after(9)
+    found = penalty_of(adapters, reference=False, lambda1=0.5, on=on)
+    assert found is not None
+    for group in adapters.groups():
+        assert group.past is not None and group.past.rank == 27
+        made = {name for name in vars(group.past) if name.startswith("_")}
+        assert made == {f"_gram_{factor}" for factor in "AB" if on in (factor, "both")}
+        side = {"A": group.A.shape[2], "B": group.B.shape[1]}
+        assert all(getattr(group.past, name).shape == (2, side[name[-1]], side[name[-1]]) for name in made)
+    wanted, wanted_gradients = naive(adapters, adapters.folded, lambda1=0.5, lambda2=0, on=on, reference=False)
+    assert off(found, wanted) < 1e-6
+    ours = gradients(adapters, found)
+    for factor, target in product("AB", adapters.layers):
+        if on in (factor, "both"):
+            assert off(ours[factor][target], wanted_gradients[factor][target]) < 1e-6
+
+
+def test_few_rows_are_stacked_instead() -> None:
+    adapters = after(3)
+    penalty_of(adapters, reference=False, on="A")
+    assert all(
+        {n for n in vars(g.past) if n.startswith("_")} == {"_rows_A"} for g in adapters.groups()
+    )  # fmt: skip
+    many = after(9)
+    penalty_of(many, reference=True, on="A")
+    assert all({n for n in vars(g.past) if n.startswith("_")} == {"_rows_A"} for g in many.groups())
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_nothing_at_the_first_stage(reference: bool) -> None:
+    adapters = after(0)
+    assert penalty_of(adapters, reference=reference, on="both") is None
+    found = penalty_of(adapters, reference=reference, on="both", lambda2=0.1)
+    wanted, _ = naive(adapters, [], lambda1=0.5, lambda2=0.1, on="both", reference=reference)
+    assert found is not None and off(found, wanted) < 1e-6
+
+
+def test_no_weight_no_penalty() -> None:
+    assert penalty_of(after(2), lambda1=0.0, lambda2=0.0) is None
+
+
+def test_the_norm_of_a_fresh_b_has_a_finite_gradient() -> None:
+    """‖B‖ at B = 0: torch gives the gradient 0 to a norm, and nan to a square root."""
+    adapters = adapters_of(base_model("t5"))
+    adapters.fold(random_pair(adapters, "s0"))
+    adapters.begin("now", torch.Generator().manual_seed(0))
+    found = penalty_of(adapters, lambda2=0.3, on="both")
+    assert found is not None
+    ours = gradients(adapters, found)
+    assert all(not g.any() for g in ours["B"].values())
+    assert all(bool(g.isfinite().all()) and g.any() for g in ours["A"].values())
+
+
+def test_the_norm_is_not_squared() -> None:
+    adapters = after(0)
+    pair = adapters.pair()
+    once = penalty_of(adapters, lambda1=0, lambda2=1.0)
+    doubled = Pair("now", pair.rank, pair.scale, {t: 2 * a for t, a in pair.A.items()}, dict(pair.B))
+    adapters.show(doubled)
+    more = penalty_of(adapters, lambda1=0, lambda2=1.0)
+    assert once is not None and more is not None
+    assert float((more - once).detach()) == pytest.approx(float(sum(a.norm() for a in pair.A.values())), rel=1e-5)
+
+
+def test_the_scale_is_in_no_penalty() -> None:
+    one, other = (adapters_of(base_model("t5"), r=3, alpha=alpha) for alpha in (3.0, 30.0))
+    for adapters in (one, other):
+        adapters.fold(random_pair(adapters, "s0", seed=0))
+        adapters.show(random_pair(adapters, "now", seed=1))
+    assert torch.equal(penalty_of(one), penalty_of(other))  # type: ignore[arg-type]
+
+
+def test_published_defaults_and_names() -> None:
+    config = OLoRA.Config()
+    assert (config.reference, config.lambda1, config.lambda2, config.on) == (True, 0.5, 0.0, "A")
+    assert OLoRA(config).form == "reference" and OLoRA(OLoRA.Config(reference=False)).form == "paper"
