@@ -58,16 +58,21 @@ def _flags(**given: Any) -> dict[str, Any]:
     return {key.replace("__", "."): value for key, value in given.items() if value is not None}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cl-runner {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Settings of every command."""
-    if version:
-        print(f"cl-runner {__version__}")
-        raise typer.Exit
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cl_runner.metrics.text import normalise, score
@@ -36,19 +37,25 @@ def evaluate(
     """Answer and score the test rows of each task, each with the parameters that the method answers it with.
 
     Batches are formed over all rows and then dealt to the ranks, so that their number changes no answer.
+    ``tick`` takes a task, how many of its rows are answered, and how many there are.
     """
     method, adapters = stage.room.method, stage.adapters
     shown = adapters.pair() if adapters.live is not None else None
     results = []
-    for number, (name, test) in enumerate(tests.items()):
-        tick(name, number, len(tests))
+    for name, test in tests.items():
+        ticking = partial(_tick, tick, name, len(test.rows))
+        ticking(0)
         known = name if type(method).task_id else None
         wanted = method.answering(known)
         if wanted is not None and wanted in adapters.kept:
             adapters.show(adapters.kept[wanted])
-        results.append(score_task(test, stage.generate(test.examples, known)))
+        results.append(score_task(test, stage.generate(test.examples, known, ticking)))
     adapters.show(shown)
     return results
+
+
+def _tick(tick: Callable[[str, int, int], None], task: str, total: int, done: int) -> None:
+    tick(task, done, total)
 
 
 def score_task(test: TestSet, answers: Sequence[str]) -> Scored:

@@ -111,7 +111,7 @@ def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: 
     tests = {task: tokens.test[task] for task in tasks}
     screen.begin([StagePlan("", 0, sum(len(test.rows) for test in tests.values()))])
     try:
-        return evaluate(stage, tests, lambda task, done, total: screen.evaluating(task, 0, len(tests[task].rows)))
+        return evaluate(stage, tests, screen.evaluating)
     finally:
         stage.close()
 

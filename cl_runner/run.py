@@ -178,7 +178,7 @@ class Run:
         """a0: the untouched base on every task, before stage 1."""
         stage = open_stage(room, self.plan.config, 0, evaluating=True)
         room.adapters.show(None)
-        scored = evaluate(stage, tokens.test, self._tick_evaluation(tokens))
+        scored = evaluate(stage, tokens.test, self._tick_evaluation)
         stage.close()
         if self.place.rank == 0:
             self.rundir.commit(-1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
@@ -203,7 +203,7 @@ class Run:
                 room.adapters.keep_live()
             before = time.perf_counter()
             tests = {task: tokens.test[task] for task in self._tested(index)}
-            scored = evaluate(stage, tests, self._tick_evaluation(tokens))
+            scored = evaluate(stage, tests, self._tick_evaluation)
             seconds = {
                 "train": round(trained.seconds, 3),
                 "evaluate": round(time.perf_counter() - before, 3),
@@ -248,11 +248,9 @@ class Run:
         mean = sum(of_seen) / len(of_seen) if of_seen else None
         self.screen.scores({one.task: one.score for one in scored}, mark, mean)
 
-    def _tick_evaluation(self, tokens: Tokens) -> Any:
-        def tick(task: str, done: int, total: int) -> None:
-            self.screen.evaluating(task, 0, len(tokens.test[task].rows))
-
-        return tick
+    def _tick_evaluation(self, task: str, done: int, total: int) -> None:
+        stopping.check()
+        self.screen.evaluating(task, done, total)
 
     def _tick(self, step: int, loss: float | None, pace: float | None) -> None:
         stopping.check()

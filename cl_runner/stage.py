@@ -250,7 +250,9 @@ class StageRun:
             return batch
         return replace(batch, condition=self.room.method.condition(self, batch, task) or {})
 
-    def generate(self, examples: Sequence[Example], task: str | None = None) -> list[str]:
+    def generate(
+        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
         size = self.config.eval.batch
         answers: dict[int, str] = {}
         # By length, so that little is padded; by number, so that the ranks' count changes no batch.
@@ -259,6 +261,7 @@ class StageRun:
             if number % self.ranks == self.rank:
                 rows = order[start : start + size]
                 answers.update(zip(rows, self._answer([examples[i] for i in rows], task), strict=True))
+                tick(start + len(rows))
         return [answer for _, answer in sorted(self.gather(answers).items())]
 
     def _answer(self, examples: Sequence[Example], task: str | None) -> list[str]:

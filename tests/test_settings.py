@@ -62,8 +62,9 @@ def test_nothing_but_an_order_is_tiny() -> None:
     assert result.origin["training.epochs"] == "preset tiny"
     assert result.origin["training.clip"] == "default"
     assert result.origin["order"] == "--order"
-    assert result.origin["method.lambda1"] == "default of olora"
-    assert result.config.method.own() == {"reference": True, "lambda1": 0.5, "lambda2": 0.0, "on": "A"}
+    assert result.origin["method.lambda1"] == "preset tiny" and result.origin["method.on"] == "default of olora"
+    own = result.config.method.own()
+    assert own.pop("lambda1") > 0 and own == {"reference": True, "lambda2": 0.0, "on": "A"}
     assert result.order is not None and result.order.names == ["dbpedia", "amazon", "yahoo", "agnews"]
     assert differing_from_presets(result) == {} and result.notes == []
 
@@ -179,7 +180,7 @@ def test_every_value_shows_where_it_came_from() -> None:
         assert line.endswith(":") or re.search(r"  # \S", line), line
     assert re.search(r"^  epochs: \d+ +# preset tiny$", text, re.M)
     assert re.search(r"^    training.lr: 0.001 +# --set$", text, re.M)
-    assert re.search(r"^  lambda1: 0.5 +# default of olora$", text, re.M)
+    assert re.search(r"^  lambda2: 0.0 +# default of olora$", text, re.M)
 
 
 def test_an_own_order_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +523,8 @@ def test_a_preset_may_speak_of_tasks_that_the_order_has_not() -> None:
 
 
 def test_without_schemas_method_settings_pass() -> None:
-    result = resolve(order="order1", sets=["method.anything=[1, 2]", "tasks.amazon.method.anything=3"])
+    other = {"model.name": "gpt2"}  # no preset, no method settings but these
+    result = resolve(order="order1", flags=other, sets=["method.anything=[1, 2]", "tasks.amazon.method.anything=3"])
     assert result.config.method.own() == {"anything": [1, 2]}
     assert result.config.tasks == {"amazon": {"method.anything": 3}}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+
+from tests.models.tiny_models import FAMILIES
 
 
 @pytest.fixture(scope="session")

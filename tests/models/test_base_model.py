@@ -14,13 +14,13 @@ import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import LINES
 
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
 from cl_runner.tasks.task import Prompt
+from tests.models.tiny_models import LINES
 
 CPU = torch.device("cpu")
 

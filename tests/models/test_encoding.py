@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import byte_tokenizer, t5_tokenizer
 from transformers import ByT5Tokenizer
 
 from cl_runner.errors import UserError
@@ -18,6 +17,7 @@ from cl_runner.models.base import Layout
 from cl_runner.models.batch import Example, collate, collate_prompts
 from cl_runner.models.encoding import Encoder
 from cl_runner.tasks.task import Prompt
+from tests.models.tiny_models import byte_tokenizer, t5_tokenizer
 
 T5 = Layout(True, pad_id=1, eos_id=0, end_ids=(0,), decoder_start_id=1, vocab_size=420)
 CAUSAL = Layout(False, pad_id=0, eos_id=0, end_ids=(0,), decoder_start_id=None, vocab_size=420)
@@ -96,7 +96,9 @@ def test_any_text_keeps_its_ends(head: str, text: str, tail: str, limit: int, ki
     assert len(example.source) <= limit
     cut = encoder.decode(example.source)
     assert cut.startswith(head) and cut.endswith(tail)
-    assert text.startswith(cut[len(head) : len(cut) - len(tail)])
+    middle = cut[len(head) : len(cut) - len(tail)]
+    # One token may hold the text's last characters and the tail's first: those characters stay with the tail.
+    assert any(text.startswith(middle[:k]) and text.endswith(middle[k:]) for k in range(len(middle) + 1))
     assert example.truncated == (cut != str(prompt))
 
 

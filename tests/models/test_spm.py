@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import transformers
-from tiny_models import LINES
 
 from cl_runner.errors import UserError
 from cl_runner.models import spm
@@ -17,6 +16,7 @@ from cl_runner.models.base import Layout
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.tokenizer import load_tokenizer
 from cl_runner.tasks.task import Prompt
+from tests.models.tiny_models import LINES
 
 TEXTS = [*LINES[:5], "", " ", "a", "  two  spaces\n\n and\tmore ", "日本 ﬁne ½ ÀÉ", "true▁bar"]
 
