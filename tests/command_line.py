@@ -26,7 +26,7 @@ STAGES = ["dbpedia", "amazon", "agnews"]
 SMALL = tuple(
     f"--set={setting}"
     for setting in (
-        "data.max_train=16", "data.max_test=4", "training.epochs=1", "training.lr=2e-3", "training.global_batch=8",
+        "data.max_train=32", "data.max_test=4", "training.epochs=1", "training.lr=1e-2", "training.global_batch=16",
         "training.micro_batch=8", "output.log_every=1",
     )
 )  # fmt: skip

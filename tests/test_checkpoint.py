@@ -182,7 +182,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 LONG: dict[str, Make] = {
     "olora": lambda: named("olora"),
-    "olora paper": lambda: named("olora", reference=False, on="both"),
+    "olora paper": lambda: named("olora", reference=False, on="both", lambda1=0.5),
     "seqlora": lambda: named("seqlora"),
     "pertask": lambda: named("pertask"),
 }

@@ -334,7 +334,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "32 = 8 × 4 × 1" in text.out
     assert "nothing was written" in text.out
     joint = call(*arguments[:3], "--method", "mtl", *SMALL, "--dry-run", "--json", cwd=tmp_path).json
-    assert [(stage["train_rows"], stage["test_rows"]) for stage in joint["stages"]] == [(48, 12)]
+    assert [(stage["train_rows"], stage["test_rows"]) for stage in joint["stages"]] == [(96, 12)]
     assert tree(tmp_path) == before
 
 

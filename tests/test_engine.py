@@ -748,6 +748,7 @@ def test_the_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
             assert os.environ["RANK"] == "0" and int(os.environ["MASTER_PORT"]) > 0
             engine_module.start(Place())  # does nothing
             assert torch.distributed.get_world_size() == 1
+            Work(Place()).done()
         finally:
             engine_module.stop()
         assert dict(os.environ) == before

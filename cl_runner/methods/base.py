@@ -56,7 +56,10 @@ class State:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the stage is: optimizer steps done, of how many, and the detached task loss of the last forward."""
+    """How far the stage is: optimizer steps done, of how many, and the detached task loss of the step so far.
+
+    The loss is this rank's share; after a step's last forward the mean over ranks is the loss of the global batch.
+    """
 
     step: int
     steps: int
@@ -83,7 +86,7 @@ class Stage(Protocol):
 
     @property
     def progress(self) -> Progress:
-        """Steps done and the task loss of the last forward."""
+        """Steps done and the task loss of the step so far."""
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +118,7 @@ class Stage(Protocol):
     def gradient(
         self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Gradients of ``loss`` by name, fp32, on the raw module. *Collective*.
+        """Gradients of ``loss`` by name, fp32, on the raw module, dropout off. *Collective*.
 
         One dict: the sum over all batches of all ranks, the same on every rank. ``per_example``: one dict for each
         example of all ranks, in the order of the source, the same on every rank.
@@ -132,8 +135,13 @@ class Stage(Protocol):
         Row weights are such that the sum of the token losses over all batches and ranks is the mean per label token.
         """
 
-    def generate(self, examples: Sequence[Example], task: str | None = None) -> list[str]:
-        """Greedy answers, in order, the same on every rank; ``task`` where the method may know it. *Collective*."""
+    def generate(
+        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """Greedy answers, in order, the same on every rank. *Collective*.
+
+        ``task`` where the method may know it; ``tick`` is told how many examples are answered, batch by batch.
+        """
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks. *Collective*."""
@@ -211,7 +219,10 @@ class Method:
         return [ParameterGroup(stage.parameters(), weight_decay=stage.config.training.weight_decay)]
 
     def begin_task(self, stage: Stage) -> None:
-        """Runs once a stage, before step 1, data at hand; what it makes is state."""
+        """Runs once a stage, before ``training_data`` and ``parameter_groups``; what it makes is state.
+
+        Data at hand, dropout off, no engine yet: it may still decide what trains, and in what shape.
+        """
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
         """Runs before training: the mix. Default: the stage's own rows."""

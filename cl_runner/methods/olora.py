@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cl_runner.config import Section
 from cl_runner.methods.base import Method
@@ -20,26 +20,44 @@ class OLoRA(Method):
     """``+ λ1 Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_{jk}|`` (reference, the default), or the same squared (paper)."""
 
     class Config(Section):
-        """Settings of O-LoRA. Coefficients act on sums over all entries and target layers, as published."""
+        """Settings of O-LoRA."""
 
         reference: bool = Field(True, description="The official code's |·|; false: the paper's squares.")
-        lambda1: float = Field(0.5, ge=0, description="Weight of the orthogonality penalty.")
+        lambda1: float = Field(
+            0.5,
+            ge=0,
+            description="Weight of the penalty. Reference: on the sum over entries and layers (published). "
+            "Paper: on the mean over them, so that it carries over sizes (2e4 unless given, ours, not published).",
+        )
         lambda2: float = Field(0.0, ge=0, description="Weight of Σ ‖A_t‖ + ‖B_t‖ (not squared, as the code).")
         on: Literal["A", "B", "both"] = Field("A", description="Which factor is kept orthogonal.")
 
+        @model_validator(mode="before")
+        @classmethod
+        def _weight_of_the_form(cls, values: Any) -> Any:
+            if isinstance(values, dict) and values.get("reference") is False:
+                return {"lambda1": 2e4, **values}
+            return values
+
     name = "olora"
     title = "O-LoRA: new pairs orthogonal to past ones"
-    equation = "loss + λ1 Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_{jk}|  (paper: squared)  + λ2 Σ (‖A_t‖ + ‖B_t‖)"
+    equation = (
+        "loss + λ1 Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_{jk}|  (paper: squared, mean over jk and layers)  + λ2 Σ (‖A_t‖ + ‖B_t‖)"
+    )
     paper = "2310.14152 (Orthogonal Subspace Learning for Language Model Continual Learning)"
     carried = "past updates folded into the weight, and their factors for the penalty"
     growth = "r rows a task in the penalty; squared, never more than Σ A_iᵀ A_i"
 
     def penalty(self, stage: Stage) -> Tensor | None:
         terms: list[Tensor] = []
-        for group in stage.factors():
+        groups = stage.factors()
+        layers = sum(len(group.targets) for group in groups)
+        for group in groups:
+            # The paper's form is a mean over layers and the r × r entries of each past stage, the reference's a sum.
+            weight = self.config.lambda1 / (1 if self.config.reference else layers * group.A.shape[1] ** 2)
             for factor, now in (("A", group.A), ("B", group.B.mT)):  # (L, r, d)
                 if self.config.lambda1 and group.past and self.config.on in (factor, "both"):
-                    terms.append(self.config.lambda1 * self._overlap(group.past, factor, now))
+                    terms.append(weight * self._overlap(group.past, factor, now))
                 if self.config.lambda2:
                     # One norm a matrix. B is zero at the start, where ‖·‖ has no gradient.
                     norms = (now.square().sum((1, 2)) + 1e-24).sqrt()
