@@ -209,7 +209,8 @@ class RunDir:
         file = self.path / "log.jsonl"
         if not file.is_file():
             return
-        lines = file.read_text("utf-8", "replace").splitlines(keepends=True)
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            lines = list(stream)
         kept = [line for line in lines if _stage_of(line) in stages]
         if kept != lines:
             write_text(file, "".join(kept))
@@ -245,8 +246,12 @@ def sha256(file: Path) -> str:
 def write_text(file: Path, text: str) -> None:
     """Replace a file's content in one atomic step."""
     draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(text, "utf-8", "backslashreplace")
-    draft.replace(file)
+    try:
+        draft.write_text(text, "utf-8", "backslashreplace")
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -298,9 +303,10 @@ def _umask() -> int:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON Lines file of ours."""
+    """All rows of a JSON Lines file of ours. Raises UserError where it is missing or broken."""
     try:
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+        # Not splitlines(): a text may hold U+2028 and others of its kind as they are.
+        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except ValueError as error:

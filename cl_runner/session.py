@@ -311,8 +311,7 @@ def why(error: BaseException) -> str:
     if isinstance(error, UserError | TrainingError):
         return text
     if "No space left on device" in text:
-        file = getattr(error, "filename", None)
-        return f"the disk is full{f' (writing {file})' if file else ''}; make room"
+        return "the disk of the run folder is full; make room"
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory; lower training.micro_batch, eval.batch or data.max_source ({text[:200]})"
     if isinstance(error, OSError) and error.filename and error.strerror:
