@@ -163,15 +163,17 @@ class Session:
             with Screen(enabled=self.place.rank == 0) as screen, ExitStack() as stack:
                 self.folder = RunDir(Path(self._agreed(str(self.folder.path))))
                 run = Run(self.plan, self.folder, self.place, screen)
-                if self.folder.exists():
+                new = not self.folder.exists()
+                if not new:
                     self._open(stack)
                 embedded = self.located.kind == "embedded"
                 if not embedded:  # loading takes its time, and says what
                     self._introduce(screen)
                 run.prepare()
                 self._check_disk(run)
-                if self.place.rank == 0 and not self.folder.exists():
-                    self.folder.create(*self._new())
+                if new:
+                    if self.place.rank == 0:
+                        self.folder.create(*self._new())  # or another process has, meanwhile
                     self._open(stack)
                 if embedded:
                     self._introduce(screen)

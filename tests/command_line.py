@@ -65,7 +65,7 @@ class Result:
 def environment(**more: str) -> dict[str, str]:
     """This environment without what a launcher or a user may have set."""
     env = {key: value for key, value in os.environ.items() if key not in (*LAUNCHER, "CL_RUNNER_DATA")}
-    return {**env, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **more}
+    return {**env, "OMP_NUM_THREADS": "1", **more}
 
 
 def call(*arguments: str, cwd: Path) -> Result:

@@ -17,13 +17,13 @@ import gc
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,22 @@ class Processes:
     def __init__(self, ranks: int) -> None:
         from cl_runner.place import free_port
 
-        context, port = get_context("spawn"), free_port()
+        port = free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="cl-runner-ranks-")
         self.said = [Path(self.folder.name) / f"rank{rank}.txt" for rank in range(ranks)]
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         for rank, said in enumerate(self.said):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, ranks, port, theirs, str(said)), daemon=True)
-            process.start()
+            mine, theirs = Pipe()
+            code = f"from tests.distributed import work; work({rank}, {ranks}, {port}, {theirs.fileno()})"
+            with said.open("wb") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                    pass_fds=[theirs.fileno()],
+                    stdout=file,
+                    stderr=file,
+                )
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
@@ -127,8 +134,7 @@ class Processes:
     def _report(self, answers: dict[int, Any], failed: dict[int, str], timeout: float) -> str:
         stuck = [rank for rank in range(len(self.pipes)) if rank not in answers | failed]
         for rank in stuck:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)  # writes where it is
+            self.processes[rank].send_signal(signal.SIGUSR1)  # writes where it is
         time.sleep(0.5 if stuck else 0.0)
         lines = [f"{len(failed)} of {len(self.pipes)} ranks failed, {len(stuck)} did not come back ({timeout:.0f} s)"]
         for rank in [*failed, *stuck]:
@@ -142,7 +148,7 @@ class Processes:
             pipe.close()
             process.kill()
         for process in self.processes:
-            process.join(10)
+            process.wait()
         self.folder.cleanup()
 
     def close(self) -> None:
@@ -150,16 +156,15 @@ class Processes:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         self.kill()
 
 
-def _work(rank: int, ranks: int, port: int, pipe: Connection, said: str) -> None:
-    with Path(said).open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-        os.dup2(file.fileno(), sys.stdout.fileno())
+def work(rank: int, ranks: int, port: int, fileno: int) -> None:
+    """What each process does: take a body from the pipe, run it, send back what it returned."""
+    pipe = Connection(fileno)
     faulthandler.register(signal.SIGUSR1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)

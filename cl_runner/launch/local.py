@@ -44,8 +44,10 @@ def check(processes: int) -> list[str]:
     return visible[:processes]
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``cl-runner`` with these arguments on so many GPUs (processes where there is none); returns the exit code.
+def launch(processes: int, arguments: Sequence[str], module: str = "cl_runner") -> int:
+    """Run ``python -m cl_runner`` with these arguments on so many GPUs (processes where there is none).
+
+    Returns the exit code.
 
     Raises:
         UserError: fewer GPUs are visible.
@@ -66,7 +68,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     command = [
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0",
         "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical",
-        "--module", "cl_runner", *arguments,
+        "--module", module, *arguments,
     ]  # fmt: skip
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their launcher become ours
     child = subprocess.Popen(command, env=environment, stdout=results_fd(), preexec_fn=die_with_parent)

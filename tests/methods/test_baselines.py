@@ -106,6 +106,7 @@ def test_olora_trains_against_its_penalty_and_leaves_past_pairs_alone() -> None:
 
 def _pertask(place: Place) -> None:
     room, config = order_room(place, "pertask", **EPOCHS)
+    assert {plan.start for plan in room.order} == {"base"}
     hands = []
     for index, task in enumerate("abc"):
         hand = ByHand(room)

@@ -174,6 +174,29 @@ def test_the_scale_is_in_no_penalty() -> None:
     assert torch.equal(penalty_of(one), penalty_of(other))  # type: ignore[arg-type]
 
 
+def test_the_paper_form_does_not_grow_with_layers_or_rank_and_the_reference_form_is_a_sum() -> None:
+    """The same distribution of entries: a mean carries over sizes, a published sum does not."""
+
+    def random(layers: int, rank: int, reference: bool) -> float:
+        dice = torch.Generator().manual_seed(0)
+        A, old = (torch.randn(layers, rank, 64, generator=dice) for _ in range(2))
+        past = SimpleNamespace(rank=rank, rows=lambda factor: old)
+        group = SimpleNamespace(targets=range(layers), A=A, B=A.mT, past=past)
+        method, stage = OLoRA(OLoRA.Config(reference=reference, lambda1=1.0)), SimpleNamespace(factors=lambda: [group])
+        return float(method.penalty(stage))  # type: ignore[arg-type]
+
+    paper, reference = random(20, 8, False), random(20, 8, True)
+    assert random(80, 8, False) == pytest.approx(paper, rel=0.05)
+    assert random(20, 16, False) == pytest.approx(paper, rel=0.05)
+    assert random(80, 8, True) == pytest.approx(4 * reference, rel=0.05)
+    assert random(20, 16, True) == pytest.approx(4 * reference, rel=0.05)
+
+
+def test_the_weight_of_the_paper_form_is_its_own_unless_given() -> None:
+    assert OLoRA.Config(reference=False).lambda1 == 2e4 and OLoRA.Config(reference=True).lambda1 == 0.5
+    assert OLoRA.Config(reference=False, lambda1=3).lambda1 == 3
+
+
 def test_published_defaults_and_names() -> None:
     config = OLoRA.Config()
     assert (config.reference, config.lambda1, config.lambda2, config.on) == (True, 0.5, 0.0, "A")
