@@ -23,7 +23,7 @@ from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source, StagePlan
+from cl_runner.methods.base import Source, StagePlan, commit_update
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
@@ -91,14 +91,18 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     base = load_base(config.model, place.torch_device)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most)
+    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
     adapters = Adapters(
-        base.model, config.adapter, name_or_path=base.name_or_path, encoder_decoder=base.encoder_decoder
+        base.model,
+        config.adapter,
+        name_or_path=base.name_or_path,
+        encoder_decoder=base.encoder_decoder,
+        compute=torch.bfloat16 if bf16 else None,
     )
     shapes = [tuple(past.base.shape) for past in adapters.past.values()]
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(config, index, stage)
         make_method(of_stage).check(of_stage, shapes)  # type: ignore[arg-type]
-    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
     return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
 
@@ -197,10 +201,7 @@ class Run:
             own = tokens.source(stage.plan)
             trained = train_stage(stage, own, log=self._log, tick=self._tick)
             room.adapters.train(False)
-            if room.method.fold(stage) == "factors":
-                room.adapters.fold_live()
-            else:
-                room.adapters.keep_live()
+            commit_update(room.method, stage)
             before = time.perf_counter()
             tests = {task: tokens.test[task] for task in self._tested(index)}
             scored = evaluate(stage, tests, self._tick_evaluation)

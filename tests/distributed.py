@@ -31,7 +31,7 @@ START = 180.0  # seconds that processes may take to import everything and to fin
 GRACE = 5.0  # seconds that the other ranks get to report after one has failed
 
 
-def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0, **named: Any) -> list[Any]:
+def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 200.0, **named: Any) -> list[Any]:
     """Results of ``body(place, *args, **named)`` on every rank, in the order of ranks.
 
     Raises:
@@ -100,7 +100,11 @@ class Processes:
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
-        self._collect(START)
+        try:
+            self._collect(START)
+        except BaseException:
+            self.kill()
+            raise
 
     def call(self, work: bytes, timeout: float) -> list[Any]:
         """Send the same work to every rank and wait for all."""
