@@ -360,7 +360,10 @@ def test_hooks_run_in_their_order() -> None:
     method = Recorder(Section())
     stage = open_stage(tiny_room(method, config, Place()), config)
     first = next(iter(stage.parameters()))
+    through: list[Any] = []
+    stage.room.root.register_forward_pre_hook(lambda *given: through.append(given))
     on_ranks(1, lambda place: train(stage, some_rows(4)))
+    assert len(through) == 4  # each micro-batch goes through the engine once; the model in it is called raw
     micro = [("condition", "one"), ("loss",)]
     expected: list[Any] = [("begin_task", 0), ("training_data", 0), ("parameter_groups", 0)]
     for step in range(2):
