@@ -94,7 +94,7 @@ def train(
     as_json: Json = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
-    """Train a task order with a method; goes on where an unfinished run stopped."""
+    """Train a task order; go on where a run stopped."""
     from cl_runner import commands, session
 
     flags = _flags(
@@ -115,7 +115,7 @@ def evaluate(
     set_: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Score a committed stage again, and compare with what was committed. Writes nothing into the run."""
+    """Score a finished stage again; compare with what was committed. Writes nothing into the run."""
     from cl_runner import commands
 
     commands.evaluate(
@@ -139,7 +139,7 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy matrix, average accuracy, forgetting and transfer of a run, finished or not."""
+    """Accuracy matrix, AA, forgetting, transfer of a run."""
     from cl_runner import commands
 
     form = "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
@@ -152,7 +152,7 @@ def list_(
     output_dir: OutputDir = None,
     as_json: Json = False,
 ) -> None:
-    """List orders, tasks, methods, adapters, models, presets or runs."""
+    """List orders, tasks, methods, models, presets, runs."""
     from cl_runner import listing
 
     listing.show_list(what, root=Path(output_dir or "runs"), as_json=as_json)
@@ -160,7 +160,7 @@ def list_(
 
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: Json = False) -> None:
-    """A method: equation, paper, settings, what is carried and how it grows."""
+    """A method: equation, paper, settings, what it carries."""
     from cl_runner import listing
 
     listing.show_method(method, as_json=as_json)

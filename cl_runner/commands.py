@@ -61,7 +61,9 @@ class Request:
 
 def make_absolute(resolved: Resolved) -> None:
     """Paths of the user's become absolute, so that ``run.yaml`` gives the same run from any folder."""
-    data, training = resolved.config.data, resolved.config.training
+    data, training, model = resolved.config.data, resolved.config.training, resolved.config.model
+    if model.name.strip() and Path(model.name).expanduser().is_dir():
+        model.name = str(Path(model.name).expanduser().absolute())
     if data.dir is not None:
         data.dir = str(Path(data.dir).expanduser().absolute())
     if training.deepspeed is not None:
@@ -218,11 +220,13 @@ def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
         raise UserError(f"--task {task}: order {order.name} has no such task{did_you_mean(task, by_name)}")
     position = order.names.index(task) + 1
     rows = checking.show(by_name[task], resolved.config.at(position, task).data, n)
+    synthetic = resolved.config.data.source == "synthetic" and by_name[task].source is None
     if as_json:
-        print_json({"order": order.name, "task": task, "rows": rows})
+        print_json({"order": order.name, "task": task, "synthetic": synthetic, "rows": rows})
         return
+    mark = " (synthetic)" if synthetic else ""
     for row in rows:
-        print(f"--- {row['id']}\n{row['input']}\n→ {row['target']}")
+        print(f"--- {row['id']}{mark}\n{row['input']}\n→ {row['target']}")
 
 
 def _tokenizer(resolved: Resolved) -> Any:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -70,6 +70,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> str:
+    """A table in plain text, columns two spaces apart; those named in ``right`` are numbers."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths[-1] = widths[-1] if head[-1] in right else 0
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(head, line, widths, strict=True)
+        )
+        for line in lines
+    )
+
+
 def one_line(text: str) -> str:
     """``text`` on one line, cut where it is longer than anyone reads."""
     line = " ".join(text.split())
@@ -80,5 +94,6 @@ def say_error(error: BaseException, message: str | None = None) -> None:
     """One line on stderr; with ``--debug`` the traceback before it."""
     if debugging:
         traceback.print_exception(error)
-    with suppress(OSError, ValueError):  # nobody may be there to read it
-        print(f"cl-runner: {one_line(message or str(error))}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError, AttributeError):  # nobody may be there to read it
+        sys.stderr.write(f"cl-runner: {one_line(message or str(error))}\n")
+        sys.stderr.flush()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner import runs
-from cl_runner.console import print_json
+from cl_runner.console import aligned, print_json
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import METHODS, method_class, method_schema
-from cl_runner.report.tables import markdown_table, number
+from cl_runner.report.tables import number
 from cl_runner.settings import schema
 
 KINDS = ("orders", "tasks", "methods", "adapters", "models", "presets", "runs")
@@ -37,8 +37,9 @@ def show_list(what: str, *, root: Path, as_json: bool) -> None:
     elif not rows:
         print(f"there are no {what} in {root}")
     else:
+        rows = [_run_row(row) for row in rows] if what == "runs" else rows
         head = list(rows[0])
-        print(markdown_table(head, [[_cell(row[key]) for key in head] for row in rows], left=len(head)))
+        print(aligned(head, [[_cell(row[key]) for key in head] for row in rows], right=("seed", "AA")))
 
 
 def show_method(name: str, *, as_json: bool) -> None:
@@ -74,7 +75,20 @@ def show_schema() -> None:
     print_json(schema({name: method_schema(name) for name in METHODS}))
 
 
+def _run_row(run: dict[str, Any]) -> dict[str, Any]:
+    """A run as people read it."""
+    score = run["average_accuracy"]
+    return {
+        **{key: run[key] for key in ("name", "method", "order", "model", "seed")},
+        "stage": f"{run['stage']}/{run['stages']}",
+        "state": run["state"],
+        "AA": number(score) + (" (synthetic)" if run["synthetic"] and score is not None else ""),
+    }
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float) or value is None:
         return number(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -116,9 +130,15 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _presets() -> list[dict[str, Any]]:
-    from cl_runner.settings.presets import preset_names
+    from cl_runner.lookup import shipped
+    from cl_runner.settings.presets import PUBLISHED, preset_names
 
-    return [{"preset": name} for name in preset_names()]
+    rows = []
+    for name in preset_names():
+        comment = (shipped("configs") / f"{name}.yaml").read_text("utf-8").splitlines()[0].lstrip("# ")
+        rows.append({"preset": name, "what": comment.split(". ")[0].rstrip(".:")})
+    rows[-1] = {"preset": PUBLISHED, "what": "what was published for the method, the model's family and the order"}
+    return rows
 
 
 def _runs(root: Path) -> list[dict[str, Any]]:

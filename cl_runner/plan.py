@@ -102,6 +102,16 @@ class Data:
         """Whether any row was made by a grammar."""
         return any(rows.synthetic for rows in [*self.train.values(), *self.test.values()])
 
+    def left_out(self) -> list[str]:
+        """A line on the rows left out because their label is outside the task's set; none where there are none."""
+        parts = [
+            f"{name} {rows.dropped} {rows.split} ({', '.join(f'{label}: {n}' for label, n in rows.unknown.items())})"
+            for name in self.tasks
+            for rows in (self.train[name], self.test[name])
+            if rows.dropped
+        ]
+        return [f"rows left out, their label being none of the task's: {'; '.join(parts)}"] if parts else []
+
     def about(self) -> dict[str, Any]:
         """What a run says of its data: rows, source and fingerprint of every split."""
         return {

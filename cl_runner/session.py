@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_runner import console, runs, stopping
 from cl_runner.commands import Request, rich_print
-from cl_runner.console import one_line, print_json
+from cl_runner.console import aligned, one_line, print_json
 from cl_runner.errors import TrainingError, UserError
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.catalog import Located, check, locate
@@ -73,6 +73,9 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
             print_result(folder, as_json)
         return 0
     if processes > 1 and part is None:
+        if folder.exists():
+            with folder.lock():  # rather now than when all processes are up
+                pass
         from cl_runner.launch.local import launch
 
         return launch(processes, sys.argv[1:])
@@ -195,7 +198,8 @@ class Session:
         return str(engine.broadcast_object(self.place, path))
 
     def _introduce(self, screen: Screen) -> None:
-        for line in [self.located.note, *self.resolved.notes, *free_devices(self.place)]:
+        notes = [*self.resolved.notes, *self.plan.data.left_out()]
+        for line in [self.located.note, *notes, *free_devices(self.place)]:
             screen.line(line)
 
     def _new(self) -> tuple[str, dict[str, Any]]:
@@ -404,23 +408,22 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
     if as_json:
         print_json(about)
         return
-    for note in resolved.notes:
+    for note in [*resolved.notes, *plan.data.left_out()]:
         print(note)
     mark = " (synthetic data)" if plan.data.synthetic else ""
     print(f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}")
     head = ["", "stage", "train rows", "test rows", "epochs", "steps", "batch = micro × accumulation × processes"]
     rows = [
         [
-            str(s["stage"]),
+            f"{s['stage']}{'*' if s['done'] else ''}",
             str(s["name"]),
-            str(s["train_rows"]),
-            str(s["test_rows"]),
-            str(s["epochs"]),
-            str(s["steps"]),
+            *(str(s[key]) for key in ("train_rows", "test_rows", "epochs", "steps")),
             f"{s['global_batch']} = {s['micro_batch']} × {s['accumulation']} × {ranks}",
         ]
         for s in stages
     ]
-    print(tables.markdown_table(head, rows))
-    there = "it is done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
+    print(aligned(head, rows, right=("train rows", "test rows", "epochs", "steps")))
+    if done:
+        print("* done")
+    there = "done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
     print(f"folder: {folder.path} ({there}; nothing was written)")

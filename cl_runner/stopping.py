@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+AGAIN = 1.0  # seconds: an impatient second Ctrl-C does not disturb what the first has begun
+
 _asked: str | None = None
+_at = 0.0
 
 
 class Stopped(BaseException):
@@ -25,19 +30,24 @@ def signals_stop() -> Iterator[None]:
     global _asked
     _asked = None
     before = {}
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if found.exc_type is Stopped else unraisable(found)
     if threading.current_thread() is threading.main_thread():
         heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, _stop) for number in heeded}
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:
-    global _asked
-    _asked = signal.Signals(number).name
+    global _asked, _at
+    if _asked is not None and time.monotonic() - _at < AGAIN:
+        return
+    _asked, _at = signal.Signals(number).name, time.monotonic()
     raise Stopped(_asked)
 
 

@@ -133,7 +133,7 @@ def test_when_one_ends_all_end(
 STAND_IN = """
 import os, sys, time
 from pathlib import Path
-from cl_runner.launch.channel import FAILED, TOLD, Channel
+from cl_runner.launch.channel import FAILED, Channel
 from cl_runner.launch.local import die_with_parent
 die_with_parent()
 rank, how = int(os.environ["RANK"]), sys.argv[1]
@@ -142,18 +142,11 @@ Path(f"rank{rank}.draft").write_text(str(os.getpid()))
 Path(f"rank{rank}.draft").rename(f"rank{rank}")
 while not all(os.path.exists(f"rank{r}") for r in (0, 1)):
     time.sleep(0.02)
-if how == "told" and rank == 0:
-    print("cl-runner: told", file=sys.stderr)
-    channel.say(TOLD)
-    sys.exit(2)
 if how == "failed" and rank == 1:
     channel.say(FAILED + "process 1: out of memory")
     os._exit(1)
 if how == "killed" and rank == 0:
     os.kill(os.getpid(), 9)
-if how == "fine":
-    print("result", rank)
-    sys.exit(0)
 time.sleep(100)
 """
 PARENT = """
@@ -186,8 +179,6 @@ def stand_in(cwd: Path, how: str) -> Callable[[], tuple[int, str, str]]:
 @pytest.mark.parametrize(
     ("how", "wanted"),
     [
-        ("fine", (0, "result 0\nresult 1\n", "")),
-        ("told", (2, "", "cl-runner: told\n")),
         (
             "failed",
             (

@@ -264,6 +264,35 @@ def test_the_command_that_goes_on_after_a_restart_names_the_run(tmp_path: Path, 
     assert "goes on after stage 1" in call(*command, "--dry-run", cwd=cwd).out
 
 
+def test_a_run_that_another_process_began_while_we_loaded(
+    stopped: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw no folder; the slower one must not train in the quicker one's."""
+    import fcntl
+
+    from cl_runner.run import Run
+
+    prepare = Run.prepare
+    cwd = setup(tmp_path / "fresh")
+    run = cwd / "runs" / stopped.name
+    held = []
+
+    def prepare_slowly(self: Run) -> object:
+        done = prepare(self)
+        if not run.exists():
+            shutil.copytree(stopped.run, run)
+            held.append((run / ".lock").open("w"))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+        return done
+
+    monkeypatch.setattr(Run, "prepare", prepare_slowly)
+    second = call("train", "--order", str(stopped.cwd / "three.yaml"), *SMALL, cwd=cwd)
+    refused(second, (f"the run runs/{stopped.name} is being trained by another process",))
+    held[0].close()
+    assert tree(run) == tree(stopped.run)
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+
 def test_results_that_were_cut_off_are_written(finished: Finished, tmp_path: Path) -> None:
     """Killed after the last commit and before its results: nothing to train, but not done."""
     shutil.copytree(finished.cwd, tmp_path / "copy")

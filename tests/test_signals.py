@@ -20,7 +20,7 @@ from cl_runner import stopping
 from cl_runner.stopping import Stopped, signals_stop
 from tests.command_line import ORDER, SMALL, call, environment, finish, logged, start
 
-NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=20")
+NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=8")
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def test_sigterm(cwd: Path) -> None:
     assert f"is being trained by another process (pid {process.pid} on " in second.line
     logged(run, "amazon", 2, process)
     sent = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     ended = finish(process)
     assert time.monotonic() - sent < 30, "seconds, on a machine of its own one or two"
     assert ended.code == 130
@@ -167,18 +169,35 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_signal_stops_and_is_remembered(number: signal.Signals) -> None:
+def test_a_signal_stops_and_is_remembered(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(number)
     with signals_stop():
         assert stopping.asked() is None
         with pytest.raises(Stopped, match=number.name):
             os.kill(os.getpid(), number)
         assert stopping.asked() == number.name
+        os.kill(os.getpid(), number)  # an impatient second one is no news
         with pytest.raises(Stopped):  # had Python dropped the first
             stopping.check()
+        monkeypatch.setattr(stopping, "AGAIN", 0.0)
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
         stopping.last_words()
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Dies:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    with signals_stop():
+        Dies()
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stopping.check()
+    assert capfd.readouterr().err == ""
 
 
 def test_no_library_takes_it_for_a_failure() -> None:
