@@ -26,8 +26,8 @@ from cl_runner.methods import make_method
 from cl_runner.methods.base import Source, StagePlan, commit_update
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.base import Base, load_base
-from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
+from cl_runner.models.tokens import Encoded, Joined, TokenCache
 from cl_runner.place import Place
 from cl_runner.plan import BatchPlan, Data, Plan, stage_config
 from cl_runner.progress import Screen
@@ -44,20 +44,21 @@ from cl_runner.train import Trained, train_stage
 class Tokens:
     """The same rows as token ids."""
 
-    train: dict[str, list[Example]]
+    train: dict[str, Encoded]
     test: dict[str, TestSet]
 
     @classmethod
     def make(cls, data: Data, base: Base, max_new_tokens: int) -> Tokens:
         """Tokenise every row; raises UserError, naming the task, for a label that does not fit."""
-        train: dict[str, list[Example]] = {}
+        train: dict[str, Encoded] = {}
         test: dict[str, TestSet] = {}
+        cache = TokenCache(base.tokenizer)
         for name, task in data.tasks.items():
             settings = data.settings[name]
             try:
                 encoder = _encoder(base, settings, max_new_tokens)
-                train[name] = _encode(encoder, task, data.train[name], settings)
-                examples = _encode(encoder, task, data.test[name], settings, cut_target=True)
+                train[name] = _encode(cache, encoder, task, data.train[name], settings)
+                examples = _encode(cache, encoder, task, data.test[name], settings, cut_target=True)
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
             test[name] = TestSet(task, data.test[name].rows, examples)
@@ -65,14 +66,16 @@ class Tokens:
 
     def source(self, plan: StagePlan) -> Source:
         """The own rows of a stage."""
-        examples = [example for task in plan.tasks for example in self.train[task]]
-        return Source(examples, [task for task in plan.tasks for _ in self.train[task]])
+        examples = [self.train[task] for task in plan.tasks]
+        return Source(Joined(examples), [task for task in plan.tasks for _ in self.train[task]])
 
 
-def _encode(encoder: Encoder, task: Task, rows: Rows, data: DataConfig, cut_target: bool = False) -> list[Example]:
+def _encode(
+    cache: TokenCache, encoder: Encoder, task: Task, rows: Rows, data: DataConfig, cut_target: bool = False
+) -> Encoded:
     names = {"add_task_name": data.add_task_name, "add_dataset_name": data.add_dataset_name}
     prompts = [task.prompt(row.text, **names) for row in rows.rows]
-    return encoder.encode_many(prompts, [row.label for row in rows.rows], cut_target)
+    return cache.encode(encoder, prompts, [row.label for row in rows.rows], cut_target)
 
 
 def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
