@@ -94,6 +94,9 @@ class TrainingConfig(Section):
     clip: float = Field(default=1.0, ge=0, description="Whole-gradient norm bound; 0 is off.")
     global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
     micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
+    length_window: int = Field(
+        default=8, ge=1, description="Steps whose rows are dealt among them by length, to pad little; 1: plain shuffle."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Compute: auto is bf16 on GPU, fp32 on CPU."
     )
@@ -108,7 +111,13 @@ class TrainingConfig(Section):
 class EvalConfig(Section):
     """Scoring."""
 
-    batch: int = Field(default=64, ge=1, description="Examples per evaluation batch.")
+    mode: Literal["verify", "generate"] = Field(
+        default="verify",
+        description="verify: decode only the rows that a pass over the gold labels does not prove right; same answers.",
+    )
+    batch_tokens: int = Field(
+        default=16384, ge=1, description="Tokens of an evaluation batch, padding included; a row is one at least."
+    )
     max_new_tokens: int = Field(default=50, ge=1, description="Longest generated answer.")
     future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
 

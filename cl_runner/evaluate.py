@@ -49,7 +49,7 @@ def evaluate(
         wanted = method.answering(known)
         if wanted is not None:
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
-        results.append(score_task(test, stage.generate(test.examples, known, ticking)))
+        results.append(score_task(test, stage.answer(test.examples, known, ticking)))
     adapters.show(shown)
     return results
 

@@ -319,7 +319,7 @@ def why(error: BaseException) -> str:
     if "No space left on device" in text:
         return "the disk of the run folder is full; make room"
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return f"out of memory; lower training.micro_batch, eval.batch or data.max_source ({text[:200]})"
+        return f"out of memory; lower training.micro_batch, eval.batch_tokens or data.max_source ({text[:200]})"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")

@@ -18,9 +18,11 @@ from cl_runner.config import RunConfig
 from cl_runner.engine import Autocast, Engine
 from cl_runner.methods.base import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
-from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts
+from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
 from cl_runner.models.encoding import Encoder
-from cl_runner.models.forward import evaluating, greedy, logits
+from cl_runner.models.forward import evaluating, logits
+from cl_runner.models.tokens import lengths
+from cl_runner.models.verify import answers as verified_answers
 from cl_runner.place import Place
 from cl_runner.plan import derived_seed
 
@@ -231,7 +233,7 @@ class StageRun:
         source = source or self.own
         assert source is not None, "this stage has no rows of its own yet"
         micro = self.config.training.micro_batch
-        tokens = sum(map(label_tokens, source.examples))
+        tokens = int(lengths(source.examples)[1].sum())
         chunks = [range(i, min(i + micro, len(source.examples))) for i in range(0, len(source.examples), micro)]
         for first in range(0, len(chunks), self.ranks):
             mine = first + self.rank
@@ -242,8 +244,16 @@ class StageRun:
 
     def make_batch(self, examples: Sequence[Example], tasks: Sequence[str], weights: Sequence[float]) -> Batch:
         """Padded tensors with row weights, conditioned by the method."""
-        batch = collate(examples, self.room.base.layout, self.device, list(weights))
-        return self._conditioned(batch, tasks[0] if len(set(tasks)) == 1 else None)
+        return self.ready(self.padded(examples, weights), tasks)
+
+    def padded(self, examples: Sequence[Example], weights: Sequence[float]) -> Batch:
+        """Padded tensors on the CPU, where a GPU can fetch them without being waited for. Any thread may call it."""
+        batch = collate(examples, self.room.base.layout, weights=list(weights))
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def ready(self, batch: Batch, tasks: Sequence[str]) -> Batch:
+        """A padded batch on the device, conditioned by the method; ``tasks`` are those of its rows."""
+        return self._conditioned(batch.to(self.device), tasks[0] if len(set(tasks)) == 1 else None)
 
     def _conditioned(self, batch: Batch, task: str | None) -> Batch:
         if not overrides(self.room.method, "condition"):
@@ -253,23 +263,38 @@ class StageRun:
     def generate(
         self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
     ) -> list[str]:
-        size = self.config.eval.batch
+        return self._answers([example._replace(target=[]) for example in examples], task, tick)
+
+    def answer(
+        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """The same as ``generate``, of rows whose right answer is known: those that are right need no decoding."""
+        verify = self.config.eval.mode == "verify"
+        return self._answers(examples, task, tick) if verify else self.generate(examples, task, tick)
+
+    def _answers(self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None]) -> list[str]:
         answers: dict[int, str] = {}
-        # By length, so that little is padded; by number, so that the ranks' count changes no batch.
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
-        for number, start in enumerate(range(0, len(order), size)):
+        done = 0
+        # By number, so that the ranks' count changes no batch.
+        for number, rows in enumerate(token_batches(examples, self.config.eval.batch_tokens)):
+            done += len(rows)
             if number % self.ranks == self.rank:
-                rows = order[start : start + size]
-                answers.update(zip(rows, self._answer([examples[i] for i in rows], task), strict=True))
-                tick(start + len(rows))
+                answers.update(zip(rows, self._batch_answers([examples[i] for i in rows], task), strict=True))
+                tick(done)
         return [answer for _, answer in sorted(self.gather(answers).items())]
 
-    def _answer(self, examples: Sequence[Example], task: str | None) -> list[str]:
-        prompts = collate_prompts(examples, self.room.base.layout, self.device)
-        self._batch = self._conditioned(prompts, task)
+    def _batch_answers(self, examples: Sequence[Example], task: str | None) -> list[str]:
+        layout, most = self.room.base.layout, self.config.eval.max_new_tokens
+        # A method's condition never sees the labels: here as in use, there are none.
+        prompts = self._conditioned(collate_prompts(examples, layout, self.device), task)
+        self._show(prompts)
+        targets = [[] if example.target_cut else example.target for example in examples]
         with torch.no_grad(), self.room.root.context():
-            ids = greedy(self.adapters.model, self._batch, self.room.base.layout, self.config.eval.max_new_tokens)
+            ids, _ = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show)
         return [self.room.encoder.decode(row) for row in ids]
+
+    def _show(self, batch: Batch) -> None:
+        self._batch = batch
 
     # Ranks.
 
@@ -316,11 +341,6 @@ class StageRun:
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         assert self.engine is not None, "moments live with the engine"
         self.engine.set_moments(name, moments)
-
-
-def label_tokens(example: Example) -> int:
-    """How many tokens an example adds to those that a loss is the mean over: none if it only fills a batch."""
-    return len(example.target) if example.weight else 0
 
 
 def _reads_encoder(target: str) -> bool:

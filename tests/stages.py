@@ -85,7 +85,7 @@ def tiny_config(**settings: Any) -> RunConfig:
     values: dict[str, dict[str, Any]] = {
         "adapter": {"r": 2, "alpha": 4.0, "dropout": 0.0},
         "training": {"lr": 0.01, "global_batch": 4, "micro_batch": 2, "clip": 0.0},
-        "eval": {"max_new_tokens": 4, "batch": 3},
+        "eval": {"max_new_tokens": 4, "batch_tokens": 25},
         "output": {"log_every": 1},
     }
     seed = settings.pop("seed", 42)

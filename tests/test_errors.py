@@ -309,7 +309,7 @@ def test_eval_refuses_what_the_run_has_not(finished: Finished) -> None:
         (("--tasks", "agnew"), ("agnew", "did you mean 'agnews'")),
         (("--tasks", " , "), ("--tasks", "dbpedia")),
         (("--set", "training.lr=3"), ("training.lr=3", "eval.")),
-        (("--set", "eval.bacth=3"), ("eval.bacth", "batch")),
+        (("--set", "eval.bacth_tokens=3"), ("eval.bacth_tokens", "batch_tokens")),
         (("--data-dir", "."), ("--data-dir", "synthetic")),
     ]:
         refused(call("eval", *arguments, cwd=finished.cwd), words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -366,7 +367,7 @@ def test_answers_are_greedy_and_in_order(ranks: int, kind: Kind) -> None:
         assert said == expected
         assert {task for task, _, _ in asked} == {None} and {width for _, _, width in asked} == {0}
     # The same batches on any number of ranks: 3, 3 and 1 rows.
-    assert sorted(size for _, asked in results for _, size, _ in asked) == [1, 3, 3]
+    assert sorted(size for _, asked in results for _, size, _ in asked) == [3, 4]
 
 
 @both
@@ -374,6 +375,27 @@ def test_answers_for_a_task_and_for_no_rows(ranks: int) -> None:
     for _, asked in on_ranks(ranks, answers, "t5", 4, "two"):
         assert {task for task, _, _ in asked} == {"two"}
     assert [said for said, _ in on_ranks(ranks, answers, "t5", 0, None)] == [[]] * ranks
+
+
+@kinds
+@pytest.mark.parametrize("mode", ["verify", "generate"])
+def test_answers_of_rows_with_labels(kind: Kind, mode: str) -> None:
+    """Both modes answer as generation does, whatever the labels; neither shows a label to the method."""
+    config = tiny_config(eval__mode=mode)
+    method = Conditioned(Section())
+    stage = open_stage(tiny_room(method, config, Place(), kind), config)
+    free = [[*map(int, answer.split())] for answer in stage.generate(some_rows(7).examples, "one")]
+    base = stage.room.base
+    base.layout = replace(base.layout, end_ids=(END, free[0][2], free[1][1]))  # ends that the model really says
+    said = stage.generate(some_rows(7).examples, "one")
+    golds = [[*map(int, answer.split()), END] for answer in said]
+    assert any(len(gold) <= 4 for gold in golds), "none ends within the limit: nothing to verify"
+    rows = [example._replace(target=gold) for example, gold in zip(some_rows(7).examples, golds, strict=True)]
+    rows[2] = rows[2]._replace(target=[3, END])
+    rows[4] = rows[4]._replace(target_cut=True)
+    done: list[int] = []
+    assert stage.answer(rows, "one", done.append) == said
+    assert done[-1] == 7 and {width for _, _, width in method.asked} == {0}
 
 
 # --- factors and weights

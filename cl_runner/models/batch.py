@@ -65,6 +65,10 @@ class Batch:
         """The same batch on another device."""
         return self._each(lambda value: value.to(device, non_blocking=True))
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from where a copy to a GPU does not hold up the CPU."""
+        return self._each(lambda value: value.pin_memory())
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
@@ -84,6 +88,17 @@ def collate(
 def collate_prompts(examples: Sequence[Example], layout: Layout, device: torch.device | str = "cpu") -> Batch:
     """Pad the sources alone, to generate from: t = 0."""
     return _collate([example._replace(target=[]) for example in examples], layout, None).to(device)
+
+
+def token_batches(examples: Sequence[Example], most: int) -> list[list[int]]:
+    """Row numbers in batches of at most ``most`` tokens, padding included, by length so that there is little of it."""
+    lengths = [len(example.source) + len(example.target) for example in examples]
+    batches: list[list[int]] = []
+    for row in sorted(range(len(examples)), key=lengths.__getitem__):
+        if not batches or (len(batches[-1]) + 1) * lengths[row] > most:  # sorted: the newest row is the longest
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def _collate(examples: Sequence[Example], layout: Layout, weights: Sequence[float] | None) -> Batch:

@@ -32,10 +32,10 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     if batch.decoder_input_ids is not None:
         # No decoder mask: padding is at the right, where causal attention does not look back from.
         return _scores(model(**inputs, decoder_input_ids=batch.decoder_input_ids))
-    accepted = _parameters(type(_unwrapped(model)).forward)
-    if "position_ids" in accepted:  # not where positions are a bias or a recurrence
+    takes = accepted(model)
+    if "position_ids" in takes:  # not where positions are a bias or a recurrence
         inputs["position_ids"] = batch.position_ids
-    if "logits_to_keep" in accepted:
+    if "logits_to_keep" in takes:
         return _scores(model(**inputs, logits_to_keep=t))
     return _scores(model(**inputs))[:, -t:]
 
@@ -55,11 +55,18 @@ def greedy(model: nn.Module, prompts: Batch, layout: Layout, max_new_tokens: int
     An answer of ``max_new_tokens`` ids was cut there. Dropout is off meanwhile.
     """
     inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
-    with evaluating(model):
-        generate: Any = model.generate
-        out = generate(**inputs, generation_config=neutral_generation(layout, max_new_tokens))
     # Decoder-only models repeat the prompt, encoder-decoders the start token.
     skip = 1 if layout.encoder_decoder else prompts.input_ids.shape[1]
+    with evaluating(model):
+        return generate(model, inputs, skip, layout, max_new_tokens)
+
+
+def generate(
+    model: nn.Module, inputs: dict[str, Any], skip: int, layout: Layout, max_new_tokens: int
+) -> list[list[int]]:
+    """What transformers generates from ``inputs`` by arg-max, less its first ``skip`` ids and all from an end token."""
+    asked: Any = model
+    out = asked.generate(**inputs, generation_config=neutral_generation(layout, max_new_tokens))
     return [_until_end(row, layout.end_ids) for row in out[:, skip:].tolist()]
 
 
@@ -85,7 +92,12 @@ def _scores(output: Any) -> Tensor:
     return scores
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Names of what the forward of a model takes."""
+    return _parameters(type(unwrapped(model)).forward)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT's wrapper."""
     inner: Any = model
     return inner.get_base_model() if hasattr(inner, "get_base_model") else model

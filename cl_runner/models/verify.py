@@ -1,0 +1,180 @@
+"""Greedy answers without decoding what is right: the same answers, a fraction of the time.
+
+If at every gold position the arg-max given the gold prefix is the gold token, an end token at the end included, greedy
+decoding says exactly the gold label. One teacher-forced pass finds the rows where it does; the others are decoded, from
+the same encoder output or the same keys and values of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cl_runner.models.base import Layout
+from cl_runner.models.batch import IGNORE, Batch
+from cl_runner.models.forward import accepted, evaluating, generate, greedy, unwrapped
+
+
+class Read(NamedTuple):
+    """What is left of a pass over the prompts: what the rest is decoded from, and (b, t, V) scores at gold positions.
+
+    ``reuse`` takes the numbers of the rows to decode and gives their answers; None where nothing can be reused.
+    """
+
+    scores: Tensor
+    reuse: Callable[[list[int]], list[list[int]]] | None
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module,
+    prompts: Batch,
+    targets: Sequence[Sequence[int]],
+    layout: Layout,
+    max_new_tokens: int,
+    show: Callable[[Batch], None] = lambda _: None,
+) -> tuple[list[list[int]], list[bool]]:
+    """What ``greedy`` answers to a batch of prompts, and which answers were verified instead of decoded.
+
+    Args:
+        targets: each row's gold ids, the end token last; an empty one is never verified.
+        show: is told the batch that the next forward is about, where it is not ``prompts``.
+    """
+    likely = [_can_be_said(target, layout, max_new_tokens) for target in targets]
+    if not any(likely):
+        return greedy(model, prompts, layout, max_new_tokens), likely
+    with evaluating(model):
+        read = (_encoder_decoder if layout.encoder_decoder else _decoder_only)(
+            unwrapped(model), prompts, targets, layout, max_new_tokens
+        )
+        right = _says_gold(read.scores, targets, layout)
+        said = [yes and sound for yes, sound in zip(right, likely, strict=True)]
+        rest = [row for row, yes in enumerate(said) if not yes]
+        decoded: list[list[int]] = []
+        if rest:
+            of_rest = prompts.slice(rest)
+            show(of_rest)
+            decoded = read.reuse(rest) if read.reuse else greedy(model, of_rest, layout, max_new_tokens)
+    found: list[list[int]] = [list(target[:-1]) for target in targets]
+    for row, ids in zip(rest, decoded, strict=True):
+        found[row] = ids
+    return found, said
+
+
+def _can_be_said(target: Sequence[int], layout: Layout, max_new_tokens: int) -> bool:
+    """Whether greedy decoding could emit these ids: they end once, at their end, and within the limit."""
+    ends = [token in layout.end_ids for token in target]
+    return 0 < len(target) <= max_new_tokens and ends.index(True) == len(target) - 1 if any(ends) else False
+
+
+def _says_gold(scores: Tensor, targets: Sequence[Sequence[int]], layout: Layout) -> list[bool]:
+    """Whether the arg-max is right at every position of a row; any end token ends an answer."""
+    best = scores.argmax(-1)
+    labels = _padded(targets, IGNORE, best.device)
+    ends = torch.tensor(layout.end_ids, device=best.device)
+    right = (best == labels) | (torch.isin(labels, ends) & torch.isin(best, ends))
+    return [bool(row) for row in (right | (labels == IGNORE)).all(1).tolist()]
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Right-padded ids (b, longest)."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+
+def _encoder_decoder(
+    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
+) -> Read:
+    """Gold scores by one pass over the source; its encoder output is what the rest is decoded from."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    asked: Any = model
+    mask = prompts.attention_mask
+    seen: Tensor = asked.get_encoder()(input_ids=prompts.input_ids, attention_mask=mask)[0]
+    start = [[layout.decoder_start_id or 0, *target[:-1]] for target in targets]
+    scores: Tensor = asked(
+        encoder_outputs=BaseModelOutput(last_hidden_state=seen),
+        attention_mask=mask,
+        decoder_input_ids=_padded(start, layout.pad_id, seen.device),  # causal: what stands behind is not looked at
+        use_cache=False,
+    ).logits
+
+    def decode(rows: list[int]) -> list[list[int]]:
+        longest = int(mask[rows].sum(1).max())
+        given = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=seen[rows, :longest]),
+            "attention_mask": mask[rows, :longest],
+        }
+        return generate(model, given, 1, layout, max_new_tokens)
+
+    return Read(scores, decode)
+
+
+def _decoder_only(
+    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
+) -> Read:
+    """Gold scores by a pass over the prompts and one over the targets behind them.
+
+    The prompt's keys and values are what the rest is decoded from, where they can be cut back to the prompt.
+    """
+    asked: Any = model
+    takes = accepted(model)
+    mask, positions = prompts.attention_mask, prompts.position_ids
+    given: dict[str, Any] = {"input_ids": prompts.input_ids, "attention_mask": mask, "use_cache": True}
+    if "position_ids" in takes:
+        given["position_ids"] = positions
+    if "logits_to_keep" in takes:
+        given["logits_to_keep"] = 1
+    out = asked(**given)
+    first = out.logits[:, -1:]
+    cache = out.past_key_values
+    s = prompts.input_ids.shape[1]
+    behind = _padded([target[:-1] for target in targets], layout.pad_id, first.device)
+    scores = first
+    if behind.shape[1]:
+        more: dict[str, Any] = {
+            "input_ids": behind,
+            "attention_mask": torch.cat([mask, torch.ones_like(behind)], 1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if "position_ids" in takes:
+            assert positions is not None
+            more["position_ids"] = positions[:, -1:] + 1 + torch.arange(behind.shape[1], device=first.device)
+        scores = torch.cat([first, asked(**more).logits], 1)
+    if not _can_be_cut(cache):
+        return Read(scores, None)
+
+    def decode(rows: list[int]) -> list[list[int]]:
+        if behind.shape[1]:
+            cache.crop(-behind.shape[1])
+        token = first[rows].argmax(-1)  # (rows, 1): what greedy says first is known
+        goes_on = [at for at, one in enumerate(token[:, 0].tolist()) if one not in layout.end_ids]
+        answers: list[list[int]] = [[] for _ in rows]
+        if goes_on and max_new_tokens > 1:
+            index = torch.tensor(rows, device=first.device)[goes_on]
+            cache.batch_select_indices(index)
+            given = {
+                "input_ids": torch.cat([prompts.input_ids[index], token[goes_on]], 1),
+                "attention_mask": torch.cat([mask[index], torch.ones_like(token[goes_on])], 1),
+                "past_key_values": cache,
+            }
+            rest = generate(model, given, s + 1, layout, max_new_tokens - 1)
+        else:
+            rest = [[] for _ in goes_on]
+        for at, ids in zip(goes_on, rest, strict=True):
+            answers[at] = [int(token[at, 0]), *ids]
+        return answers
+
+    return Read(scores, decode)
+
+
+def _can_be_cut(cache: Any) -> bool:
+    """Whether a cache holds every position by itself: not a window that slid on, nor a recurrent state."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
