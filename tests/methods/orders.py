@@ -15,12 +15,20 @@ from cl_runner.methods.base import Source, StagePlan, commit_update
 from cl_runner.place import Place
 from cl_runner.plan import BatchPlan
 from cl_runner.stage import Room, StageRun
-from tests.stages import Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train
+from tests.stages import Kind, Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train
 
 LR, ROWS = 0.02, 6
 
 
-def order_room(place: Place, method: str, tasks: Sequence[str] = ("a", "b", "c"), **settings: Any) -> tuple[Room, Any]:
+def order_room(
+    place: Place,
+    method: str,
+    tasks: Sequence[str] = ("a", "b", "c"),
+    kind: Kind = "t5",
+    dropout: float = 0.0,
+    bf16: bool = False,
+    **settings: Any,
+) -> tuple[Room, Any]:
     """A room whose plan is the method's own, and its config: 6 rows a task in global batches of 4, micro-batches of 2.
 
     ``**settings`` are ``section__key``; ``method__…`` are the method's own.
@@ -29,7 +37,7 @@ def order_room(place: Place, method: str, tasks: Sequence[str] = ("a", "b", "c")
     config = tiny_config(**{"training__lr": LR, **settings})
     config = RunConfig.model_validate({**config.model_dump(), "method": {"name": method, **own}})
     made = make_method(config)
-    room = tiny_room(made, config, place)
+    room = tiny_room(made, config, place, kind, dropout=dropout, bf16=bf16)
     room.order = tuple(made.plan(tasks))
     return room, config
 
