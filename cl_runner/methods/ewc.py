@@ -1,0 +1,117 @@
+"""EWC: what mattered to past tasks, by their Fisher information, is held where it was (arXiv 1612.00796)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.config import Section
+from cl_runner.methods.base import Source, State
+from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.methods.vectors import flat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.base import Stage
+    from cl_runner.models.batch import Batch
+
+
+class EWC(SeqLoRA):
+    """The tasks' quadratics are carried as their sum, itself a quadratic: Σ F_k, its centre and its least value."""
+
+    class Config(Section):
+        """Settings of EWC."""
+
+        lambda1: float = Field(
+            400.0, ge=0, description="Weight λ of the penalty (TRACE, 2310.06762; as 1612.00796 on Atari)."
+        )
+        online: float | None = Field(
+            None, ge=0, le=1, description="γ of online EWC: F ← γ F + F_t, around the last θ* alone (1805.06370)."
+        )
+        fisher_samples: int | None = Field(
+            500, ge=1, description="Examples that the Fisher is estimated from, by lot; null: all (ours)."
+        )
+
+    name = "ewc"
+    title = "EWC: one LoRA, held by the Fisher information of past tasks"
+    equation = "loss + λ/2 Σ_{k<t} Σ_i F_{k,i} (θ_i − θ*_{k,i})²;  online: one running F around the last θ*"
+    paper = "1612.00796 (Overcoming catastrophic forgetting); online: 1805.06370 (Progress & Compress)"
+    carried = "A, B; the sum of F and the centre of the penalty"
+    growth = "constant: two vectors of all parameters"
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.fisher: Tensor | None = None  # Σ_k F_k (n)
+        self.centre: Tensor | None = None  # where the sum of the quadratics is least (n)
+        self.least = 0.0  # the sum there: what no θ can avoid, since the tasks' θ* differ
+        self._own: Source | None = None
+
+    def training_data(self, stage: Stage, own: Source) -> list[Source]:
+        self._own = own
+        return [own]
+
+    def penalty(self, stage: Stage) -> Tensor | None:
+        if self.fisher is None or self.centre is None or not self.config.lambda1:
+            return None
+        self.fisher, self.centre = self.fisher.to(stage.device), self.centre.to(stage.device)  # once, after a restore
+        parameters = stage.parameters()
+        off = flat(parameters, parameters) - self.centre
+        total: Tensor = self.config.lambda1 / 2 * (off.square() @ self.fisher + self.least)
+        return total
+
+    def end_task(self, stage: Stage) -> None:
+        assert self._own is not None, "no stage has begun"
+        parameters = stage.parameters()
+        new, here = fisher(stage, self._sample(stage, self._own)), flat(parameters, parameters).detach().clone()
+        if self.fisher is None or self.centre is None:
+            self.fisher, self.centre = new, here
+        elif self.config.online is not None:
+            self.fisher, self.centre = self.config.online * self.fisher.to(stage.device) + new, here
+        else:
+            past, centre = self.fisher.to(stage.device), self.centre.to(stage.device)
+            total = past + new
+            share = new / total.clamp(min=1e-38)  # 0 where no task has any, and the centre stays
+            self.least += float((past * share * (here - centre).square()).double().sum())
+            self.fisher, self.centre = total, centre + share * (here - centre)
+
+    def _sample(self, stage: Stage, own: Source) -> Source:
+        import torch
+
+        rows = torch.randperm(len(own.examples), generator=stage.rng("fisher")).tolist()
+        rows = sorted(rows[: self.config.fisher_samples])
+        return Source([own.examples[i] for i in rows], [own.tasks[i] for i in rows])
+
+    def state(self) -> State:
+        if self.fisher is None or self.centre is None:
+            return State()
+        return State({"fisher": self.fisher, "centre": self.centre}, {"least": self.least})
+
+    def load_state(self, state: State) -> None:
+        self.fisher, self.centre = state.tensors.get("fisher"), state.tensors.get("centre")
+        self.least = state.json.get("least", 0.0)
+
+
+def fisher(stage: Stage, source: Source) -> Tensor:
+    """Diagonal of the empirical Fisher information (n): the mean over examples of (∇ log p(label | input))².
+
+    Each example alone, dropout off, its label's tokens added up; the gold label, as is usual, not one drawn from the
+    model. In the order of ``stage.parameters()``; the same on every rank. *Collective*.
+    """
+    import torch
+
+    from cl_runner.models.forward import token_loss
+
+    def negative_log_likelihood(batch: Batch) -> Tensor:
+        return token_loss(stage.forward(batch), batch.labels).sum()
+
+    total = torch.zeros(sum(p.numel() for p in stage.parameters().values()), device=stage.device)
+    count = 0
+    for gradient in stage.gradient(negative_log_likelihood, stage.batches(source), per_example=True):
+        total += flat(gradient, gradient).square()
+        count += 1
+    return total / max(count, 1)
+
+
+METHOD = EWC
