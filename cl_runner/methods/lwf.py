@@ -1,0 +1,81 @@
+"""LwF: on the new inputs, answer as before the stage (arXiv 1606.09282)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.config import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.base import State
+from cl_runner.methods.seqlora import SeqLoRA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.base import Stage
+    from cl_runner.models.batch import Batch
+
+
+class LwF(SeqLoRA):
+    """From stage 2 on. The old model answers with dropout off, as a recorded response would; no τ² (as published)."""
+
+    class Config(Section):
+        """Settings of LwF."""
+
+        lambda1: float = Field(1.0, ge=0, description="Weight λ of the distillation (published).")
+        temperature: float = Field(2.0, ge=0, description="τ: both softmaxes are of logits / τ (published).")
+
+    name = "lwf"
+    title = "LwF: one LoRA, distilled from the model as the stage began"
+    equation = "loss + λ · mean over label tokens of KL(p_old ‖ p_new),  p = softmax(logits / τ)"
+    paper = "1606.09282 (Learning without Forgetting)"
+    carried = "A, B; while a stage trains, A, B as it began"
+    growth = "constant"
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.old: dict[str, Tensor] = {}
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if not self.config.temperature:
+            raise UserError("method.temperature: lwf divides the logits by it; set more than 0 (2 is published)")
+
+    def begin_task(self, stage: Stage) -> None:
+        # At the first stage there is no task to answer for.
+        self.old = {name: p.detach().clone() for name, p in stage.parameters().items()} if stage.index else {}
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        if not self.old or not self.config.lambda1:
+            return super().loss(stage, batch)
+        import torch
+
+        from cl_runner.models.forward import evaluating, token_loss
+
+        self.old = {name: value.to(stage.device) for name, value in self.old.items()}  # restored, they are on the CPU
+        with torch.no_grad(), evaluating(stage.adapters.model):
+            before = stage.forward(batch, self.old)
+        now = stage.forward(batch)
+        kept = self.config.lambda1 * divergence(before, now, self.config.temperature)
+        total: Tensor = ((token_loss(now, batch.labels) + kept) * batch.token_weights).sum()
+        return total
+
+    def end_task(self, stage: Stage) -> None:
+        self.old = {}  # the next stage begins with what this one ended with
+
+    def state(self) -> State:
+        return State({f"old.{name}": value for name, value in self.old.items()})
+
+    def load_state(self, state: State) -> None:
+        self.old = {name.removeprefix("old."): value for name, value in state.tensors.items()}
+
+
+def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
+    """KL(p_before ‖ p_now) (b, t) in fp32 of logits (b, t, V), p = softmax(logits / temperature)."""
+    old, new = ((scores.float() / temperature).log_softmax(-1) for scores in (before, now))
+    return (old.exp() * (old - new)).sum(-1)
+
+
+METHOD = LwF
