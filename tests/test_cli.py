@@ -197,7 +197,7 @@ def test_lists(finished: Finished) -> None:
     kinds = {
         "orders": {"order1", "order6", "example-mcq"},
         "tasks": {"dbpedia", "MNLI"},
-        "methods": {"seqlora", "inclora", "pertask", "mtl", "olora", "nlora"},
+        "methods": {"seqlora", "inclora", "pertask", "mtl", "olora", "nlora", "replay", "ewc", "ogd"},
         "adapters": {"lora"},
         "models": {"tiny-t5", "tiny-llama"},
         "presets": {"tiny", "t5-large", "published"},

@@ -14,6 +14,13 @@ METHODS = {
     "inclora": "cl_runner.methods.inclora",
     "pertask": "cl_runner.methods.pertask",
     "mtl": "cl_runner.methods.mtl",
+    "replay": "cl_runner.methods.replay",
+    "ewc": "cl_runner.methods.ewc",
+    "lwf": "cl_runner.methods.lwf",
+    "agem": "cl_runner.methods.agem",
+    "gem": "cl_runner.methods.gem",
+    "ogd": "cl_runner.methods.ogd",
+    "migu": "cl_runner.methods.migu",
     "olora": "cl_runner.methods.olora",
     "nlora": "cl_runner.methods.nlora",
 }

@@ -1,0 +1,85 @@
+"""MIGU: only the output rows with large activations learn (arXiv 2406.17245)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.config import Section
+from cl_runner.methods.seqlora import SeqLoRA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.base import Stage
+    from cl_runner.models.batch import Batch
+
+
+class MIGU(SeqLoRA):
+    """Rows of B are chosen by the whole layer's output W x + s·B A x, rows of A by A's own output A x.
+
+    That is the rule the official code means for LoRA (it is not wired up there). Padding does not count, nor dropout
+    in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as in the official code.
+    """
+
+    class Config(Section):
+        """Settings of MIGU."""
+
+        quantile: float = Field(
+            0.7, ge=0, lt=1, description="q: rows at or over this quantile of a layer's activations learn (published)."
+        )
+
+    name = "migu"
+    title = "MIGU: one LoRA, of which only rows with large outputs learn"
+    equation = "from task 2 on:  g_j ← 1[n_j ≥ q-quantile(n)] · g_j,  n_j = mean |output j| over the step's tokens"
+    paper = "2406.17245 (Unlocking Continual Learning Abilities in Language Models)"
+    carried = "A, B"
+    growth = "constant"
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.sizes: dict[str, Tensor] = {}  # parameter → Σ |output| over this rank's tokens of the step (rows)
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        if not stage.index:
+            return super().loss(stage, batch)
+        parameters = stage.parameters()
+        real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
+
+        def add(name: str, rows: Tensor, mask: Tensor | None) -> None:
+            counts = real[:, None] if mask is None else mask & real[:, None]
+            size = (rows.float().abs() * counts[..., None]).sum((0, 1))
+            self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
+
+        def outputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
+            for name in (f"{target}.lora_B", f"{target}.weight"):
+                if name in parameters:
+                    add(name, rows, mask)
+
+        def inputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
+            if (name := f"{target}.lora_A") in parameters:
+                add(name, rows.float() @ parameters[name].detach().mT, mask)
+
+        with stage.observe("outputs", outputs), stage.observe("inputs", inputs):
+            return super().loss(stage, batch)
+
+    def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        if not self.sizes:
+            return None
+        import torch
+
+        names = sorted(self.sizes)
+        whole = stage.sum(torch.cat([self.sizes[name] for name in names]))
+        sizes = zip(names, torch.split(whole, [len(self.sizes[name]) for name in names]), strict=True)
+        edited = {name: learning(size, self.config.quantile)[:, None] * gradients[name] for name, size in sizes}
+        self.sizes = {}
+        return edited
+
+
+def learning(sizes: Tensor, quantile: float) -> Tensor:
+    """Which rows learn (rows): 1.0 at or over the quantile (with linear interpolation), else 0.0."""
+    return (sizes >= sizes.quantile(quantile)).float()
+
+
+METHOD = MIGU
