@@ -87,7 +87,9 @@ class NLoRA(Method):
         """Summed over the layers of the group."""
         A, B = group.A, group.B
         if self.config.of == "product":
-            return (B @ A).abs().mean((1, 2)).sum()
+            from cl_runner.maths.product import l1_of_product
+
+            return l1_of_product(B, A) / (B.shape[1] * A.shape[2])
         if self.config.of == "reference":
             return (A @ B).abs().sum()
         return (A.abs().mean((1, 2)) + B.abs().mean((1, 2))).sum()

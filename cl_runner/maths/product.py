@@ -1,0 +1,54 @@
+"""Entrywise sums over a product of factors, block by block: nothing as large as the product is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 22  # entries of the product at once: 16 MB in fp32, which stays in a GPU's cache
+
+
+def l1_of_product(B: Tensor, A: Tensor) -> Tensor:
+    """``Σ_l ‖B_l A_l‖₁`` of B (L, m, r) and A (L, r, n): a scalar, exact, as is its gradient.
+
+    The gradient, ``sign(B A) Aᵀ`` and ``Bᵀ sign(B A)``, is made on the way, so that autograd keeps two tensors of the
+    factors' size instead of two of the product's.
+    """
+    total: Tensor = _L1OfProduct.apply(B, A)
+    return total
+
+
+class _L1OfProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, A: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64 if B.dtype == torch.float64 else torch.float32, device=B.device)
+        gradients = ctx.needs_input_grad
+        by_B, by_A = torch.empty_like(B), torch.zeros_like(A)
+        with torch.autocast(B.device.type, enabled=False):
+            for layers, rows in _blocks(B.shape[0], B.shape[1], A.shape[2]):
+                b, a = B[layers, rows], A[layers]
+                product = b @ a
+                total += torch.linalg.vector_norm(product, 1)
+                if any(gradients):
+                    sign = product.sign_()
+                    by_B[layers, rows] = sign @ a.mT
+                    by_A[layers] += b.mT @ sign
+        if any(gradients):
+            ctx.save_for_backward(by_B, by_A)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        by_B, by_A = ctx.saved_tensors
+        return upstream[0] * by_B, upstream[0] * by_A
+
+
+def _blocks(layers: int, m: int, n: int) -> list[tuple[slice, slice]]:
+    """(layers, rows) of blocks of at most ``BLOCK`` entries: whole layers together, or rows of one."""
+    together = BLOCK // (m * n)
+    if together:
+        return [(slice(at, at + together), slice(None)) for at in range(0, layers, together)]
+    rows = max(BLOCK // n, 1)
+    return [(slice(at, at + 1), slice(row, row + rows)) for at in range(layers) for row in range(0, m, rows)]
