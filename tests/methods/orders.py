@@ -48,13 +48,13 @@ def rows_of(plan: StagePlan) -> Source:
     return Source([e for part in parts for e in part.examples], [t for part in parts for t in part.tasks])
 
 
-def learn(room: Room, config: RunConfig, index: int) -> Outcome:
-    """What a run does in a stage, up to its commit."""
+def learn(room: Room, config: RunConfig, index: int, own: Source | None = None) -> Outcome:
+    """What a run does in a stage, up to its commit; on rows of its tasks unless others are given."""
     stage = StageRun(room, config, index)
     if stage.plan.start == "base":
         room.adapters.restore([], room.adapters.kept, None)
     room.method.build(stage)
-    outcome = train(stage, rows_of(stage.plan))
+    outcome = train(stage, own or rows_of(stage.plan))
     room.adapters.train(False)
     commit_update(room.method, stage)
     return outcome
