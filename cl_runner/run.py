@@ -172,6 +172,7 @@ class Run:
                 with_state = open_stage(room, self.plan.config, index - 1)
                 restore_stage(self.rundir, with_state, index - 1)
                 with_state.close()
+                self._let_go(room, index - 1)
             self._stage(room, tokens, index, batches[index])
         self.current = None
         if self.place.rank == 0:
@@ -218,10 +219,19 @@ class Run:
                 self.rundir.commit(index, name, write)
                 write_results(self.rundir)
             self._wait()
+            self._let_go(room, index)
             self._show_scores(scored, self.plan.seen(index))
             self.screen.stage_done()
         finally:
             stage.close()
+
+    def _let_go(self, room: Room, index: int) -> None:
+        """Free the past factors that no stage after ``index`` will read."""
+        reads: dict[str, str] = {}
+        for later, stage in enumerate(self.plan.stages[index + 1 :], index + 1):
+            for factor, how in make_method(stage_config(self.plan.config, later, stage)).reads_past().items():
+                reads[factor] = how if reads.get(factor) != "rows" else "rows"
+        room.adapters.let_go(reads)
 
     def _write_stage(
         self, folder: Path, stage: StageRun, scored: Sequence[Scored], trained: Trained, seconds: Mapping[str, float]

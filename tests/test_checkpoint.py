@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,41 @@ def test_olora_sees_every_past_factor_of_a_run_that_has_turned_dense(tmp_path: P
     for group, wanted in zip(seen.adapters.groups(), straight.adapters.groups(), strict=True):
         assert group.past.rank == 20 and torch.equal(group.past_A, wanted.past_A)
         assert torch.equal(group.past_A[0], torch.cat([p.A[group.targets[0]] for p in straight.adapters.folded]))
+
+
+@pytest.mark.parametrize("name", ["inclora", "olora paper", "olora"])
+def test_what_no_stage_reads_is_let_go_of_and_nothing_changes(name: str, tmp_path: Path) -> None:
+    """Side by side until rank 14, dense from 16, more past rows than the matrix has from 34 on."""
+    make = {**LONG, "inclora": lambda: named("inclora")}[name]
+    tasks = [f"t{i}" for i in range(20)]
+    keeping, letting = Order(make, tasks, tmp_path / "a"), Order(make, tasks, tmp_path / "b")
+
+    def go(order: Order, index: int) -> dict[str, Any]:
+        stage = order.learn(index)
+        bits = order.bits()
+        order.commit(stage)
+        return {**bits, "folded": [(pair.stage, pair.rank, pair.scale) for pair in bits["folded"]]}
+
+    def penalty(order: Order) -> Tensor:
+        order.adapters.begin("next", torch.Generator().manual_seed(0))
+        found = order.room.method.penalty(SimpleNamespace(factors=order.adapters.groups))  # type: ignore[arg-type]
+        order.adapters.show(None)
+        return torch.zeros(()) if found is None else found.detach()
+
+    first = {"inclora": 8, "olora paper": 17}.get(name, 99)  # the first stage that lets go
+    for index in range(20):
+        assert same(go(keeping, index), go(letting, index))
+        letting.adapters.let_go(letting.room.method.reads_past())
+        assert [pair.held for pair in letting.adapters.folded] == [index + 1 < first] * (index + 1), index
+        assert torch.equal(penalty(keeping), penalty(letting))
+    again = Order(make, tasks, tmp_path / "b").restore(18)
+    again.adapters.let_go(again.room.method.reads_past())
+    again.learn(19)
+    theirs = {**keeping.bits(), "folded": 0, "live": None, "shown": 0}
+    assert same({**again.bits(), "folded": 0, "live": None, "shown": 0}, theirs)
+    if first < 99:
+        with pytest.raises(RuntimeError, match="reads_past"):
+            _ = letting.adapters.groups()[0].past_A
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

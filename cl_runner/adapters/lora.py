@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ NAME = "default"
 class Pair:
     """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32 on the CPU.
 
-    The update is ``s·B A``.
+    The update is ``s·B A``. Of a pair that was let go of, both are empty.
     """
 
     stage: str
@@ -33,6 +33,15 @@ class Pair:
     scale: float
     A: dict[str, Tensor]
     B: dict[str, Tensor]
+
+    @property
+    def held(self) -> bool:
+        """Whether the factors are in memory."""
+        return bool(self.A)
+
+    def let_go(self) -> Pair:
+        """The same pair by name, rank and scale alone."""
+        return replace(self, A={}, B={})
 
     def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
         """ΔW of a target, (m, n) fp32, computed on ``device``."""
@@ -43,12 +52,14 @@ class Pair:
 class PastFactors:
     """The folded pairs of L target layers of equal shape: constants of a stage, made once, when first asked for.
 
-    ``rank`` is R, the sum of the ranks. The scale s is in none of them.
+    ``rank`` is R, the sum of the ranks. The scale s is in none of them. ``grams`` are sums over pairs that were let go
+    of, all of them before those that are held.
     """
 
     targets: tuple[str, ...]
     pairs: tuple[Pair, ...]
     device: torch.device
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -64,29 +75,42 @@ class PastFactors:
 
     @cached_property
     def _rows_A(self) -> Tensor:
-        return torch.cat([self._stack(pair.A) for pair in self.pairs], dim=1)
+        return self._stacked("A")
 
     @cached_property
     def _rows_B(self) -> Tensor:
-        return torch.cat([self._stack(pair.B).mT for pair in self.pairs], dim=1)
+        return self._stacked("B")
 
     @cached_property
     def _gram_A(self) -> Tensor:
-        return self._gram([self._stack(pair.A) for pair in self.pairs])
+        return self._sum("A")
 
     @cached_property
     def _gram_B(self) -> Tensor:
-        return self._gram([self._stack(pair.B).mT for pair in self.pairs])
+        return self._sum("B")
 
-    def _stack(self, factor: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([factor[target] for target in self.targets]).to(self.device)
+    def _stacked(self, factor: str) -> Tensor:
+        if not all(pair.held for pair in self.pairs):
+            raise RuntimeError(f"past {factor} were let go of: the method's reads_past() does not say it reads them")
+        return torch.cat([self._rows_of(pair, factor) for pair in self.pairs], dim=1)
 
-    @staticmethod
-    def _gram(rows: Sequence[Tensor]) -> Tensor:
-        total = rows[0].mT @ rows[0]
-        for more in rows[1:]:
-            total += more.mT @ more
+    def _sum(self, factor: str) -> Tensor:
+        held = [pair for pair in self.pairs if pair.held]
+        if len(held) < len(self.pairs) and factor not in self.grams:
+            raise RuntimeError(f"past {factor} were let go of: the method's reads_past() does not say it reads them")
+        total = self.grams[factor].clone() if factor in self.grams else None
+        for pair in held:
+            rows = self._rows_of(pair, factor)
+            if total is None:
+                total = rows.mT @ rows
+            else:
+                total += rows.mT @ rows
+        assert total is not None, "there are no past pairs"
         return total
+
+    def _rows_of(self, pair: Pair, factor: str) -> Tensor:
+        stacked = torch.stack([(pair.A if factor == "A" else pair.B)[target] for target in self.targets])
+        return (stacked if factor == "A" else stacked.mT).to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +200,7 @@ class Adapters:
         self.kept: dict[str, Pair] = {}  # by stage: pairs that stay outside the weight
         self.live: str | None = None  # the stage whose pair the layers hold
         self._past_factors: dict[tuple[str, ...], PastFactors] = {}
+        self._grams: dict[tuple[str, ...], dict[str, Tensor]] = {}  # of the pairs that were let go of
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -263,6 +288,31 @@ class Adapters:
             accumulator.add(update[target].detach().to(accumulator.weight.device, torch.float32))
         self.dense.append(stage)
 
+    def stored_whole(self, target: str, rank: int, pairs: int) -> bool:
+        """Whether an adapter folder holds so many pairs of a target as one matrix, which is then the smaller form.
+
+        A lone pair stays one: it would have to be stored beside its matrix anyway.
+        """
+        m, n = self.past[target].base.shape
+        return bool(self.dense) or not pairs or (pairs > 1 and rank * (m + n) >= m * n)
+
+    def let_go(self, reads: Mapping[str, str]) -> None:
+        """Free the factors of folded pairs that neither a coming adapter folder nor the method will read.
+
+        ``reads`` says what the method does (``Method.reads_past``). The sum of past updates is untouched.
+        """
+        pairs, rank = self.folded, sum(pair.rank for pair in self.folded)
+        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target in self.layers):
+            return
+        side = max(max(past.base.shape) for past in self.past.values())
+        if "rows" in reads.values() or (reads and rank <= side):
+            return
+        for targets in self._groups():
+            past = self._past(targets)
+            self._grams[targets] = {factor: past.gram(factor) for factor in reads}
+        self.folded = [pair.let_go() for pair in pairs]
+        self._past_factors.clear()
+
     def keep_live(self) -> None:
         """Keep the live pair as a parameter set of its own, named by its stage."""
         pair = self.pair()
@@ -293,24 +343,32 @@ class Adapters:
             accumulator.set(total)
         self.folded, self.dense, self.kept = list(folded), list(dense), dict(kept)
         self._past_factors.clear()
+        self._grams.clear()
         self.show(self.kept[live] if live else None)
 
     # Factors for methods.
 
     def groups(self) -> list[FactorGroup]:
         """The live pair, and the folded ones, in groups of equal shape."""
+        return [self._group(targets) for targets in self._groups()]
+
+    def _groups(self) -> list[tuple[str, ...]]:
         by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
         for target, layer in self.layers.items():
             shape = (layer.lora_A[NAME].weight.shape, layer.lora_B[NAME].weight.shape)
             by_shape.setdefault(shape, []).append(target)
-        return [self._group(tuple(targets)) for targets in by_shape.values()]
+        return [tuple(targets) for targets in by_shape.values()]
 
     def _group(self, targets: tuple[str, ...]) -> FactorGroup:
         A = torch.stack([self.layers[target].lora_A[NAME].weight for target in targets])
         B = torch.stack([self.layers[target].lora_B[NAME].weight for target in targets])
-        if self.folded and targets not in self._past_factors:
-            self._past_factors[targets] = PastFactors(targets, tuple(self.folded), A.device)
-        return FactorGroup(targets, A, B, self._past_factors.get(targets))
+        return FactorGroup(targets, A, B, self._past(targets) if self.folded else None)
+
+    def _past(self, targets: tuple[str, ...]) -> PastFactors:
+        if targets not in self._past_factors:
+            device = self.past[targets[0]].weight.device
+            self._past_factors[targets] = PastFactors(targets, tuple(self.folded), device, self._grams.get(targets, {}))
+        return self._past_factors[targets]
 
 
 def _copy(parameter: Tensor) -> Tensor:

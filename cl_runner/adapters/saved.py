@@ -40,9 +40,8 @@ def save_adapter(folder: Path, adapters: Adapters, live: Pair | None = None) -> 
     dense: list[str] = []
     exact = True
     for target, accumulator in adapters.past.items():
-        m, n = accumulator.base.shape
-        # A lone pair stays one: it would have to be stored beside its matrix anyway.
-        if pairs and not adapters.dense and (len(pairs) == 1 or rank * (m + n) < m * n):
+        n = accumulator.base.shape[1]
+        if not adapters.stored_whole(target, rank, len(pairs)):
             A = torch.cat([pair.A[target] for pair in pairs], dim=0)
             B = torch.cat([pair.B[target] * (pair.scale / scale) for pair in pairs], dim=1)
             alphas[target] = rank, scale * rank

@@ -16,7 +16,8 @@ def l1_of_product(B: Tensor, A: Tensor) -> Tensor:
     The gradient, ``sign(B A) Aᵀ`` and ``Bᵀ sign(B A)``, is made on the way, so that autograd keeps two tensors of the
     factors' size instead of two of the product's.
     """
-    total: Tensor = _L1OfProduct.apply(B, A)
+    apply: Any = _L1OfProduct.apply
+    total: Tensor = apply(B, A)
     return total
 
 

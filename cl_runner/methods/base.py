@@ -238,6 +238,15 @@ class Method:
 
         return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
 
+    def reads_past(self) -> Mapping[str, str]:
+        """Runs at commit: what this method reads of the past factors that ``stage.factors()`` offers.
+
+        ``A`` or ``B`` to ``rows`` (all of them, however many) or to ``gram`` (``past.gram`` where there are more rows
+        than the matrix has; fewer may be read as rows). What is not read is let go of, once the adapter's folder does
+        without it too: memory then stays constant. Default: everything.
+        """
+        return {"A": "rows", "B": "rows"}
+
     def penalty(self, stage: Stage) -> Tensor | None:
         """Runs once per optimizer step, the same on every rank, fp32; None adds nothing."""
         return None

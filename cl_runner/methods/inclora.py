@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cl_runner.methods.base import Method
 
 
@@ -14,6 +16,9 @@ class IncLoRA(Method):
     paper = "2310.14152 (baseline of O-LoRA)"
     carried = "past updates, folded into the weight"
     growth = "constant in a step; the saved factors grow by one pair a task"
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
 
 
 METHOD = IncLoRA

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cl_runner.methods.base import Method, StagePlan
 
@@ -19,6 +19,9 @@ class MultiTask(Method):
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan("mtl", tuple(order))]
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
 
 
 METHOD = MultiTask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -73,6 +73,9 @@ class NLoRA(Method):
                         f"{key}: nlora's reference form A·B exists only for square layers, and one is {m} × {n}; use "
                         "the paper's (method.reference=false, method.of=product), or other adapter.target_modules"
                     )
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
 
     def penalty(self, stage: Stage) -> Tensor | None:
         if not self.config.lambda1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -47,6 +48,10 @@ class OLoRA(Method):
     paper = "2310.14152 (Orthogonal Subspace Learning for Language Model Continual Learning)"
     carried = "past updates folded into the weight, and their factors for the penalty"
     growth = "r rows a task in the penalty; squared, never more than Σ A_iᵀ A_i"
+
+    def reads_past(self) -> Mapping[str, str]:
+        how = "rows" if self.config.reference else "gram"
+        return {factor: how for factor in ("A", "B") if self.config.lambda1 and self.config.on in (factor, "both")}
 
     def penalty(self, stage: Stage) -> Tensor | None:
         terms: list[Tensor] = []
