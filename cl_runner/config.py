@@ -104,6 +104,9 @@ class TrainingConfig(Section):
         default="global",
         description="Mean over the label tokens of the global batch, or of each micro-batch (reference).",
     )
+    activation_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward instead of keeping them: slower, smaller."
+    )
     deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
     offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
 

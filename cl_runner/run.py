@@ -106,6 +106,8 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(config, index, stage)
         make_method(of_stage).check(of_stage, shapes)  # type: ignore[arg-type]
+        if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
+            raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
     return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
 

@@ -191,6 +191,10 @@ class Adapters:
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
         }
+        if compute is not None and compute != torch.float32:
+            # PEFT casts every input up to the factors' fp32 and autocast casts it down again: two passes for nothing.
+            for layer in self.layers.values():
+                layer.cast_input_dtype_enabled = False
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         self.past: dict[str, Accumulator] = {
             name: Accumulator(layer, _transposed(layer), compute) for name, layer in bases.items()

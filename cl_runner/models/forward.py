@@ -82,6 +82,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def checkpoint_activations(model: nn.Module, on: bool) -> None:
+    """Whether the training forwards keep the activations of one block alone, and compute the others again.
+
+    Dropout is the same the second time. The model has to support it (``supports_gradient_checkpointing``).
+    """
+    inner: Any = unwrapped(model)
+    old = not hasattr(inner, "activation_checkpointing_enable")  # its name up to transformers 5.20
+    if on:
+        enable = inner.gradient_checkpointing_enable if old else inner.activation_checkpointing_enable
+        enable({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        disable = inner.gradient_checkpointing_disable if old else inner.activation_checkpointing_disable
+        disable()
+
+
 def _until_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     ends = [at for at, token in enumerate(ids) if token in end_ids]
     return list(ids[: ends[0]] if ends else ids)

@@ -260,3 +260,21 @@ def test_pairs_lie_on_the_cpu_and_nothing_of_the_graph_is_kept() -> None:
     adapters, _ = folded()
     pair: Any = adapters.pair()
     assert all(t.device.type == "cpu" and not t.requires_grad for f in (pair.A, pair.B) for t in f.values())
+
+
+def test_under_bf16_autocast_inputs_are_not_cast_up_and_down_again() -> None:
+    """Same answer, to the bit, as with PEFT's cast to fp32."""
+    seen: dict[str, torch.dtype] = {}
+    answers = []
+    for compute in (None, BF16):
+        adapters = adapters_of(base_model("t5").to(BF16), compute=compute)
+        adapters.begin("now", torch.Generator().manual_seed(1))
+        adapters.show(random_pair(adapters, "now"))
+        for layer in adapters.layers.values():
+            layer.lora_dropout["default"].register_forward_hook(
+                lambda _m, inputs, _o, key=str(compute): seen.update({key: inputs[0].dtype})
+            )
+        with torch.autocast("cpu", BF16, cache_enabled=False):
+            answers.append(logits(adapters.model))
+    assert seen == {"None": torch.float32, str(BF16): BF16}
+    assert torch.equal(*answers)
