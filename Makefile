@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# Ratios side by side, an hour or so on two idle cores; benchmarks/README.md says what they are. On a GPU: see there.
+bench: setup
+	mkdir -p bench
+	$(BIN)/python -m benchmarks.startup --json bench/results.jsonl
+	$(BIN)/python -m benchmarks.evaluation --json bench/results.jsonl
+	$(BIN)/python -m benchmarks.penalty --json bench/results.jsonl
+	$(BIN)/python -m benchmarks.order --json bench/results.jsonl
+	$(BIN)/python -m benchmarks.stages --curve 200 --out bench --json bench/results.jsonl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,7 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that size a job."""
     default = Job()
     parser.add_argument("--order", default=default.order, help="task order (default %(default)s)")
-    parser.add_argument("--train", type=int, default=default.train, help="most training rows a task (default %(default)s)")
+    parser.add_argument(
+        "--train", type=int, default=default.train, help="most training rows a task (default %(default)s)"
+    )
     parser.add_argument("--test", type=int, default=default.test, help="most test rows a task (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="passes over a task (default %(default)s)")
     parser.add_argument("--data-dir", help="benchmark folder to read (default: synthetic rows)")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,8 +116,10 @@ def main() -> None:
         }
         for name, runs in found.items()
     ]
-    publish("order", given, {f"{given.order} end to end, median of {given.rounds}, exact match on synthetic data": rows})
+    publish(
+        "order", given, {f"{given.order} end to end, median of {given.rounds}, exact match on synthetic data": rows}
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,8 @@
 """The penalty's share of an optimizer step at stage 15.
 
-Steps of each method and of `inclora` (the same step without a penalty) are measured in turns, and the penalty's forward
-and backward once more by themselves. `share` is the second over the step; `by difference` is the step against inclora's.
+Steps of each method and of `inclora` (the same step without a penalty) are measured in turns, and the penalty's
+forward and backward once more by themselves. `share` is the second over the step; `by difference` is the step against
+inclora's.
 
     --shape tiny        the embedded tiny-t5 with its preset (default)
     --shape t5-base     random weights of that shape (t5-large: on a GPU if there is one)
@@ -10,7 +11,6 @@ and backward once more by themselves. `share` is the second over the step; `by d
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,23 +20,17 @@ from benchmarks import shapes, world
 from benchmarks.common import median, parser, publish
 from cl_runner.models.batch import Example
 
-PENALISED = {
-    "olora (absolute)": {},
-    "olora (squared)": {},
-    "nlora": {},
-}  # fmt: skip
+PENALISED = ("olora (absolute)", "olora (squared)", "nlora")
 
 
-def shares(
-    made: world.World, examples: Sequence[Example], position: int, rounds: int
-) -> list[Mapping[str, Any]]:
+def shares(made: world.World, examples: Sequence[Example], position: int, rounds: int) -> list[Mapping[str, Any]]:
     """A row for each method with a penalty."""
     steps = world.steps_in_turns(made, [position], ["inclora", *PENALISED], examples, rounds)
     plain = median(steps["inclora", position])
-    rows = []
-    for method, settings in PENALISED.items():
+    rows: list[Mapping[str, Any]] = []
+    for method in PENALISED:
         step = median(steps[method, position])
-        alone = median(world.penalty_seconds(made, method, position, 10, **settings))
+        alone = median(world.penalty_seconds(made, method, position, 10))
         rows.append(
             {
                 "method": method,
@@ -67,7 +61,9 @@ def main() -> None:
     made.add_argument("--stage", type=int, default=15, help="position in the order (default %(default)s)")
     made.add_argument("--steps", type=int, default=8, help="steps of a turn (default %(default)s)")
     made.add_argument("--rounds", type=int, default=3, help="turns of each method (default %(default)s)")
-    made.add_argument("--batch", type=int, default=16, help="rows a step where --shape is not tiny (default %(default)s)")
+    made.add_argument(
+        "--batch", type=int, default=16, help="rows a step where --shape is not tiny (default %(default)s)"
+    )
     given = made.parse_args()
     of_shape, examples = made_world(given)
     found = shares(of_shape, examples, given.stage, given.rounds)
@@ -75,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

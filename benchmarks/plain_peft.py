@@ -7,7 +7,6 @@ the task is done; random batches padded to their longest row; `generate` in batc
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def main() -> None:
     adapter = job.config.adapter
     lora = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=["q", "v"],
         task_type="SEQ_2_SEQ_LM",
@@ -121,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,9 @@ class TwoLoras(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.linear(x)
         if self.past_A.shape[0]:
-            result = result + functional.linear(functional.linear(self.dropout(x), self.past_A), self.past_B) * self.scale
+            result = (
+                result + functional.linear(functional.linear(self.dropout(x), self.past_A), self.past_B) * self.scale
+            )
         return result + functional.linear(functional.linear(self.dropout(x), self.new_A), self.new_B) * self.scale
 
 
@@ -156,7 +157,9 @@ def main() -> None:
     made = parser(__doc__)
     add_arguments(made)
     made.add_argument("--out", type=Path, required=True, help="folder for adapters and result.json")
-    made.add_argument("--pad", choices=("longest", "max"), default="longest", help="inputs' width (default %(default)s)")
+    made.add_argument(
+        "--pad", choices=("longest", "max"), default="longest", help="inputs' width (default %(default)s)"
+    )
     made.add_argument("--task", type=int, help="learn this one task only (from 0); the others stand in --out")
     given = made.parse_args()
     job = Job.given(given)
@@ -174,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

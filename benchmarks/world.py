@@ -55,9 +55,9 @@ class World:
     def device(self) -> torch.device:
         return self.room.place.torch_device
 
-    def stage(self, method: str, position: int, **settings: Any) -> StageRun:
-        """The stage at ``position`` (from 1), built and ready to train; ``settings`` are more of the method's."""
-        values = {**self.config.model_dump(), "method": {**METHODS[method], **settings}}
+    def stage(self, method: str, position: int) -> StageRun:
+        """The stage at ``position`` (from 1), built and ready to train."""
+        values = {**self.config.model_dump(), "method": METHODS[method]}
         config = RunConfig.model_validate(values)
         self.room.method = make_method(config)
         self.room.adapters.restore(self.pairs[: position - 1], {}, None)
@@ -159,9 +159,9 @@ def steps_in_turns(
     return {way: [seconds for run in runs[1:] for seconds in run] for way, runs in found.items()}
 
 
-def penalty_seconds(world: World, method: str, position: int, repeats: int, **settings: Any) -> list[float]:
+def penalty_seconds(world: World, method: str, position: int, repeats: int) -> list[float]:
     """Seconds of the penalty's forward and backward by themselves, at a position."""
-    stage = world.stage(method, position, **settings)
+    stage = world.stage(method, position)
     world.room.adapters.train(True)
     times = []
     for _ in range(repeats + 1):
@@ -169,7 +169,7 @@ def penalty_seconds(world: World, method: str, position: int, repeats: int, **se
         started = time.perf_counter()
         penalty = stage.room.method.penalty(stage)
         if penalty is not None:
-            penalty.backward()
+            torch.autograd.backward(penalty)
         synchronise(stage.device)
         times.append(time.perf_counter() - started)
         for parameter in stage.parameters().values():

@@ -1,0 +1,189 @@
+"""Does a step cost the same at the end of an order as at its start?
+
+Steps at stages 2, 8 and 15, all methods and positions in turns in one process, the same rows at every stage; peak
+memory of a process that stands at that stage alone. With `--curve N`: N stages one after the other as a run trains,
+commits, scores and saves them, each method in a process of its own, with resident memory and step time after every
+stage, as CSV and, if matplotlib is installed, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import world
+from benchmarks.common import median, parser, publish, resident_mb, run_process
+from cl_runner.checkpoint import save_stage
+from cl_runner.evaluate import TestSet, evaluate
+from cl_runner.methods.base import StagePlan, commit_update
+from cl_runner.stage import StageRun
+from cl_runner.tasks import catalog
+from cl_runner.tasks.synthetic import sample
+
+POSITIONS = (2, 8, 15)
+
+
+def ratios(given: argparse.Namespace) -> list[Mapping[str, Any]]:
+    """Step time at each position, and the last over the first."""
+    made = world.tiny(POSITIONS[-1])
+    examples = world.tiny_rows(made, given.steps * made.config.training.global_batch)
+    found = world.steps_in_turns(made, POSITIONS, list(world.METHODS), examples, given.rounds)
+    rows: list[Mapping[str, Any]] = []
+    for method in world.METHODS:
+        row: dict[str, Any] = {"method": method}
+        for position in POSITIONS:
+            row[f"stage {position}: step ms"] = 1e3 * median(found[method, position])
+        first, last = (median(found[method, position]) for position in (POSITIONS[0], POSITIONS[-1]))
+        row[f"stage {POSITIONS[-1]} ÷ {POSITIONS[0]}"] = last / first
+        rows.append(row)
+    return rows
+
+
+def add_memory(rows: Sequence[Mapping[str, Any]], scratch: Path) -> list[Mapping[str, Any]]:
+    """Peak memory of a process of its own for every method and position."""
+    found: list[Mapping[str, Any]] = []
+    for row in rows:
+        more = {}
+        for position in POSITIONS:
+            worker = ["-m", "benchmarks.stages", "--stand-at", str(position), "--method", row["method"]]
+            more[f"stage {position}: peak MB"] = run_process(worker, scratch / "log").peak_mb
+        found.append({**row, **more})
+    return found
+
+
+def stand_at(position: int, method: str) -> None:
+    """A few steps at one position, for the memory that they take."""
+    made = world.tiny(position)
+    examples = world.tiny_rows(made, 4 * made.config.training.global_batch)
+    world.step_seconds(made.stage(method, position), examples)
+
+
+def curve(method: str, stages: int, steps: int, out: Path) -> None:
+    """Train that many stages as a run does; a line of CSV after each."""
+    made = world.tiny(1)
+    order = tuple(StagePlan(f"task{i}", (f"task{i}",)) for i in range(1, stages + 1))
+    made.room.order = order
+    examples = world.tiny_rows(made, steps * made.config.training.global_batch)
+    test = TestSet(catalog.get("agnews"), sample("agnews", "test", 16), world.tiny_rows(made, 16, split="test"))
+    first = made.stage(method, 1)  # sets the method up; it then lives through all stages, as in a run
+    config = first.config
+    first.close()
+    with out.open("w", newline="") as file, tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "step_ms", "resident_mb"])
+        for index in range(stages):
+            stage = StageRun(made.room, config, index)
+            made.room.method.build(stage)
+            seconds = world.step_seconds(stage, examples)
+            made.room.adapters.train(False)
+            commit_update(made.room.method, stage)
+            evaluate(stage, {"agnews": test})
+            folder = Path(scratch, "stage")
+            folder.mkdir()
+            save_stage(folder, stage)
+            shutil.rmtree(folder)
+            gc.collect()
+            writer.writerow([index + 1, f"{1e3 * median(seconds):.3f}", f"{resident_mb():.1f}"])
+            file.flush()
+
+
+def file_name(method: str) -> str:
+    return re.sub(r"\W+", "-", method).strip("-")
+
+
+def read(file: Path) -> list[dict[str, float]]:
+    with file.open(newline="") as lines:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def summary(method: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The first stages beside the last: medians over a tenth of the curve at either end, without the first stage."""
+    tenth = max(2, len(rows) // 10)
+    ends = rows[1 : 1 + tenth], rows[-tenth:]
+    step = [median([row["step_ms"] for row in part]) for part in ends]
+    memory = [median([row["resident_mb"] for row in part]) for part in ends]
+    return {
+        "method": method,
+        "stages": len(rows),
+        "first step ms": step[0],
+        "last step ms": step[1],
+        "last ÷ first": step[1] / step[0],
+        "first MB": memory[0],
+        "last MB": memory[1],
+        "MB a stage": (memory[1] - memory[0]) / max(len(rows) - tenth - 1, 1),
+    }
+
+
+def draw(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> str:
+    """The picture, if it can be drawn; says what was done."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no picture: matplotlib is not installed"
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for axis, key, label in zip(axes, ("step_ms", "resident_mb"), ("ms a step", "resident MB"), strict=True):
+        for method, rows in curves.items():
+            axis.plot([row["stage"] for row in rows], [row[key] for row in rows], label=method, linewidth=1)
+        axis.set_xlabel("stage")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    return f"drew {file}"
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--steps", type=int, default=8, help="optimizer steps a turn (default %(default)s)")
+    made.add_argument("--rounds", type=int, default=3, help="turns of each method and stage (default %(default)s)")
+    made.add_argument("--no-memory", action="store_true", help="leave out the processes that tell the peak memory")
+    made.add_argument("--curve", type=int, metavar="N", help="also train N stages one after the other")
+    made.add_argument("--curve-steps", type=int, default=4, help="optimizer steps a stage of it (default %(default)s)")
+    made.add_argument("--curve-only", action="store_true", help="nothing but the curve")
+    made.add_argument(
+        "--out", type=Path, default=Path("bench"), help="folder for CSV and picture (default %(default)s)"
+    )
+    made.add_argument("--method", choices=list(world.METHODS), help=argparse.SUPPRESS)
+    made.add_argument("--stand-at", type=int, help=argparse.SUPPRESS)
+    made.add_argument("--csv", type=Path, help=argparse.SUPPRESS)
+    given = made.parse_args()
+    if given.stand_at:
+        return stand_at(given.stand_at, given.method)
+    if given.csv:
+        return curve(given.method, given.curve, given.curve_steps, given.csv)
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
+        if not given.curve_only:
+            rows = ratios(given)
+            rows = rows if given.no_memory else add_memory(rows, Path(scratch))
+            tables["tiny-t5 on the CPU, the same synthetic rows at every stage"] = rows
+        if given.curve:
+            given.out.mkdir(parents=True, exist_ok=True)
+            curves = {}
+            for method in world.METHODS:
+                file = given.out / f"curve-{file_name(method)}.csv"
+                worker = ["-m", "benchmarks.stages", "--method", method, "--csv", str(file.absolute())]
+                run_process(
+                    [*worker, "--curve", str(given.curve), "--curve-steps", str(given.curve_steps)],
+                    Path(scratch, "log"),
+                )
+                curves[method] = read(file)
+            print(draw(curves, given.out / "curve.png"), file=sys.stderr)
+            tables[f"{given.curve} stages one after the other"] = [summary(m, rows) for m, rows in curves.items()]
+    publish("stages", given, tables)
+
+
+if __name__ == "__main__":
+    main()
