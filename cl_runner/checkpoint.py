@@ -95,7 +95,9 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
     else:
         sums = load_sums(folder / "adapter", state["dense"])
     stage.adapters.restore(pairs, kept, live, sums=sums, dense=state["dense_stages"])
-    stage.room.method.load_state(State(_named(tensors, METHOD_PREFIX), state["state"]))
+    # Copies: a tensor within a file's bytes lies where it may, and a product of it adds up in another order.
+    carried = {key: tensor.clone() for key, tensor in _named(tensors, METHOD_PREFIX).items()}
+    stage.room.method.load_state(State(carried, state["state"]))
 
 
 def verify(folder: Path) -> None:
