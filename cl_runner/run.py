@@ -99,6 +99,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
         base.model,
         config.adapter,
         name_or_path=base.name_or_path,
+        revision=config.model.revision,
         encoder_decoder=base.encoder_decoder,
         compute=torch.bfloat16 if bf16 else None,
     )

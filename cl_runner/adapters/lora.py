@@ -143,7 +143,7 @@ class Adapters:
     Args:
         model: the frozen base; it is wrapped, reach the whole through ``model`` afterwards.
         config: rank, alpha, dropout, targets.
-        name_or_path: what a saved adapter names as its base.
+        name_or_path, revision: what a saved adapter names as its base.
         encoder_decoder: for PEFT's task type.
         compute: precision of the forward, where autocast makes it another than the base's.
 
@@ -158,12 +158,13 @@ class Adapters:
         *,
         name_or_path: str,
         encoder_decoder: bool,
+        revision: str | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        self.name_or_path = name_or_path
+        self.name_or_path, self.revision = name_or_path, revision
         self.task_type = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
         targets = config.target_modules or default_targets(model)
         check_targets(model, targets)

@@ -92,6 +92,7 @@ def _write_config(folder: Path, adapters: Adapters, alphas: Mapping[str, tuple[i
         fan_in_fan_out=any(accumulator.transposed for accumulator in adapters.past.values()),
         task_type=adapters.task_type,
         base_model_name_or_path=adapters.name_or_path,
+        revision=adapters.revision,
         inference_mode=True,
     )
     config.target_modules = sorted(adapters.target_modules)  # PEFT's set has another order in every process

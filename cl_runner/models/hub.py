@@ -79,11 +79,14 @@ def fetch(located: Located) -> Path:
     if isinstance(files, contents.Folder):
         return files.path
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
     names = files.names()
     weights = {name for name in names if _SAFETENSORS.fullmatch(name)}
     weights = weights or {name for name in names if _PICKLED.fullmatch(name)}
     small = (*_SMALL, ".py") if located.trust_remote_code else _SMALL
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()  # one bar will do
     wanted = sorted(weights | {name for name in names if name.endswith(small)})
     try:
         return Path(

@@ -282,3 +282,11 @@ def test_a_fresh_process_without_us_finds_base_and_adapter(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", FRESH, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert off(load_file(files[-1])["logits"], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_the_bases_revision_is_named(tmp_path: Path, revision: str | None) -> None:
+    adapters = adapters_of(base_model("t5"), revision=revision)
+    adapters.fold(random_pair(adapters, "one"))
+    save_adapter(tmp_path / "a", adapters)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == revision
