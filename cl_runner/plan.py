@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from cl_runner.config import DataConfig, RunConfig, TrainingConfig
@@ -37,13 +38,14 @@ class BatchPlan:
     ranks: int
     accumulation: int
     epochs: int
+    length_window: int
 
     @classmethod
     def make(cls, rows: int, training: TrainingConfig, ranks: int) -> BatchPlan:
         """The plan for so many rows on so many ranks."""
         micro = min(training.micro_batch, math.ceil(training.global_batch / ranks))
         accumulation = math.ceil(training.global_batch / (micro * ranks))
-        return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs)
+        return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs, training.length_window)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,15 +57,37 @@ class BatchPlan:
         """Optimizer steps of the stage."""
         return self.steps_per_epoch * self.epochs
 
-    def step_rows(self, seed: int, index: int) -> Iterator[list[int]]:
-        """The rows of every step: each epoch a new order, from seed, stage and epoch alone."""
+    def step_rows(self, seed: int, index: int, lengths: Sequence[int], mixed: bool = False) -> Iterator[list[int]]:
+        """The rows of every step: each epoch a new order, from seed, stage, epoch and lengths alone.
+
+        A step's rows are of about equal length: the rows of ``length_window`` steps drawn at random are dealt to these
+        by length, and the epoch's steps come in random order. The last step of an epoch may be short; its rows are
+        drawn like those of a plain shuffle. ``mixed`` (rows of several tasks, whose lengths tell them apart): every
+        step's rows are drawn so, and only sorted.
+
+        Args:
+            seed: the run's.
+            index: of the stage, from 0.
+            lengths: tokens of each row.
+            mixed: whether the rows are of several tasks.
+        """
         import torch
 
+        size = self.global_batch
+        whole = self.rows // size  # full steps of an epoch
+        window = 1 if mixed else self.length_window
         for epoch in range(self.epochs):
             generator = torch.Generator().manual_seed(derived_seed(seed, index, "rows", epoch))
             rows = torch.randperm(self.rows, generator=generator).tolist()
-            for start in range(0, self.rows, self.global_batch):
-                yield rows[start : start + self.global_batch]
+            if self.length_window > 1:
+                ends = [*range(0, whole * size, window * size), whole * size, self.rows]
+                windows = [rows[start:end] for start, end in pairwise(ends)]
+                rows = [row for found in windows for row in sorted(found, key=lengths.__getitem__)]
+            order = list(range(whole))
+            if window > 1:  # a window's steps come shortest first
+                order = torch.randperm(whole, generator=generator).tolist()
+            for step in order + [whole] * (whole * size < self.rows):
+                yield rows[step * size : (step + 1) * size]
 
     def micro_batches(self, rows: Sequence[int], rank: int) -> Iterator[tuple[int, list[int]]]:
         """(global number, rows) of this rank's micro-batches of a step; rows may be empty, the count never varies."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,13 @@ from cl_runner.engine import Engine
 from cl_runner.errors import TrainingError
 from cl_runner.methods.base import Source, overrides
 from cl_runner.models.batch import Batch, Example
+from cl_runner.models.forward import checkpoint_activations
+from cl_runner.models.tokens import Joined, lengths
 from cl_runner.plan import BatchPlan, derived_seed
-from cl_runner.stage import StageRun, label_tokens
+from cl_runner.prefetch import prefetched
+from cl_runner.stage import StageRun
+
+AHEAD = 2  # micro-batches that may wait, padded, for the device
 
 
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
@@ -72,6 +79,7 @@ class Trained:
 
 
 LogRow = dict[str, Any]
+Padded = tuple[Batch, list[str]]  # a micro-batch on the CPU, and its rows' tasks
 
 
 def train_stage(
@@ -98,10 +106,13 @@ def train_stage(
     _seed(stage, "begin")
     method.begin_task(stage)  # before there is an engine, so that it may still decide what trains, and in what shape
     sources = method.training_data(stage, own)
-    examples: list[Example] = [example for source in sources for example in source.examples]
+    examples = Joined([source.examples for source in sources])
     tasks = [task for source in sources for task in source.tasks]
-    shares = [source.weight for source in sources for _ in source.examples]
+    shares = [source.weight for source in sources for _ in source.tasks]
     plan = BatchPlan.make(len(examples), training, stage.ranks)
+    inputs, labels = lengths(examples)
+    weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)
+    steps = list(plan.step_rows(stage.config.seed, stage.index, (inputs + labels).tolist(), len(set(tasks)) > 1))
     stage.steps, stage.step = plan.steps, 0
     engine = Engine(
         stage.room.root,
@@ -112,25 +123,26 @@ def train_stage(
         accumulation=plan.accumulation,
     )
     stage.engine = engine
-    weights = StepWeights(plan, training.loss_mean, list(map(label_tokens, examples)), shares)
     meter = Meter(stage, log, tick)
     try:
+        checkpoint_activations(stage.adapters.model, training.activation_checkpointing)
         stage.adapters.model.train()
-        for rows in plan.step_rows(stage.config.seed, stage.index):
-            lr = learning_rate(training, stage.step, plan.steps)
-            engine.set_lr(lr)
-            loss, penalty = _micro_batches(stage, plan, weights, rows, examples, tasks)
-            norm = engine.clip()
-            if not math.isfinite(norm):
-                raise TrainingError(
-                    f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not finite; "
-                    "try a lower training.lr"
-                )
-            _edit(stage, lr)
-            engine.step()
-            stage.step += 1
-            method.after_step(stage)
-            meter.step(len(rows), loss, penalty, lr, norm)
+        with closing(_padded(stage, plan, weights, steps, examples, tasks)) as batches:
+            for rows in steps:
+                lr = learning_rate(training, stage.step, plan.steps)
+                engine.set_lr(lr)
+                loss, penalty = _micro_batches(stage, plan, rows, batches)
+                norm = engine.clip()
+                if not math.isfinite(norm):
+                    raise TrainingError(
+                        f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not "
+                        "finite; try a lower training.lr"
+                    )
+                _edit(stage, lr)
+                engine.step()
+                stage.step += 1
+                method.after_step(stage)
+                meter.step(len(rows), loss, penalty, lr, norm)
         stage.adapters.model.eval()
         _seed(stage, "end")
         method.end_task(stage)
@@ -140,22 +152,39 @@ def train_stage(
         engine.destroy()
 
 
-def _micro_batches(
+def _padded(
     stage: StageRun,
     plan: BatchPlan,
     weights: StepWeights,
-    rows: Sequence[int],
+    steps: Sequence[Sequence[int]],
     examples: Sequence[Example],
     tasks: Sequence[str],
+) -> Generator[Padded, None, None]:
+    """This rank's micro-batches of all steps, padded in the background while the device computes."""
+
+    def pad(of_step: tuple[Sequence[int], Sequence[int]]) -> Padded:
+        step_rows, mine = of_step
+        # A rank without rows takes the step's first row at weight zero, so that graphs stay alike.
+        rows, row_weights = (mine, weights.of(step_rows, mine)) if mine else ([step_rows[0]], [0.0])
+        return stage.padded([examples[i] for i in rows], row_weights), [tasks[i] for i in rows]
+
+    micro_batches = ((rows, mine) for rows in steps for _, mine in plan.micro_batches(rows, stage.rank))
+    # A thread begins on the first GPU; page-locked memory would open that one in every process.
+    begin = partial(torch.cuda.set_device, stage.device) if stage.device.type == "cuda" else None
+    return prefetched(pad, micro_batches, AHEAD, begin)
+
+
+def _micro_batches(
+    stage: StageRun, plan: BatchPlan, rows: Sequence[int], batches: Iterator[Padded]
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of a step's micro-batches; returns this rank's task loss, and the penalty."""
     method, engine = stage.room.method, stage.engine
     assert engine is not None
     total = torch.zeros((), device=stage.device)
     penalty: Tensor | None = None
-    for slot, (number, mine) in enumerate(plan.micro_batches(rows, stage.rank)):
+    for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
         _seed(stage, "forward", stage.step, number)
-        batch = _batch(stage, weights, rows, mine, examples, tasks)
+        batch = stage.ready(*next(batches))
         loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
         # Not the last forward's alone: a rank may have had no rows for that one.
         stage.task_loss = total = total + loss.detach()
@@ -171,19 +200,6 @@ def _micro_batches(
 def _seed(stage: StageRun, *of: object) -> None:
     """Draw anew, from what decides it alone: the same on any number of ranks, and after a restart."""
     torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
-
-
-def _batch(
-    stage: StageRun,
-    weights: StepWeights,
-    step_rows: Sequence[int],
-    mine: Sequence[int],
-    examples: Sequence[Example],
-    tasks: Sequence[str],
-) -> Batch:
-    """A micro-batch; a rank without rows takes the step's first row at weight zero, so that graphs stay alike."""
-    rows, row_weights = (mine, weights.of(step_rows, mine)) if mine else ([step_rows[0]], [0.0])
-    return stage.make_batch([examples[i] for i in rows], [tasks[i] for i in rows], row_weights)
 
 
 def _edit(stage: StageRun, lr: float) -> None:

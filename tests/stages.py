@@ -137,6 +137,11 @@ def some_rows(count: int, seed: int = 0, task: str = "one", weight: float = 1.0)
     return Source(examples, [task] * count, weight)
 
 
+def widths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, by which a plan forms steps."""
+    return [len(example.source) + len(example.target) for example in examples]
+
+
 @dataclass
 class Outcome:
     """What a stage's training left."""

@@ -15,7 +15,7 @@ from cl_runner.methods.base import Source, StagePlan, commit_update
 from cl_runner.place import Place
 from cl_runner.plan import BatchPlan
 from cl_runner.stage import Room, StageRun
-from tests.stages import Kind, Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train
+from tests.stages import Kind, Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train, widths
 
 LR, ROWS = 0.02, 6
 
@@ -101,7 +101,7 @@ class ByHand:
         if optimizer is None:
             optimizer = torch.optim.AdamW([*self.A.values(), *self.B.values()], lr=LR, weight_decay=0.0)
         plan = BatchPlan.make(len(own.examples), config.training, 1)
-        for rows in plan.step_rows(config.seed, index):
+        for rows in plan.step_rows(config.seed, index, widths(own.examples), len(set(own.tasks)) > 1):
             loss = naive_loss(self, "t5", [own.examples[i] for i in rows])
             if penalty is not None:
                 loss = loss + penalty(self.A, self.B)
