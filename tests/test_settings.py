@@ -291,6 +291,7 @@ def test_published(case: tuple[str, str, str, list[float], list[int], tuple[int,
         assert (training.global_batch, training.micro_batch) == batch
         assert (training.schedule, training.warmup, training.weight_decay, training.clip) == ("constant", 0, 0, 1)
         assert training.loss_mean == "micro" and training.offload_optimizer and one.seed == 42
+        assert training.length_window == 1  # the reference shuffles
         assert (adapter.r, adapter.alpha, adapter.dropout) == (8, 32, 0.1)
         assert adapter.target_modules == (["q", "v"] if model == T5 else ["q_proj", "v_proj"])
         assert (data.truncate, data.max_source, data.max_target, one.eval.max_new_tokens) == ("tail", 512, 50, 50)

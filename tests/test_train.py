@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import random
+import threading
 import weakref
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from cl_runner.errors import TrainingError
 from cl_runner.methods.base import Method, Source
 from cl_runner.models.batch import Batch
 from cl_runner.models.forward import token_loss
+from cl_runner.models.tokens import Encoded, Joined
 from cl_runner.optim import ParameterGroup
 from cl_runner.place import Place
 from cl_runner.plan import BatchPlan, derived_seed
 from cl_runner.stage import StageRun
+from cl_runner.stopping import Stopped
 from cl_runner.train import StepWeights, learning_rate, train_stage
 from tests.distributed import on_ranks
 from tests.stages import (
@@ -379,6 +383,103 @@ def test_no_epochs_train_nothing() -> None:
     (ours,) = on_ranks(1, trained, config)
     assert ours.trained.steps == 0 and ours.trained.loss is None and ours.rows == []
     assert all(torch.equal(ours.parameters[name], start[name]) for name in start)
+
+
+# --- micro-batches from the background
+
+
+class Drawing(Method):
+    """A condition that draws random numbers: it belongs between the micro-batch's seed and its forward."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def condition(self, stage: Any, batch: Batch, task: str | None) -> dict[str, Tensor]:
+        self.threads.append(threading.current_thread())
+        return {"noise": torch.rand(batch.size)}
+
+    def loss(self, stage: Any, batch: Batch) -> Tensor:
+        return super().loss(
+            stage, replace(batch, token_weights=batch.token_weights * batch.condition["noise"][:, None])
+        )
+
+
+def drawn(place: Place, config: RunConfig) -> Outcome:
+    stage = open_stage(tiny_room(Drawing(Section()), config, place, dropout=0.2), config)
+    return train(stage, some_rows(ROWS))
+
+
+def test_prefetched_training_is_that_without_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(epochs=3, micro_batch=1)
+    (ours,) = on_ranks(1, drawn, config)
+    assert Drawing.threads and set(Drawing.threads) == {threading.main_thread()}
+    made_in = []
+
+    def plain(make: Any, items: Any, *_: Any) -> Any:
+        for item in items:
+            made_in.append(threading.current_thread())
+            yield make(item)
+
+    monkeypatch.setattr("cl_runner.train.prefetched", plain)
+    (theirs,) = on_ranks(1, drawn, config)
+    assert set(made_in) == {threading.main_thread()}  # the second training was another one
+    assert ours.losses == theirs.losses and ours.norms == theirs.norms
+    assert all(torch.equal(ours.parameters[name], value) for name, value in theirs.parameters.items())
+
+
+class Broken(Exception):
+    pass
+
+
+class Stops(Method):
+    def after_step(self, stage: Any) -> None:
+        if stage.progress.step == 2:
+            raise Stopped("SIGINT")
+
+
+class Refusing(StageRun):
+    """Cannot pad its fourth micro-batch."""
+
+    padded_so_far = 0
+
+    def padded(self, examples: Any, weights: Any) -> Batch:
+        self.padded_so_far += 1
+        if self.padded_so_far == 4:
+            raise Broken
+        return super().padded(examples, weights)
+
+
+@pytest.mark.parametrize(("method", "kind", "error"), [(Stops, StageRun, Stopped), (Method, Refusing, Broken)])
+def test_what_ends_a_training_ends_its_thread(method: type[Method], kind: type[StageRun], error: type) -> None:
+    config = settings(epochs=50)
+
+    def begin(place: Place) -> list[int]:
+        stage = kind(tiny_room(method(Section()), config, place), config, 0)
+        stage.room.method.build(stage)
+        with pytest.raises(error):
+            train(stage, some_rows(ROWS))
+        stage.close()
+        return [stage.step, *(1 for thread in threading.enumerate() if thread.name.startswith("prefetch"))]
+
+    assert on_ranks(1, begin) == [[2 if method is Stops else 1]]  # two micro-batches a step
+
+
+@both
+def test_rows_in_columns_train_as_rows_do(ranks: int) -> None:
+    config = settings(epochs=2)
+    for ours, theirs in zip(on_ranks(ranks, in_columns, config), on_ranks(ranks, trained, config), strict=True):
+        assert ours.losses == theirs.losses
+        assert all(torch.equal(ours.parameters[name], value) for name, value in theirs.parameters.items())
+
+
+def in_columns(place: Place, config: RunConfig) -> Outcome:
+    stage = open_stage(tiny_room(plain_method(), config, place), config)
+    own = some_rows(ROWS)
+    columns = replace(own, examples=Joined([Encoded.of(own.examples[:3]), Encoded.of(own.examples[3:])]))
+    for ours, theirs in zip(stage.batches(columns), stage.batches(own), strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.token_weights, theirs.token_weights)
+    outcome = train(stage, columns)
+    outcome.stage = None  # type: ignore[assignment]
+    return outcome
 
 
 # --- the hooks, in their order
