@@ -51,7 +51,7 @@ def main() -> None:
     answers: list[dict[str, Any]] = []
     times: list[dict[str, Any]] = []
     for precision in ("fp32", "bf16"):
-        world = tiny(2, sets=[f"training.precision={precision}", f"training.epochs={given.epochs}"])
+        world = tiny(2, precision=precision, epochs=given.epochs)
         stage = trained(world, given.train)
         tests = {
             task: TestSet(

@@ -72,6 +72,7 @@ def curve(method: str, stages: int, steps: int, out: Path) -> None:
     order = tuple(StagePlan(f"task{i}", (f"task{i}",)) for i in range(1, stages + 1))
     made.room.order = order
     examples = world.tiny_rows(made, steps * made.config.training.global_batch)
+    made.config.training.lr = 1e-4  # two hundred stages of the same rows stay finite; a step costs the same at any rate
     test = TestSet(catalog.get("agnews"), sample("agnews", "test", 16), world.tiny_rows(made, 16, split="test"))
     first = made.stage(method, 1)  # sets the method up; it then lives through all stages, as in a run
     config = first.config
@@ -163,26 +164,27 @@ def main() -> None:
         return stand_at(given.stand_at, given.method)
     if given.csv:
         return curve(given.method, given.curve, given.curve_steps, given.csv)
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
         if not given.curve_only:
-            rows = ratios(given)
+            rows: Sequence[Mapping[str, Any]] = ratios(given)
             rows = rows if given.no_memory else add_memory(rows, Path(scratch))
-            tables["tiny-t5 on the CPU, the same synthetic rows at every stage"] = rows
+            publish("stages", given, {"tiny-t5 on the CPU, the same synthetic rows at every stage": rows})
         if given.curve:
-            given.out.mkdir(parents=True, exist_ok=True)
-            curves = {}
-            for method in world.METHODS:
-                file = given.out / f"curve-{file_name(method)}.csv"
-                worker = ["-m", "benchmarks.stages", "--method", method, "--csv", str(file.absolute())]
-                run_process(
-                    [*worker, "--curve", str(given.curve), "--curve-steps", str(given.curve_steps)],
-                    Path(scratch, "log"),
-                )
-                curves[method] = read(file)
-            print(draw(curves, given.out / "curve.png"), file=sys.stderr)
-            tables[f"{given.curve} stages one after the other"] = [summary(m, rows) for m, rows in curves.items()]
-    publish("stages", given, tables)
+            publish("curve", given, {f"{given.curve} stages one after the other": curves(given, Path(scratch))})
+
+
+def curves(given: argparse.Namespace, scratch: Path) -> list[Mapping[str, Any]]:
+    """The curve of every method, one process each; CSV and picture into ``--out``."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for method in world.METHODS:
+        file = given.out / f"curve-{file_name(method)}.csv"
+        worker = ["-m", "benchmarks.stages", "--method", method, "--csv", str(file.absolute())]
+        size = ["--curve", str(given.curve), "--curve-steps", str(given.curve_steps)]
+        run_process([*worker, *size], scratch / "log")
+        found[method] = read(file)
+    print(draw(found, given.out / "curve.png"), file=sys.stderr)
+    return [summary(method, rows) for method, rows in found.items()]
 
 
 if __name__ == "__main__":

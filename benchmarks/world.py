@@ -92,14 +92,14 @@ def make(base: Base, encoder: Any, config: RunConfig, device: str, bf16: bool, p
     return World(room, config, [random_pair(adapters, f"task{i}", i) for i in range(1, positions)])
 
 
-def tiny(positions: int, device: str = "cpu", sets: Sequence[str] = ()) -> World:
-    """The embedded tiny-t5 with the settings of its preset."""
-    config = resolve(presets=["tiny"], sets=[*sets, "data.source=synthetic"]).config
+def tiny(positions: int, device: str = "cpu", precision: str = "fp32", epochs: int = 1) -> World:
+    """The embedded tiny-t5 with the settings of its preset, but for these."""
+    sets = [f"training.precision={precision}", f"training.epochs={epochs}", "data.source=synthetic"]
+    config = resolve(presets=["tiny"], sets=sets).config
     base = load_base(ModelConfig(name=config.model.name), Place(device=device).torch_device)
-    bf16 = config.training.precision == "bf16"
     data = config.data
     encoder = Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
-    return make(base, encoder, config, device, bf16, positions)
+    return make(base, encoder, config, device, precision == "bf16", positions)
 
 
 def tiny_rows(world: World, count: int, task: str = "agnews", split: str = "train") -> list[Example]:
