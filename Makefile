@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.startup --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.evaluation --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.penalty --json bench/results.jsonl
+	$(BIN)/python -m benchmarks.penalty --shape t5-base --batch 4 --steps 3 --rounds 2 --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.order --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.stages --curve 200 --out bench --json bench/results.jsonl
 

@@ -301,7 +301,7 @@ def main() -> None:
         "--shape", choices=("full", "tiny"), default="full", help="tiny: a rehearsal (default %(default)s)"
     )
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")
-    made.add_argument("--budget", type=float, default=510, help="seconds there are in all (default %(default)s)")
+    made.add_argument("--budget", type=float, default=480, help="seconds there are in all (default %(default)s)")
     made.add_argument("--data-dir", type=Path, help="benchmark folder: take text lengths from its training files")
     made.add_argument("--batch", type=int, default=64, help="global batch (default %(default)s)")
     made.add_argument("--micro", type=int, default=64, help="largest T5 micro-batch to try (default %(default)s)")

@@ -143,7 +143,7 @@ def rows(
     for task in tasks:
         dice = random.Random(f"rows/{task}/{seed}")
         for length in source_lengths(task, count, data_dir, seed):
-            ids = [dice.randrange(30, base.layout.vocab_size) for _ in range(length - 1)]
+            ids = dice.choices(range(30, base.layout.vocab_size), k=length - 1)
             last = END if base.encoder_decoder else LAST
             found.append(Example([*ids, last], list(ANSWER if dice.random() < right else OTHER)))
     return found
