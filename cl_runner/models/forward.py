@@ -8,15 +8,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import GenerationConfig
 
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
+
+PREFIX = "prefix"  # the name of soft prompts among a batch's condition
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -28,16 +32,68 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     t = batch.labels.shape[1]
     if t == 0:
         raise ValueError("a batch of prompts has no label positions")
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs = {**model_inputs(model, batch), "use_cache": False}
     if batch.decoder_input_ids is not None:
         # No decoder mask: padding is at the right, where causal attention does not look back from.
         return _scores(model(**inputs, decoder_input_ids=batch.decoder_input_ids))
-    takes = accepted(model)
-    if "position_ids" in takes:  # not where positions are a bias or a recurrence
-        inputs["position_ids"] = batch.position_ids
-    if "logits_to_keep" in takes:
+    if "logits_to_keep" in accepted(model):
         return _scores(model(**inputs, logits_to_keep=t))
     return _scores(model(**inputs))[:, -t:]
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model reads of a batch: ids, mask, and positions where it takes them.
+
+    A prefix (``batch.condition["prefix"]``, embeddings (b, p, d)) stands right before each row's first token, padding
+    outside of both, so that a row is read as it would be by itself; ids are embedded then.
+    """
+    prefix, mask = batch.condition.get(PREFIX), batch.attention_mask
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": mask}
+    if prefix is not None:
+        network: Any = unwrapped(model)
+        embedded: Tensor = network.get_input_embeddings()(batch.input_ids)
+        before = mask.new_ones(batch.size, prefix.shape[1])
+        both, mask = torch.cat([prefix.to(embedded.dtype), embedded], 1), torch.cat([before, mask], 1)
+        if batch.position_ids is not None:  # padding is at the left: it goes before the prefix
+            places = _padding_first(before.shape[1], batch.attention_mask)
+            both, mask = both.gather(1, places[..., None].expand_as(both)), mask.gather(1, places)
+        inputs = {"inputs_embeds": both, "attention_mask": mask}
+    if batch.position_ids is not None and "position_ids" in accepted(model):  # not where they are a bias or recurrence
+        inputs["position_ids"] = batch.position_ids if prefix is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _padding_first(p: int, mask: Tensor) -> Tensor:
+    """Which position of ``prefix + row`` (b, p + s) comes where, for the row's left padding to stand before the prefix.
+
+    Args:
+        p: length of the prefix.
+        mask: (b, s), of the rows alone.
+    """
+    gaps = mask.shape[1] - mask.sum(1, keepdim=True)
+    columns = torch.arange(p + mask.shape[1], device=mask.device)[None, :]
+    return torch.where(columns < gaps, columns + p, torch.where(columns < gaps + p, columns - gaps, columns))
+
+
+@torch.no_grad()
+def features(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model makes of each input by itself: the mean of its last hidden states over the source, (b, d) fp32.
+
+    The encoder's for an encoder-decoder model. Labels, a prefix and dropout have no part in it.
+    """
+    network: Any = unwrapped(model)
+    bare = replace(batch, condition={})
+    reader = network.base_model if batch.position_ids is not None else network.get_encoder()
+    source = batch.attention_mask.bool()
+    t = batch.labels.shape[1]
+    if batch.position_ids is not None and t:
+        # Behind a row's source stand its label tokens but the last, each one column after its own label's.
+        source = source.clone()
+        source[:, source.shape[1] - t + 1 :] &= batch.labels[:, :-1] == IGNORE
+    with evaluating(model):
+        hidden: Tensor = reader(**model_inputs(model, bare))[0].float()
+    weights = source[..., None].float()
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def token_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -54,19 +110,38 @@ def greedy(model: nn.Module, prompts: Batch, layout: Layout, max_new_tokens: int
 
     An answer of ``max_new_tokens`` ids was cut there. Dropout is off meanwhile.
     """
-    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
-    # Decoder-only models repeat the prompt, encoder-decoders the start token.
-    skip = 1 if layout.encoder_decoder else prompts.input_ids.shape[1]
     with evaluating(model):
-        return generate(model, inputs, skip, layout, max_new_tokens)
+        return _from_prompts(model, prompts, layout, neutral_generation(layout, max_new_tokens))
+
+
+@torch.no_grad()
+def sampled(
+    model: nn.Module, prompts: Batch, layout: Layout, max_new_tokens: int, top_k: int, repetition_penalty: float
+) -> list[list[int]]:
+    """Answers drawn from torch's own generator, each token among the ``top_k`` likeliest; otherwise as ``greedy``.
+
+    ``repetition_penalty`` divides the score of what was said before (1 is none; 1909.05858).
+    """
+    how = neutral_generation(layout, max_new_tokens)
+    how.update(do_sample=True, top_k=top_k, repetition_penalty=repetition_penalty)
+    with evaluating(model):
+        return _from_prompts(model, prompts, layout, how)
+
+
+def _from_prompts(model: nn.Module, prompts: Batch, layout: Layout, how: GenerationConfig) -> list[list[int]]:
+    inputs = model_inputs(model, prompts)
+    inputs.pop("position_ids", None)  # generation counts them itself, by the mask
+    # Decoder-only models repeat the prompt where it is ids, encoder-decoders the start token.
+    skip = 1 if layout.encoder_decoder else prompts.input_ids.shape[1] if "input_ids" in inputs else 0
+    return generate(model, inputs, skip, layout, how)
 
 
 def generate(
-    model: nn.Module, inputs: dict[str, Any], skip: int, layout: Layout, max_new_tokens: int
+    model: nn.Module, inputs: dict[str, Any], skip: int, layout: Layout, how: GenerationConfig
 ) -> list[list[int]]:
-    """What transformers generates from ``inputs`` by arg-max, less its first ``skip`` ids and all from an end token."""
+    """What transformers generates from ``inputs``, less its first ``skip`` ids and all from an end token."""
     asked: Any = model
-    out = asked.generate(**inputs, generation_config=neutral_generation(layout, max_new_tokens))
+    out = asked.generate(**inputs, generation_config=how)
     return [_until_end(row, layout.end_ids) for row in out[:, skip:].tolist()]
 
 

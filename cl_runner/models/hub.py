@@ -79,7 +79,7 @@ def fetch(located: Located) -> Path:
     if isinstance(files, contents.Folder):
         return files.path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     names = files.names()
     weights = {name for name in names if _SAFETENSORS.fullmatch(name)}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cl_runner.models.base import Layout
+from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
-from cl_runner.models.forward import accepted, evaluating, generate, greedy, unwrapped
+from cl_runner.models.forward import accepted, evaluating, generate, greedy, model_inputs, unwrapped
 
 
 class Read(NamedTuple):
@@ -93,8 +93,9 @@ def _encoder_decoder(
     from transformers.modeling_outputs import BaseModelOutput
 
     asked: Any = model
-    mask = prompts.attention_mask
-    seen: Tensor = asked.get_encoder()(input_ids=prompts.input_ids, attention_mask=mask)[0]
+    given = model_inputs(model, prompts)
+    mask: Tensor = given["attention_mask"]
+    seen: Tensor = asked.get_encoder()(**given)[0]
     start = [[layout.decoder_start_id or 0, *target[:-1]] for target in targets]
     scores: Tensor = asked(
         encoder_outputs=BaseModelOutput(last_hidden_state=seen),
@@ -105,11 +106,11 @@ def _encoder_decoder(
 
     def decode(rows: list[int]) -> list[list[int]]:
         longest = int(mask[rows].sum(1).max())
-        given = {
+        read = {
             "encoder_outputs": BaseModelOutput(last_hidden_state=seen[rows, :longest]),
             "attention_mask": mask[rows, :longest],
         }
-        return generate(model, given, 1, layout, max_new_tokens)
+        return generate(model, read, 1, layout, neutral_generation(layout, max_new_tokens))
 
     return Read(scores, decode)
 
@@ -123,16 +124,13 @@ def _decoder_only(
     """
     asked: Any = model
     takes = accepted(model)
-    mask, positions = prompts.attention_mask, prompts.position_ids
-    given: dict[str, Any] = {"input_ids": prompts.input_ids, "attention_mask": mask, "use_cache": True}
-    if "position_ids" in takes:
-        given["position_ids"] = positions
-    if "logits_to_keep" in takes:
-        given["logits_to_keep"] = 1
-    out = asked(**given)
+    given = model_inputs(model, prompts)
+    mask: Tensor = given["attention_mask"]
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    out = asked(**given, **last, use_cache=True)
     first = out.logits[:, -1:]
     cache = out.past_key_values
-    s = prompts.input_ids.shape[1]
+    s = mask.shape[1]
     behind = _padded([target[:-1] for target in targets], layout.pad_id, first.device)
     scores = first
     if behind.shape[1]:
@@ -143,7 +141,7 @@ def _decoder_only(
             "use_cache": True,
         }
         if "position_ids" in takes:
-            assert positions is not None
+            positions: Tensor = given["position_ids"]
             more["position_ids"] = positions[:, -1:] + 1 + torch.arange(behind.shape[1], device=first.device)
         scores = torch.cat([first, asked(**more).logits], 1)
     if not _can_be_cut(cache):
@@ -158,12 +156,13 @@ def _decoder_only(
         if goes_on and max_new_tokens > 1:
             index = torch.tensor(rows, device=first.device)[goes_on]
             cache.batch_select_indices(index)
-            given = {
-                "input_ids": torch.cat([prompts.input_ids[index], token[goes_on]], 1),
-                "attention_mask": torch.cat([mask[index], torch.ones_like(token[goes_on])], 1),
+            seen = mask[index]  # for ids, which are counted and not looked at: their keys and values are there
+            read = {
+                "input_ids": torch.cat([seen, token[goes_on]], 1),
+                "attention_mask": torch.cat([seen, torch.ones_like(token[goes_on])], 1),
                 "past_key_values": cache,
             }
-            rest = generate(model, given, s + 1, layout, max_new_tokens - 1)
+            rest = generate(model, read, s + 1, layout, neutral_generation(layout, max_new_tokens - 1))
         else:
             rest = [[] for _ in goes_on]
         for at, ids in zip(goes_on, rest, strict=True):
