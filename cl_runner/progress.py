@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -291,6 +291,15 @@ class Screen:
         resumed = f", {done} of them done before" if done else ""
         self._say(f"{self._where()}: {steps} steps{resumed}", screen=not self.bars)
         self._draw(force=True, what=self._name, completed=done, total=steps)
+
+    def steps(self, steps: int) -> None:
+        """The stage is one of ``steps`` optimizer steps: a method may mix rows into it that no plan knew of."""
+        if not self.enabled or steps == self._steps:
+            return
+        assert self._left is not None, "stage() comes before steps()"
+        self._steps = steps
+        self._left.plans[self._k - 1] = replace(self._left.plans[self._k - 1], steps=steps)
+        self._say(f"{self._where()}: {steps} steps, with the rows that the method adds", screen=not self.bars)
 
     def step(self, done: int, loss: float | None = None, examples_per_second: float | None = None) -> None:
         """``done`` steps of this stage are done; the last one's loss, and training examples a second."""

@@ -206,7 +206,7 @@ class Run:
                 room.adapters.restore([], room.adapters.kept, None)
             room.method.build(stage)
             own = tokens.source(stage.plan)
-            trained = train_stage(stage, own, log=self._log, tick=self._tick)
+            trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
             room.adapters.train(False)
             commit_update(room.method, stage)
             before = time.perf_counter()
@@ -269,8 +269,9 @@ class Run:
         stopping.check()
         self.screen.evaluating(task, done, total)
 
-    def _tick(self, step: int, loss: float | None, pace: float | None) -> None:
+    def _tick(self, stage: StageRun, step: int, loss: float | None, pace: float | None) -> None:
         stopping.check()
+        self.screen.steps(stage.steps)
         self.screen.step(step, loss, pace)
 
     def _log(self, row: Mapping[str, Any]) -> None:

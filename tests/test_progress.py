@@ -281,3 +281,20 @@ def test_duration() -> None:
     assert [duration(s) for s in (0.44, 9.96, 42, 59.7, 185, 3599.7, 7620)] == [
         "0.4 s", "10 s", "42 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min",
     ]  # fmt: skip
+
+
+def test_a_method_may_add_rows_that_no_plan_knew_of() -> None:
+    clock, stream = Clock(), io.StringIO()
+    screen = Screen(force_plain=True, stream=stream, clock=clock)
+    screen.begin([StagePlan("dbpedia", 10), StagePlan("amazon", 10)])
+    for k, name, steps in ((1, "dbpedia", 10), (2, "amazon", 20)):
+        screen.stage(k, 2, name, 10)
+        for i in range(1, steps + 1):
+            clock.now += 1.0
+            screen.steps(steps)
+            screen.step(i)
+        screen.stage_done()
+    said = stream.getvalue()
+    assert said.count("with the rows that the method adds") == 1
+    assert "stage 2 of 2 amazon: 20 steps, with the rows that the method adds" in said
+    assert "amazon: step 17/20 (85 %), 3.0 s left" in said and "/10 (" not in said.split("amazon: 20 steps")[1]
