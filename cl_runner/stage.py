@@ -22,6 +22,7 @@ from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prom
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, logits
 from cl_runner.models.tokens import lengths
+from cl_runner.models.tokens import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.place import Place
 from cl_runner.plan import derived_seed
@@ -275,8 +276,9 @@ class StageRun:
     def _answers(self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None]) -> list[str]:
         answers: dict[int, str] = {}
         done = 0
+        sources, _ = lengths(examples)
         # By number, so that the ranks' count changes no batch.
-        for number, rows in enumerate(token_batches(examples, self.config.eval.batch_tokens)):
+        for number, rows in enumerate(token_batches(sources.tolist(), self.config.eval.batch_tokens)):
             done += len(rows)
             if number % self.ranks == self.rank:
                 answers.update(zip(rows, self._batch_answers([examples[i] for i in rows], task), strict=True))

@@ -90,11 +90,10 @@ def collate_prompts(examples: Sequence[Example], layout: Layout, device: torch.d
     return _collate([example._replace(target=[]) for example in examples], layout, None).to(device)
 
 
-def token_batches(examples: Sequence[Example], most: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Row numbers in batches of at most ``most`` tokens, padding included, by length so that there is little of it."""
-    lengths = [len(example.source) + len(example.target) for example in examples]
     batches: list[list[int]] = []
-    for row in sorted(range(len(examples)), key=lengths.__getitem__):
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not batches or (len(batches[-1]) + 1) * lengths[row] > most:  # sorted: the newest row is the longest
             batches.append([])
         batches[-1].append(row)
