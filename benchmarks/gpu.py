@@ -16,15 +16,17 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import flops, shapes, world
-from benchmarks.common import median, parser, publish, spread
+from benchmarks.common import median, parser, publish, spread, take_turns
 from benchmarks.penalty import shares
 from benchmarks.world import World, synchronise
+from cl_runner.config import EvalConfig
 from cl_runner.evaluate import TestSet, evaluate
 from cl_runner.methods.base import Source, commit_update
 from cl_runner.models.batch import Example
@@ -174,9 +176,12 @@ def answering(made: World, position: int = 2) -> StageRun:
     return StageRun(made.room, built.config, position - 1, evaluating=True)
 
 
-def timed_evaluation(stage: StageRun, tests: Mapping[str, TestSet], mode: Any) -> tuple[float, float]:
+def timed_evaluation(
+    stage: StageRun, tests: Mapping[str, TestSet], mode: Any, tokens: int | None = None
+) -> tuple[float, float]:
     """Seconds, and exact match in percent."""
     stage.config.eval.mode = mode
+    stage.config.eval.batch_tokens = tokens or EvalConfig().batch_tokens
     synchronise(stage.device)
     started = time.perf_counter()
     scored = evaluate(stage, tests)
@@ -186,29 +191,31 @@ def timed_evaluation(stage: StageRun, tests: Mapping[str, TestSet], mode: Any) -
 
 
 def pace_of_evaluation(session: Session, made: World, count: int) -> Table:
-    """Answered examples/s in both modes, in turns."""
+    """Answered examples/s in both modes, in turns, with batches of the usual size and of four times that."""
     stage = answering(made)
     tests = {task: test_set(made, task, count, session.given.data_dir) for task in ORDER}
     total = count * len(tests)
-    found: dict[str, list[tuple[float, float]]] = {"verify": [], "generate": []}
-    for number in range(3):
-        for mode, runs in found.items():
-            one = timed_evaluation(stage, tests, mode)
-            if number:  # the first turn warms up
-                runs.append(one)
+    usual = EvalConfig().batch_tokens
+    ways = {
+        (mode, tokens): partial(timed_evaluation, stage, tests, mode, tokens)
+        for tokens in (usual, 4 * usual)
+        for mode in ("verify", "generate")
+    }
+    found = {way: runs[1:] for way, runs in take_turns(ways, 3).items()}  # the first turn warms up
     stage.close()
-    verify = median([seconds for seconds, _ in found["verify"]])
-    session.pace["t5 evaluation"] = total / verify
+    seconds = {way: median([one for one, _ in runs]) for way, runs in found.items()}
+    session.pace["t5 evaluation"] = total / seconds["verify", usual]
     return [
         {
             "mode": mode,
+            "tokens a batch": tokens,
             "rows": total,
             "right %": runs[0][1],
-            "s": median([seconds for seconds, _ in runs]),
-            "examples/s": total / median([seconds for seconds, _ in runs]),
-            "time ÷ verify": median([seconds for seconds, _ in runs]) / verify,
+            "s": seconds[mode, tokens],
+            "examples/s": total / seconds[mode, tokens],
+            "time ÷ verify": seconds[mode, tokens] / seconds["verify", tokens],
         }
-        for mode, runs in found.items()
+        for (mode, tokens), runs in found.items()
     ]
 
 
