@@ -177,6 +177,18 @@ def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
     return config.at(index + 1, plan.tasks[0] if len(plan.tasks) == 1 else None)
 
 
+def check_method(
+    config: RunConfig, stages: Sequence[StagePlan], shapes: Sequence[tuple[int, int]] | None = None
+) -> None:
+    """Let the method, as each stage sets it, refuse what cannot work. Raises UserError."""
+    order = list(dict.fromkeys(task for plan in stages for task in plan.tasks))
+    for index, plan in enumerate(stages):
+        of_stage = stage_config(config, index, plan)
+        method = make_method(of_stage)
+        method.plan(order)
+        method.check(of_stage, shapes)
+
+
 @dataclass
 class Plan:
     """What a run will do, known before anything is loaded on a device."""

@@ -29,7 +29,7 @@ from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.tokens import Encoded, Joined, TokenCache
 from cl_runner.place import Place
-from cl_runner.plan import BatchPlan, Data, Plan, stage_config
+from cl_runner.plan import BatchPlan, Data, Plan, check_method, stage_config
 from cl_runner.progress import Screen
 from cl_runner.progress import StagePlan as ShownStage
 from cl_runner.rundir import RunDir, append_jsonl, write_json
@@ -104,9 +104,9 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
         compute=torch.bfloat16 if bf16 else None,
     )
     shapes = [tuple(past.base.shape) for past in adapters.past.values()]
+    check_method(config, plan.stages, shapes)  # type: ignore[arg-type]
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(config, index, stage)
-        make_method(of_stage).check(of_stage, shapes)  # type: ignore[arg-type]
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
             raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
     root = engine.Autocast(adapters.model, place.torch_device, bf16)

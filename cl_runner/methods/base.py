@@ -198,7 +198,8 @@ class Method:
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         """Refuse with UserError, before anything is trained, what cannot work.
 
-        Runs twice before stage 1: with the settings alone, and with the target layers' (m, n) once they are known.
+        Runs twice before stage 1, after ``plan``: with the settings alone, and with the target layers' (m, n) once they
+        are known.
         """
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Source, State
+from cl_runner.methods.base import Source, StagePlan, State
 from cl_runner.methods.seqlora import SeqLoRA
 from cl_runner.methods.vectors import flat, unflat
 
@@ -52,15 +52,16 @@ class OGD(SeqLoRA):
         self.basis: Tensor | None = None  # S (k, n)
         self._own: Source | None = None
         self._before: Tensor | None = None
+        self._tasks = 1
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        self._tasks = len(order)
+        return super().plan(order)
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        if shapes:
-            self._refuse_too_many(1, sum(config.adapter.r * (m + n) for m, n in shapes))
-
-    def begin_task(self, stage: Stage) -> None:
-        self._refuse_too_many(len(stage.order), sum(p.numel() for p in stage.parameters().values()))
-
-    def _refuse_too_many(self, tasks: int, parameters: int) -> None:
+        if shapes is None:
+            return
+        tasks, parameters = self._tasks, sum(config.adapter.r * (m + n) for m, n in shapes)
         vectors, gigabytes = self.config.vectors * tasks, self.config.vectors * tasks * parameters * 4 / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:

@@ -13,6 +13,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.ogd import extend, project
 from cl_runner.models.batch import Example
 from cl_runner.place import Place
+from cl_runner.plan import check_method
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.steps import (
@@ -111,29 +112,33 @@ def test_a_basis_grows_by_what_is_new() -> None:
 
 
 def test_too_many_directions_are_refused() -> None:
-    def check(shapes: Any, **own: Any) -> None:
-        room, config = order_room(Place(), "ogd", **{f"method__{name}": value for name, value in own.items()})
-        room.method.check(config)
-        room.method.check(config, shapes)
+    def check(shapes: Any, tasks: str = "abc", **own: Any) -> None:
+        room, config = order_room(Place(), "ogd", tasks, **{f"method__{name}": value for name, value in own.items()})
+        check_method(config, room.order)
+        check_method(config, room.order, shapes)
 
-    check([(32, 32)] * 12)  # r 2: 1,536 parameters
-    with pytest.raises(UserError, match=r"^method.vectors: 200 directions of only 128 trained parameters; set fewer$"):
-        check([(32, 32)])
-    large = [(1024, 1024)] * 144
-    check(large, vectors=200)
+    tiny, large = [(32, 32)] * 12, [(1024, 1024)] * 144  # at rank 2: 1,536 and 589,824 parameters
+    check(tiny)
     with pytest.raises(
-        UserError, match=r"^method.vectors: 2000 .* 589824 parameters take 4.72 GB, over method.max_gb 4"
+        UserError, match=r"^method.vectors: 1600 directions \(200 for each of 8 tasks\) of only 1536 trai"
     ):
-        check(large, vectors=2000, max_gb=4)
+        check(tiny, "abcdefgh")
+    with pytest.raises(
+        UserError, match=r"^method.vectors: 1537 directions of only 1536 trained parameters; set fewer$"
+    ):
+        check(tiny, "a", vectors=1537)
+    check(large)
+    with pytest.raises(
+        UserError, match=r"^method.vectors: 2000 .* 589824 parameters take 4.72 GB, over method.max_gb 4;"
+    ):
+        check(large, "a", vectors=2000, max_gb=4)
+    with pytest.raises(
+        UserError, match=r"^method.vectors: 6000 directions \(2000 .* take 14.2 GB, over method.max_gb 8;"
+    ):
+        check(large, vectors=2000)
 
 
 def _refused_at_the_start(place: Place) -> None:
-    room, config = order_room(place, "ogd", method__vectors=600)
-    with pytest.raises(UserError, match=r"1800 directions \(600 for each of 3 tasks\) of only 1536 trained"):
-        learn(room, config, 0)
-    room, config = order_room(place, "ogd", method__vectors=200, method__max_gb=0.003)
-    with pytest.raises(UserError, match=r"600 directions .* take 0.00369 GB, over method.max_gb 0.003"):
-        learn(room, config, 0)
     room, config = order_room(place, "ogd", method__vectors=5, method__variant="all")
     with pytest.raises(UserError, match=r"^method.variant: all takes every label .* a has 6 different targets"):
         learn(room, config, 0, some_rows(6, task="a"))
@@ -142,5 +147,5 @@ def _refused_at_the_start(place: Place) -> None:
     assert len(room.method.basis) == 5
 
 
-def test_what_only_the_order_or_the_rows_tell_is_refused_before_training() -> None:
+def test_what_only_the_rows_tell_is_refused_before_training() -> None:
     on_ranks(1, _refused_at_the_start)
