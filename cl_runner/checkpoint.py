@@ -7,16 +7,19 @@ by file and hash, not copied.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cl_runner.adapters import Pair
+from cl_runner.adapters import FullWeights, Pair, Stored
 from cl_runner.adapters.saved import WEIGHTS, load_own_pair, load_pairs, load_sums, own_pair_tensors, save_adapter
 from cl_runner.errors import UserError
 from cl_runner.methods.base import State
+from cl_runner.models.saved import WEIGHTS as MODEL_WEIGHTS
+from cl_runner.models.saved import read_model, save_model
 from cl_runner.rundir import RunDir, read_json, sha256, write_json
 from cl_runner.stage import StageRun
 
@@ -26,13 +29,19 @@ STATE = "state.safetensors"
 
 
 def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
-    """Write ``adapter/``, ``state.json``, and where there is need ``state.safetensors`` and ``answers.json``.
+    """Write ``adapter/`` or ``model/``, ``state.json``, and where needed ``state.safetensors`` and ``answers.json``.
 
     Returns the sizes of what is carried, in MB.
     """
     adapters, method, name = stage.adapters, stage.room.method, stage.plan.name
     live = adapters.kept.get(name)
-    saved = save_adapter(folder / "adapter", adapters, live)
+    if isinstance(adapters, FullWeights):
+        save_model(folder / "model", adapters.model, stage.room.base.tokenizer)
+        saved: dict[str, Any] = {"pairs": [], "dense": [], "dense_stages": [], "own": "model"}
+        sizes = {"model": _megabytes(folder / "model" / MODEL_WEIGHTS)}
+    else:
+        saved = save_adapter(folder / "adapter", adapters, live)
+        sizes = {"adapter": _megabytes(folder / "adapter" / WEIGHTS)}
     state = method.state()
     tensors = {METHOD_PREFIX + key: _to_disk(tensor) for key, tensor in state.tensors.items()}
     if live is not None:
@@ -45,7 +54,7 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
         save_file(tensors, folder / STATE)
     earlier = [pair.stage for pair in adapters.folded if pair.stage != name] if saved["own"] == "state" else []
     kept = [other for other in adapters.kept if other != name]
-    sizes = {"adapter": _megabytes(folder / "adapter" / WEIGHTS), "method": _megabytes(folder / STATE)}
+    sizes["method"] = _megabytes(folder / STATE)
     write_json(
         folder / "state.json",
         {
@@ -68,9 +77,10 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
 
 
 def _answers(stage: StageRun, kept: Iterable[str]) -> dict[str, str]:
-    """Task → adapter folder that answers it, relative to the stage's, for the tasks that have one."""
+    """Task → folder of the adapter or model that answers it, relative to the stage's, for the tasks that have one."""
     method, name = stage.room.method, stage.plan.name
-    where = {name: "adapter", **{other: f"../{_folder_name(stage, other)}/adapter" for other in kept}}
+    what = "model" if isinstance(stage.adapters, FullWeights) else "adapter"
+    where = {name: what, **{other: f"../{_folder_name(stage, other)}/{what}" for other in kept}}
     tasks = [task for plan in stage.order[: stage.index + 1] for task in plan.tasks]
     wanted = {task: method.answering(task if type(method).task_id else None) for task in tasks}
     return {task: where[other] for task, other in wanted.items() if other in where}
@@ -88,9 +98,9 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
     tensors = load_file(folder / STATE) if (folder / STATE).exists() else {}
     live = state["live"]
     pairs = load_pairs(folder / "adapter", state) if state["own"] == "adapter" else _pairs(folder, state, tensors)
-    kept = {name: _referenced(folder, name, where) for name, where in state["kept"].items()}
+    kept = {name: _referenced(stage, folder, name, where) for name, where in state["kept"].items()}
     if live:
-        kept[live] = pairs.pop()
+        kept[live] = _stored(stage, folder, live) if state["own"] == "model" else pairs.pop()
         sums = _named(tensors, PAST_PREFIX)
     else:
         sums = load_sums(folder / "adapter", state["dense"])
@@ -100,12 +110,40 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
     stage.room.method.load_state(State(carried, state["state"]))
 
 
+def committed(rundir: RunDir, stage: StageRun) -> None:
+    """A stage is on disk: full weights that were kept for later need no memory any more. On every rank."""
+    if isinstance(stage.adapters, FullWeights):
+        name = stage.plan.name
+        stored = _stored(stage, rundir.stage_dir(stage.index, name), name)
+        assert stored.read is not None
+        stage.adapters.committed(name, stored.read)
+
+
+def remove_models(rundir: RunDir, stage: StageRun, keep: int) -> None:
+    """Remove the weights of all committed stages but the last ``keep``, and those that the last one names."""
+    newest = read_json(rundir.stage_dir(stage.index, stage.plan.name) / "state.json")
+    for index in range(stage.index + 1 - keep):
+        name = stage.order[index].name
+        if name not in newest["kept"]:
+            rundir.remove(index, name, ("model", STATE))  # what the method carried is of no use without the weights
+
+
+def refuse_removed(folder: Path) -> None:
+    """Refuse a stage whose weights the run has removed, before anything is loaded. Raises UserError."""
+    if read_json(folder / "DONE").get("removed"):
+        raise UserError(
+            f"{folder}: this stage's model was removed (output.keep_stages); its scores are in metrics.json, and later "
+            "stages have theirs"
+        )
+
+
 def verify(folder: Path) -> None:
     """Every committed file is there and is what was committed.
 
     Raises:
         UserError: naming the first one that is not.
     """
+    refuse_removed(folder)
     for name, digest in _sealed(folder).items():
         file = folder / name
         if not file.is_file():
@@ -127,28 +165,45 @@ def _pairs(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return [
         load_own_pair(tensors, about)
         if about["stage"] == state["stage"]
-        else _referenced(folder, about["stage"], state["earlier"][about["stage"]])
+        else _referenced_pair(folder, about["stage"], state["earlier"][about["stage"]])
         for about in state["pairs"]
     ]
 
 
 def _references(folder: Path, stage: StageRun, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The files that hold the own pairs of earlier stages, relative to ``folder``, and their hashes."""
+    """The files that hold the own pairs (or models) of earlier stages, relative to ``folder``, and their hashes."""
     found = {}
     for name in names:
         other = f"../{_folder_name(stage, name)}"
         own = read_json(folder / other / "state.json")["own"]
-        file = STATE if own == "state" else f"adapter/{WEIGHTS}"
+        file = {"state": STATE, "adapter": f"adapter/{WEIGHTS}", "model": f"model/{MODEL_WEIGHTS}"}[own]
         found[name] = {"file": f"{other}/{file}", "sha256": _sealed(folder / other)[file]}
     return found
 
 
-def _referenced(folder: Path, name: str, where: Mapping[str, str]) -> Pair:
-    """The own pair of an earlier stage that ``folder`` names by file and hash."""
+def _referenced(stage: StageRun, folder: Path, name: str, where: Mapping[str, str]) -> Any:
+    """What an earlier stage that ``folder`` names kept: its own pair, or its weights, to be read when they answer."""
+    if isinstance(stage.adapters, FullWeights):
+        return _stored(stage, _other(folder, where), name)
+    return _referenced_pair(folder, name, where)
+
+
+def _stored(stage: StageRun, folder: Path, name: str) -> Stored:
+    return Stored(name, read=partial(read_model, folder / "model", stage.adapters.model))
+
+
+def _other(folder: Path, where: Mapping[str, str]) -> Path:
+    """The folder of the earlier stage that ``folder`` names by file and hash."""
     other = folder.parent / Path(where["file"]).parts[1]
     verify(other)
-    if sha256(folder / where["file"]) != where["sha256"]:
+    if _sealed(other).get(Path(*Path(where["file"]).parts[2:]).as_posix()) != where["sha256"]:
         raise UserError(f"{other} is not the stage that {folder.name} was committed with")
+    return other
+
+
+def _referenced_pair(folder: Path, name: str, where: Mapping[str, str]) -> Pair:
+    """The own pair of an earlier stage that ``folder`` names by file and hash."""
+    other = _other(folder, where)
     state = read_json(other / "state.json")
     if state["own"] == "adapter":
         return next(pair for pair in load_pairs(other / "adapter", state) if pair.stage == name)

@@ -6,7 +6,7 @@ This file says what there is; ``settings.py`` says where a value comes from (pre
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -131,6 +131,10 @@ class OutputConfig(Section):
     dir: str = Field(default="runs", description="Folder of the run folders.")
     name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
+    keep_stages: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        default="all",
+        description="Full fine-tuning: only the last so many stages keep their model (and those that it needs).",
+    )
 
 
 class RunConfig(Section):

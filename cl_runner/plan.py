@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from cl_runner.config import DataConfig, RunConfig, TrainingConfig
+from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, StagePlan
 from cl_runner.metrics.text import require
@@ -206,10 +207,20 @@ class Plan:
         training: false for a plan that will only be evaluated; it needs no rows to train on.
         """
         method = make_method(config)
+        if method.full and config.model.dtype == "bf16":
+            raise UserError(
+                "model.dtype bf16: full fine-tuning trains the weights in fp32; set model.dtype=auto "
+                "(training.precision=bf16 computes in bf16)"
+            )
         stages = tuple(method.plan([task.name for task in tasks]))
         for index, plan in enumerate(stages):
             of_stage = stage_config(config, index, plan)
-            make_method(of_stage).check(of_stage)
+            of_method = make_method(of_stage)
+            of_method.check(of_stage)
+            if of_method.full != method.full:
+                raise UserError(
+                    f"method.train: stage {index + 1} ({plan.name}) trains otherwise; set it for all stages"
+                )
             if of_stage.training.deepspeed is not None:
                 from cl_runner.engine import read_deepspeed_json
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cl_runner import engine
-from cl_runner.checkpoint import restore_stage
+from cl_runner.checkpoint import refuse_removed, restore_stage
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, evaluate
 from cl_runner.place import Place
@@ -71,6 +71,7 @@ def rescore(
     with readable(rundir):
         _same(plan, rundir, tasks)
         folder = rundir.stage_dir(index, plan.names[index])
+        refuse_removed(folder)
         committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
         outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / "predictions.jsonl")}
     wanted = list(tasks or committed)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from cl_runner import __version__, engine, stopping
-from cl_runner.adapters import Adapters
-from cl_runner.checkpoint import restore_stage, save_stage
+from cl_runner.adapters import Adapters, FullWeights
+from cl_runner.checkpoint import committed, remove_models, restore_stage, save_stage
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
@@ -91,20 +91,25 @@ def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
 def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     """Load the base, tokenise, and wrap the base with adapters. Raises UserError."""
     config = plan.config
-    base = load_base(config.model, place.torch_device)
+    full = plan.method.full
+    model = config.model.model_copy(update={"dtype": "fp32"}) if full else config.model  # what trains is fp32
+    base = load_base(model, place.torch_device)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most)
     bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
-    adapters = Adapters(
-        base.model,
-        config.adapter,
-        name_or_path=base.name_or_path,
-        revision=config.model.revision,
-        encoder_decoder=base.encoder_decoder,
-        compute=torch.bfloat16 if bf16 else None,
+    adapters = (
+        FullWeights(base.model, base_again=any(stage.start == "base" for stage in plan.stages))
+        if full
+        else Adapters(
+            base.model,
+            config.adapter,
+            name_or_path=base.name_or_path,
+            revision=config.model.revision,
+            encoder_decoder=base.encoder_decoder,
+            compute=torch.bfloat16 if bf16 else None,
+        )
     )
-    shapes = [tuple(past.base.shape) for past in adapters.past.values()]
-    check_method(config, plan.stages, shapes)  # type: ignore[arg-type]
+    check_method(config, plan.stages, adapters.shapes())
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(config, index, stage)
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
@@ -144,18 +149,30 @@ class Run:
         return self._open
 
     def bytes_to_write(self, done: int) -> int:
-        """About how much the stages after the first ``done`` will write: each adapter holds all pairs before it."""
+        """About how much room the stages after the first ``done`` will take."""
         room, _ = self.prepare()
+        to_come = range(done, len(self.names))
+        predictions = sum(300 * len(self.plan.data.test[task]) for index in to_come for task in self._tested(index))
+        if isinstance(room.adapters, FullWeights):
+            return predictions + self._model_bytes(room.adapters, done)
+        return predictions + sum(self._adapter_bytes(room.adapters, index) for index in to_come)
+
+    def _adapter_bytes(self, adapters: Adapters, index: int) -> int:
+        """Each adapter holds all pairs before it."""
         config = self.plan.config
-        shapes = [tuple(past.base.shape) for past in room.adapters.past.values()]
-        total = 0
-        for index, stage in enumerate(self.plan.stages[done:], done):
-            pairs = 1 if stage.start == "base" else index + 1
-            one = [config.adapter.r * (m + n) for m, n in shapes]
-            dense = [n * (m + n) for m, n in shapes]  # an identity and the sum, with its own pair beside it
-            total += 4 * sum(min(pairs * o, d + o) for o, d in zip(one, dense, strict=True))
-            total += sum(300 * len(self.plan.data.test[task]) for task in self._tested(index))
-        return total
+        pairs = 1 if self.plan.stages[index].start == "base" else index + 1
+        one = [config.adapter.r * (m + n) for m, n in adapters.shapes()]
+        dense = [n * (m + n) for m, n in adapters.shapes()]  # an identity and the sum, with its own pair beside it
+        return 4 * sum(min(pairs * o, d + o) for o, d in zip(one, dense, strict=True))
+
+    def _model_bytes(self, weights: FullWeights, done: int) -> int:
+        """Each stage has a model, of which ``output.keep_stages`` and the one being written are there at a time."""
+        keep = self.plan.config.output.keep_stages
+        models = len(self.names) - done
+        if keep != "all" and self.plan.stages[0].start != "base":  # who begins anew needs all of them
+            models = min(models, keep + 1 - min(done, keep))
+        parameters = sum(p.numel() for p in weights.parameters().values())
+        return models * (4 * parameters + self.plan.method.state_bytes(parameters))
 
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
@@ -222,6 +239,10 @@ class Run:
                 self.rundir.commit(index, name, write)
                 write_results(self.rundir)
             self._wait()
+            committed(self.rundir, stage)
+            keep = self.plan.config.output.keep_stages
+            if self.place.rank == 0 and keep != "all":
+                remove_models(self.rundir, stage, keep)
             self._let_go(room, index)
             self._show_scores(scored, self.plan.seen(index))
             self.screen.stage_done()

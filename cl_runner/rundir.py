@@ -196,6 +196,21 @@ class RunDir:
         sync(final.parent)
         return final
 
+    def remove(self, index: int, name: str, parts: Sequence[str]) -> None:
+        """Remove files and folders of a committed stage on purpose. ``DONE`` says so first; to do it again is safe."""
+        folder = self.stage_dir(index, name)
+        done = read_json(folder / "DONE")
+        gone = {file: digest for file, digest in done["sha256"].items() if Path(file).parts[0] in parts}
+        if gone:
+            kept = {file: digest for file, digest in done["sha256"].items() if file not in gone}
+            write_json(folder / "DONE", {"sha256": kept, "removed": {**done.get("removed", {}), **gone}})
+            sync(folder)
+        for part in parts:
+            if (folder / part).is_dir():
+                shutil.rmtree(folder / part)
+            else:
+                (folder / part).unlink(missing_ok=True)
+
     def clear_drafts(self) -> None:
         """Remove what an interrupted commit left."""
         for draft in [*self.stages_dir.glob(".*.draft"), *self.path.glob(".*.draft")]:

@@ -177,7 +177,7 @@ class Adapters:
             lora_dropout=config.dropout,
             target_modules=list(targets),
             task_type=self.task_type,
-            fan_in_fan_out=any(_transposed(m) for name, m in model.named_modules() if _is_target(name, targets)),
+            fan_in_fan_out=any(is_transposed(m) for name, m in model.named_modules() if _is_target(name, targets)),
             bias="none",
         )
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ class Adapters:
                 layer.cast_input_dtype_enabled = False
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         self.past: dict[str, Accumulator] = {
-            name: Accumulator(layer, _transposed(layer), compute) for name, layer in bases.items()
+            name: Accumulator(layer, is_transposed(layer), compute) for name, layer in bases.items()
         }
         self.folded: list[Pair] = []  # in stage order
         self.dense: list[str] = []  # stages that folded an update without factors
@@ -208,6 +208,10 @@ class Adapters:
         self._grams: dict[tuple[str, ...], dict[str, Tensor]] = {}  # of the pairs that were let go of
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(m, n), out by in, of every target layer."""
+        return [(past.base.shape[0], past.base.shape[1]) for past in self.past.values()]
 
     # The live pair.
 
@@ -401,7 +405,7 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
         UserError: it names none, something else, or one whose weight is another layer's too.
     """
     modules = dict(model.named_modules())
-    endings = {name.rsplit(".", 1)[-1] for name, m in modules.items() if _linear(m)}
+    endings = {name.rsplit(".", 1)[-1] for name, m in modules.items() if is_linear(m)}
     owners: dict[int, set[str]] = {}  # of each weight, tied ones counted at every place
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
@@ -410,7 +414,7 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
         if not found:
             hint = did_you_mean(target, endings) or f" (there are {', '.join(sorted(endings))})"
             raise UserError(f"adapter.target_modules: the model has no layer '{target}'{hint}")
-        if not all(_linear(module) for module in found.values()):
+        if not all(is_linear(module) for module in found.values()):
             raise UserError(f"adapter.target_modules: '{target}' is no linear layer")
         for name, module in found.items():
             for other in sorted(owners.get(id(module.weight), set()) - {name}):
@@ -424,10 +428,11 @@ def _is_target(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transposed(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a matrix product."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def _transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"

@@ -10,6 +10,7 @@ from cl_runner.methods.base import Method
 
 # Name → module: importing a method costs nothing until it is asked for.
 METHODS = {
+    "seqft": "cl_runner.methods.seqft",
     "seqlora": "cl_runner.methods.seqlora",
     "inclora": "cl_runner.methods.inclora",
     "pertask": "cl_runner.methods.pertask",
@@ -23,6 +24,9 @@ METHODS = {
     "migu": "cl_runner.methods.migu",
     "olora": "cl_runner.methods.olora",
     "nlora": "cl_runner.methods.nlora",
+    "l2p": "cl_runner.methods.l2p",
+    "progprompt": "cl_runner.methods.progprompt",
+    "lfpt5": "cl_runner.methods.lfpt5",
 }
 
 

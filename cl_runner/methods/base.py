@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from pydantic import Field
+
 from cl_runner.config import RunConfig, Section
 
 if TYPE_CHECKING:
@@ -143,6 +145,20 @@ class Stage(Protocol):
         ``task`` where the method may know it; ``tick`` is told how many examples are answered, batch by batch.
         """
 
+    def sample(
+        self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
+    ) -> list[list[int]]:
+        """An answer drawn to each example, as ids without the end token; in order, the same on every rank. *Collective*.
+
+        At most ``tokens`` long, each token among the ``top_k`` likeliest. A second call in a stage draws the same.
+        """
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the frozen base makes of each source: the mean of its last hidden states, (b, d) fp32.
+
+        Without prompts, labels, dropout or gradient.
+        """
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks. *Collective*."""
 
@@ -165,6 +181,14 @@ class Stage(Protocol):
         """Replace Adam's moments of a parameter."""
 
 
+class LoraOrFull(Section):
+    """What the papers' baselines have the choice of."""
+
+    train: Literal["lora", "full"] = Field(
+        "lora", description="What trains: a LoRA pair beside the frozen base, or all weights of the model (full)."
+    )
+
+
 class Method:
     """A continual-learning method. Subclass it in one file; ``methods/__init__.py`` lists the files.
 
@@ -181,13 +205,22 @@ class Method:
     carried: ClassVar[str] = ""
     growth: ClassVar[str] = ""
     task_id: ClassVar[bool] = False
+    trains: ClassVar[str] = "a LoRA pair"
+    prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
 
     def __init__(self, config: Section) -> None:
         self.config: Any = config
 
     @property
+    def full(self) -> bool:
+        """Whether all weights of the model train."""
+        return bool(getattr(self.config, "train", "lora") == "full")
+
+    @property
     def form(self) -> str:
-        """``reference`` or ``paper`` where a method has both forms, else empty."""
+        """``reference`` or ``paper`` where a method has both forms, ``full`` where it may train a pair, else empty."""
+        if hasattr(self.config, "train"):
+            return "full" if self.full else ""
         reference = getattr(self.config, "reference", None)
         return "" if reference is None else "reference" if reference else "paper"
 
@@ -205,6 +238,10 @@ class Method:
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         """Runs once: the stages of the order. Default: one a task, each from the state before."""
         return [StagePlan(task, (task,)) for task in order]
+
+    def prefix_tokens(self, stages: int) -> int:
+        """Runs before stage 1: how long a prefix may become (``condition``), of an order of so many stages."""
+        return 0
 
     def build(self, stage: Stage) -> None:
         """Runs at the start of a stage, on resume and before ``eval``: structures from config and state alone.
@@ -230,7 +267,10 @@ class Method:
         return [own]
 
     def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
-        """Runs before every forward: per-example tensors (b, …), sliced with the batch as ``batch.condition``."""
+        """Runs before every forward: per-example tensors (b, …), sliced with the batch as ``batch.condition``.
+
+        ``prefix`` (b, p, d) is soft prompts: embeddings that stand before each row's input.
+        """
         return None
 
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
@@ -281,6 +321,10 @@ class Method:
     def state(self) -> State:
         """Runs at commit: what is carried on, beside the adapters."""
         return State()
+
+    def state_bytes(self, parameters: int) -> int:
+        """About how large the state is, if that grows with the parameters: for the room on disk."""
+        return 0
 
     def load_state(self, state: State) -> None:
         """Runs before ``build`` of a later stage, on resume and before ``eval``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.config import Section
-from cl_runner.methods.base import Source, State
+from cl_runner.methods.base import LoraOrFull, Source, State
 from cl_runner.methods.seqlora import SeqLoRA
 from cl_runner.methods.vectors import flat
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class EWC(SeqLoRA):
     """The tasks' quadratics are carried as their sum, itself a quadratic: Σ F_k, its centre and its least value."""
 
-    class Config(Section):
+    class Config(LoraOrFull):
         """Settings of EWC."""
 
         lambda1: float = Field(
@@ -38,7 +38,7 @@ class EWC(SeqLoRA):
     title = "EWC: one LoRA, held by the Fisher information of past tasks"
     equation = "loss + λ/2 Σ_{k<t} Σ_i F_{k,i} (θ_i − θ*_{k,i})²;  online: one running F around the last θ*"
     paper = "1612.00796 (Overcoming catastrophic forgetting); online: 1805.06370 (Progress & Compress)"
-    carried = "A, B; the sum of F and the centre of the penalty"
+    carried = "A, B (full: the weights); the sum of F and the centre of the penalty"
     growth = "constant: two vectors of all parameters"
 
     def __init__(self, config: Section) -> None:
@@ -87,6 +87,9 @@ class EWC(SeqLoRA):
         if self.fisher is None or self.centre is None:
             return State()
         return State({"fisher": self.fisher, "centre": self.centre}, {"least": self.least})
+
+    def state_bytes(self, parameters: int) -> int:
+        return 8 * parameters
 
     def load_state(self, state: State) -> None:
         self.fisher, self.centre = state.tensors.get("fisher"), state.tensors.get("centre")

@@ -1,11 +1,11 @@
-"""PerTaskFT: a fresh pair for each task, from the untouched base."""
+"""PerTaskFT: a fresh pair, or all weights anew, for each task, from the untouched base."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cl_runner.methods.base import Fold, Method, StagePlan
+from cl_runner.methods.base import Fold, LoraOrFull, Method, StagePlan
 
 if TYPE_CHECKING:
     from cl_runner.methods.base import Stage
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 class PerTask(Method):
     """No transfer and no forgetting; at inference the task's own pair answers, so the task has to be known."""
 
+    class Config(LoraOrFull):
+        """Settings of PerTaskFT."""
+
     name = "pertask"
     title = "PerTaskFT: a LoRA of its own for each task"
     equation = "W_t = W0 + s·B_t A_t, each t from the base;  task k is answered with its own pair"
     paper = "2310.14152 (baseline of O-LoRA)"
-    carried = "all pairs"
-    growth = "one pair a task"
+    carried = "all pairs (full: each task's model, on disk)"
+    growth = "one pair (full: one model on disk) a task"
     task_id = True
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:

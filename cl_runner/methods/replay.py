@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.methods.base import Source
+from cl_runner.methods.base import LoraOrFull, Source
 from cl_runner.methods.memory import Remembering
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Replay(Remembering):
     """Memory and own rows are shuffled together; every label token of the mix weighs the same."""
 
-    class Config(Remembering.Config):
+    class Config(LoraOrFull, Remembering.Config):
         """Settings of replay."""
 
         memory_per_task: int = Field(
@@ -34,7 +34,7 @@ class Replay(Remembering):
     title = "Replay: one LoRA, with a memory of past tasks in the batches"
     equation = "loss over D_t ∪ M_1 ∪ … ∪ M_{t−1},  M_i ⊂ D_i"
     paper = "2310.14152 (baseline of O-LoRA); defaults of 2310.06762 (TRACE)"
-    carried = "A, B; examples of past tasks as token ids"
+    carried = "A, B (full: the weights); examples of past tasks as token ids"
     growth = "memory_per_task examples a task"
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_runner.metrics import accuracy
-from cl_runner.report.tables import RunSummary, markdown_table, number
+from cl_runner.report.tables import RunSummary, markdown_table, named, number
 
 MEASURES = {"average_accuracy": "AA", "forgetting": "forgetting", "backward_transfer": "BWT"}
 
@@ -76,7 +76,7 @@ class Comparison:
     def _rows(self) -> list[list[str]]:
         rows = []
         for group in self.groups:
-            name = f"{group.method} ({group.form})" if group.form else group.method
+            name = named(group.method, group.form)
             name += " (synthetic)" if group.synthetic else ""
             cells = ["-" if (s := group.measures[key]) is None else s.text() for key in MEASURES]
             rows.append([name, *(str(getattr(group, key)) for key in self._differing()), *cells, str(len(group.seeds))])

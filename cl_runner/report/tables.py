@@ -24,9 +24,9 @@ class RunSummary:
     """What a report needs to know of a run.
 
     stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
-    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, else empty. variant:
-    what tells runs of different settings apart (the hash in the folder's name; without the seed), empty for presets.
-    seconds: timings by part. notes: lines to print below.
+    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where it trained
+    all weights and need not, else empty. variant: what tells runs of different settings apart (the hash in the folder's
+    name; without the seed), empty for presets. seconds: timings by part. notes: lines to print below.
     """
 
     name: str
@@ -63,9 +63,14 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text
 
 
+def named(method: str, form: str) -> str:
+    """A method in a table: ``olora (reference)``, ``replay-full``."""
+    return f"{method}-full" if form == "full" else f"{method} ({form})" if form else method
+
+
 def title(run: RunSummary, dot: str = " · ") -> str:
     """One line: what was run, on what, and how far it is."""
-    method = f"{run.method} ({run.form} form)" if run.form else run.method
+    method = f"{run.method} ({run.form} form)" if run.form in ("paper", "reference") else named(run.method, run.form)
     parts = [run.order, method, run.model, f"seed {run.seed}"]
     if run.synthetic:
         parts.append("synthetic data")

@@ -1,0 +1,110 @@
+"""Soft prompts in the place of adapters: a few trained vectors before the input of a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_runner.adapters.lora import Adapters
+from cl_runner.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Prompted(nn.Module):
+    """A frozen model, and beside it what trains: so both are parameters of one module, as an engine wants them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.prompts = nn.ParameterDict()
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, by the name that PEFT's wrappers give this."""
+        found: nn.Module = self.model
+        return found
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """The model's own."""
+        return self.model.generate(**inputs)
+
+
+class Prompts(Adapters):
+    """Stands where the adapters do, without a layer of them: ``adapter.*`` says nothing here.
+
+    What the parameters are and how a prompt is made of them is the method's (``condition``), which also carries them
+    over: nothing is folded or kept. ``single`` (p, d) is the one prompt that answers, where there is one.
+
+    Raises:
+        UserError: the model takes ids alone.
+    """
+
+    def __init__(self, model: nn.Module, *, name_or_path: str, encoder_decoder: bool, revision: str | None) -> None:
+        from cl_runner.models.forward import accepted
+
+        if "inputs_embeds" not in accepted(model):
+            raise UserError(f"model {name_or_path} takes no embeddings as input; soft prompts cannot stand before it")
+        self.name_or_path, self.revision = name_or_path, revision
+        self.task_type = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+        self.model: Any = Prompted(model)
+        self.layers, self.past, self.kept = {}, {}, {}
+        self.folded, self.dense = [], []
+        self.live: str | None = None
+        self.single: Tensor | None = None
+        self._past_factors, self._grams = {}, {}
+        model.requires_grad_(False)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, fp32, by the method's names."""
+        return dict(self.model.prompts.items())
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """New parameters of these values in place of those there are."""
+        device = self.vocabulary.device
+        fresh = {name: value.detach().to(device, torch.float32, copy=True) for name, value in values.items()}
+        self.model.prompts = nn.ParameterDict({name: nn.Parameter(value) for name, value in fresh.items()})
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The embeddings of all tokens, (V, d), in the base's precision."""
+        table: Tensor = self.model.model.get_input_embeddings().weight
+        return table
+
+    def of_vocabulary(self, count: int, generator: torch.Generator) -> Tensor:
+        """Embeddings of ``count`` tokens drawn from a CPU generator, (count, d) fp32: where prompts begin."""
+        chosen = torch.randint(len(self.vocabulary), (count,), generator=generator)
+        return self.vocabulary.detach()[chosen.to(self.vocabulary.device)].float()
+
+    def fold_live(self) -> None:
+        """What was learned stays in the parameters, which the method carries."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write ``single``, if there is one, as a plain PEFT folder; returns what ``state.json`` says of it.
+
+        ``PeftModel.from_pretrained`` answers with it as the model did here; of a decoder-only model row by row, since
+        PEFT counts positions through the padding.
+        """
+        if self.single is not None:
+            from peft import PromptTuningConfig
+            from safetensors.torch import save_file
+
+            folder.mkdir(parents=True)
+            prompt = self.single.detach().to("cpu", torch.float32, copy=True).contiguous()
+            save_file({"prompt_embeddings": prompt}, folder / WEIGHTS, metadata={"format": "pt"})
+            PromptTuningConfig(
+                task_type=self.task_type,
+                num_virtual_tokens=prompt.shape[0],
+                token_dim=prompt.shape[1],
+                num_transformer_submodules=1,  # none before the decoder of an encoder-decoder model
+                base_model_name_or_path=self.name_or_path,
+                revision=self.revision,
+                inference_mode=True,
+            ).save_pretrained(str(folder))
+        return {"pairs": [], "dense": [], "dense_stages": [], "own": "prompts"}

@@ -1,0 +1,24 @@
+"""SeqFT: all weights trained on task after task."""
+
+from __future__ import annotations
+
+from cl_runner.methods.seqlora import SeqLoRA
+
+
+class SeqFT(SeqLoRA):
+    """The lower bound as the papers have it. Optimizer and schedule are new at every stage."""
+
+    name = "seqft"
+    title = "SeqFT: all weights, trained on task after task"
+    equation = "θ trains on at every task,  θ: all weights of the model"
+    paper = "2310.14152 (baseline of O-LoRA)"
+    carried = "the weights"
+    growth = "constant"
+    trains = "all weights of the model"
+
+    @property
+    def full(self) -> bool:
+        return True
+
+
+METHOD = SeqFT
