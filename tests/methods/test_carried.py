@@ -52,11 +52,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _resumed(place: Place, folder: str, name: str) -> None:
-    straight, config = opened(place, name, dropout=0.2, adapter__dropout=0.2)
+    dropped: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 2}
+    straight, config = opened(place, name, **dropped)
     rundir = RunDir(Path(folder))
     for index in range(3):
         learn(straight, config, index, opposed(index))
-        room, _ = opened(place, name, dropout=0.2, adapter__dropout=0.2)
+        room, _ = opened(place, name, **dropped)
         if index:
             restored = StageRun(room, config, index - 1)
             restore_stage(rundir, restored, index - 1)
@@ -101,7 +102,7 @@ def test_two_ranks_do_what_one_does() -> None:
 
 def _bf16(place: Place) -> None:
     for name in OWN:
-        room, config = opened(place, name, bf16=True, training__epochs=3)
+        room, config = opened(place, name, bf16=True, training__epochs=2)
         for index in range(2):
             outcome = learn(room, config, index, opposed(index))
         assert outcome.losses[-1] < outcome.losses[0], name
