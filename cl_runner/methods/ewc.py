@@ -25,7 +25,7 @@ class EWC(SeqLoRA):
         """Settings of EWC."""
 
         lambda1: float = Field(
-            400.0, ge=0, description="Weight λ of the penalty (TRACE, 2310.06762; as 1612.00796 on Atari)."
+            400.0, ge=0, description="Weight λ of the penalty (TRACE's, 2310.06762; of no common scale)."
         )
         online: float | None = Field(
             None, ge=0, le=1, description="γ of online EWC: F ← γ F + F_t, around the last θ* alone (1805.06370)."
