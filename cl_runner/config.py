@@ -89,7 +89,10 @@ class TrainingConfig(Section):
     lr: float = Field(default=1e-3, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     warmup: float = Field(default=0.0, ge=0, description="Warm-up: steps, or a share of all steps if below 1.")
-    optimizer: Literal["adamw"] = Field(default="adamw", description="Rule of the ordinary parameters.")
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw",
+        description="Rule of the ordinary parameters; muon: of the matrices among them, and adamw of the others.",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     clip: float = Field(default=1.0, ge=0, description="Whole-gradient norm bound; 0 is off.")
     global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cl_runner.config import TrainingConfig
 from cl_runner.errors import TrainingError, UserError
-from cl_runner.optim import ParameterGroup, RuleOptimizer
+from cl_runner.optim import WHOLE, ParameterGroup, RuleOptimizer
 from cl_runner.place import Place
 
 # Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
@@ -167,7 +167,7 @@ class Engine:
             if parameter.dtype != torch.float32:
                 raise TrainingError(f"{name} trains and is {parameter.dtype}; what trains must be fp32")
             parameter.grad = None  # what an earlier stage left, that did not train it, would be added to
-        self.whole = [name for group in self.groups if group.rule == "whole" for name in group.parameters]
+        self.whole = [name for group in self.groups if group.rule in WHOLE for name in group.parameters]
         config = deepspeed_config(training, micro_batch=micro_batch, accumulation=accumulation, ranks=place.ranks)
         optimizer = self._make_optimizer()
         try:
@@ -250,11 +250,14 @@ class Engine:
             torch._foreach_mul_(fragments, self._clip / (norm + 1e-6))
         return norm
 
-    def whole_gradients(self) -> dict[str, Tensor]:
-        """Name → whole fp32 mean gradient. Between the last backward of a step and ``step``; a collective."""
+    def whole_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Name → whole fp32 mean gradient, of all parameters or of some.
+
+        Between the last backward of a step and ``step``; a collective.
+        """
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
+        return {name: safe_get_full_grad(self.parameters[name]) for name in names or self.parameters}
 
     def set_whole_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Replace the gradients of the names given (fp32, the same on every rank)."""

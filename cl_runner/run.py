@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cl_runner import __version__, engine, stopping
-from cl_runner.adapters import Adapters, FullWeights
+from cl_runner.adapters import Adapters, FullWeights, Prompts
 from cl_runner.checkpoint import committed, remove_models, restore_stage, save_stage
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
@@ -97,18 +97,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most)
     bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
-    adapters = (
-        FullWeights(base.model, base_again=any(stage.start == "base" for stage in plan.stages))
-        if full
-        else Adapters(
-            base.model,
-            config.adapter,
-            name_or_path=base.name_or_path,
-            revision=config.model.revision,
-            encoder_decoder=base.encoder_decoder,
-            compute=torch.bfloat16 if bf16 else None,
-        )
-    )
+    adapters = _adapters(plan, base, bf16)
     check_method(config, plan.stages, adapters.shapes())
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(config, index, stage)
@@ -116,6 +105,42 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
             raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
     return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
+
+
+def _adapters(plan: Plan, base: Base, bf16: bool) -> Adapters:
+    """What trains, as the method has it: pairs beside the base's layers, all its weights, or soft prompts."""
+    config = plan.config
+    if plan.method.full:
+        return FullWeights(base.model, base_again=any(stage.start == "base" for stage in plan.stages))
+    if plan.method.prompts:
+        _check_prefix(plan, base)
+        return Prompts(
+            base.model,
+            name_or_path=base.name_or_path,
+            revision=config.model.revision,
+            encoder_decoder=base.encoder_decoder,
+        )
+    return Adapters(
+        base.model,
+        config.adapter,
+        name_or_path=base.name_or_path,
+        revision=config.model.revision,
+        encoder_decoder=base.encoder_decoder,
+        compute=torch.bfloat16 if bf16 else None,
+    )
+
+
+def _check_prefix(plan: Plan, base: Base) -> None:
+    """Refuse prompts that do not fit into the model's positions together with the input. Raises UserError."""
+    limit, config = base.layout.max_positions, plan.config
+    for data in plan.data.settings.values() if limit is not None else ():
+        taken = data.max_source + (0 if base.encoder_decoder else max(data.max_target, config.eval.max_new_tokens))
+        prefix = plan.method.prefix_tokens(len(plan.stages))
+        if limit is not None and taken + prefix > limit:
+            raise UserError(
+                f"{plan.method.name} puts up to {prefix} vectors before the input: with data.max_source "
+                f"{data.max_source} that exceeds the model's {limit} positions; lower data.max_source or method.length"
+            )
 
 
 def open_stage(room: Room, config: RunConfig, index: int, *, evaluating: bool = False) -> StageRun:
@@ -231,6 +256,7 @@ class Run:
             scored = evaluate(stage, tests, self._tick_evaluation)
             seconds = {
                 "train": round(trained.seconds, 3),
+                "method": round(trained.hook_seconds, 3),
                 "evaluate": round(time.perf_counter() - before, 3),
                 "stage": round(time.perf_counter() - started, 3),
             }

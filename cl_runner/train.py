@@ -24,6 +24,7 @@ from cl_runner.methods.base import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
 from cl_runner.models.tokens import Joined, lengths
+from cl_runner.optim import WHOLE, Muon
 from cl_runner.plan import BatchPlan, derived_seed
 from cl_runner.prefetch import prefetched
 from cl_runner.stage import StageRun
@@ -76,6 +77,7 @@ class Trained:
     penalty: float | None
     skipped: int
     plan: BatchPlan
+    hook_seconds: float  # of the method's own hooks, those before and after the steps too
 
 
 LogRow = dict[str, Any]
@@ -102,10 +104,12 @@ def train_stage(
     """
     method, training = stage.room.method, stage.config.training
     stage.own = own
+    hooks, muon = HookTime(), Muon()
     stage.adapters.model.eval()  # fresh layers are not, restored ones neither
     _seed(stage, "begin")
-    method.begin_task(stage)  # before there is an engine, so that it may still decide what trains, and in what shape
-    sources = method.training_data(stage, own)
+    with hooks:
+        method.begin_task(stage)  # before there is an engine: it may still decide what trains, and in what shape
+        sources = method.training_data(stage, own)
     examples = Joined([source.examples for source in sources])
     tasks = [task for source in sources for task in source.tasks]
     shares = [source.weight for source in sources for _ in source.tasks]
@@ -131,22 +135,24 @@ def train_stage(
             for rows in steps:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
-                loss, penalty = _micro_batches(stage, plan, rows, batches)
+                loss, penalty = _micro_batches(stage, plan, rows, batches, hooks)
                 norm = engine.clip()
                 if not math.isfinite(norm):
                     raise TrainingError(
                         f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not "
                         "finite; try a lower training.lr"
                     )
-                _edit(stage, lr)
+                _edit(stage, lr, muon, hooks)
                 engine.step()
                 stage.step += 1
-                method.after_step(stage)
+                with hooks:
+                    method.after_step(stage)
                 meter.step(len(rows), loss, penalty, lr, norm)
         stage.adapters.model.eval()
         _seed(stage, "end")
-        method.end_task(stage)
-        return meter.trained(plan, engine.skipped)
+        with hooks:
+            method.end_task(stage)
+        return meter.trained(plan, engine.skipped, hooks.seconds)
     finally:
         stage.engine = None
         engine.destroy()
@@ -175,7 +181,7 @@ def _padded(
 
 
 def _micro_batches(
-    stage: StageRun, plan: BatchPlan, rows: Sequence[int], batches: Iterator[Padded]
+    stage: StageRun, plan: BatchPlan, rows: Sequence[int], batches: Iterator[Padded], hooks: HookTime
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of a step's micro-batches; returns this rank's task loss, and the penalty."""
     method, engine = stage.room.method, stage.engine
@@ -190,7 +196,8 @@ def _micro_batches(
         stage.task_loss = total = total + loss.detach()
         last = slot == plan.accumulation - 1
         if last:
-            penalty = method.penalty(stage)
+            with hooks:
+                penalty = method.penalty(stage)
         engine.backward(loss if penalty is None else loss + penalty)
         if not last:
             engine.next_micro_batch()
@@ -202,26 +209,44 @@ def _seed(stage: StageRun, *of: object) -> None:
     torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
 
 
-def _edit(stage: StageRun, lr: float) -> None:
-    """The method's edits of whole gradients, and its own updates of ``whole`` parameters."""
+def _edit(stage: StageRun, lr: float, muon: Muon, hooks: HookTime) -> None:
+    """The method's edits of whole gradients, and the updates by rules that take whole gradients."""
     method, engine = stage.room.method, stage.engine
     assert engine is not None
-    edits = overrides(method, "edit_gradients")
-    if not edits and not engine.whole:
-        return
-    gradients = engine.whole_gradients()
-    if edits:
-        changed = method.edit_gradients(stage, gradients)
-        if changed:
-            engine.set_whole_gradients(changed)
-            gradients.update(changed)
-    scale = {name: group.lr_scale for group in engine.groups for name in group.parameters}
-    updates = {
-        name: engine.parameters[name].detach() + method.whole_step(stage, name, gradients[name], lr * scale[name])
-        for name in engine.whole
-    }
+    gradients: dict[str, Tensor] = {}
+    if overrides(method, "edit_gradients"):
+        with hooks:
+            gradients = engine.whole_gradients()
+            changed = method.edit_gradients(stage, gradients)
+            if changed:
+                engine.set_whole_gradients(changed)
+                gradients.update(changed)
+    elif engine.whole:
+        gradients = engine.whole_gradients(engine.whole)
+    updates: dict[str, Tensor] = {}
+    for group in engine.groups:
+        rate = lr * group.lr_scale
+        for name, parameter in group.parameters.items() if group.rule in WHOLE else ():
+            if group.rule == "muon":
+                updates[name] = muon.update(name, parameter, gradients[name], rate, group.weight_decay)
+            else:
+                with hooks:
+                    updates[name] = method.whole_step(stage, name, gradients[name], rate)
     if updates:
-        engine.write(updates)
+        engine.write({name: engine.parameters[name].detach() + update for name, update in updates.items()})
+
+
+class HookTime:
+    """Wall time in a method's own hooks; on a GPU, to launch their work and where they wait for it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 class Meter:
@@ -264,10 +289,10 @@ class Meter:
         self.log(row)
         self.tick(stage.step, self.loss, pace)
 
-    def trained(self, plan: BatchPlan, skipped: int) -> Trained:
+    def trained(self, plan: BatchPlan, skipped: int, hook_seconds: float) -> Trained:
         """The stage's summary."""
         seconds = time.perf_counter() - self.started
-        return Trained(self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan)
+        return Trained(self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan, hook_seconds)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -24,9 +24,9 @@ class RunSummary:
     """What a report needs to know of a run.
 
     stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
-    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where it trained
-    all weights and need not, else empty. variant: what tells runs of different settings apart (the hash in the folder's
-    name; without the seed), empty for presets. seconds: timings by part. notes: lines to print below.
+    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all
+    weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
+    folder's name; without the seed), empty for presets. seconds: timings by part. notes: lines to print below.
     """
 
     name: str
