@@ -251,10 +251,10 @@ class Method:
         stage.adapters.begin(stage.plan.name, stage.rng("adapter"))
 
     def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
-        """Runs after build: learning rates, weight decay and rules. Default: everything that trains, AdamW."""
-        from cl_runner.optim import ParameterGroup
+        """Runs after build: learning rates, weight decay and rules. Default: ``training.optimizer`` for everything."""
+        from cl_runner.optim import ordinary_groups
 
-        return [ParameterGroup(stage.parameters(), weight_decay=stage.config.training.weight_decay)]
+        return ordinary_groups(stage.parameters(), stage.config.training, stage.adapters.model)
 
     def begin_task(self, stage: Stage) -> None:
         """Runs once a stage, before ``training_data`` and ``parameter_groups``; what it makes is state.
