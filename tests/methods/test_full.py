@@ -101,7 +101,7 @@ def answered(plan: Any) -> dict[str, scoring.TestSet]:
 
 
 def _pertask(place: Place, folder: str) -> None:
-    room, config = opened(place, "pertask", training__lr=0.02, training__epochs=6)
+    room, config = opened(place, "pertask", training__lr=5e-3, training__epochs=4)
     base = values(room)
     rundir = RunDir(Path(folder))
     own = []
