@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cl_runner.adapters import FullWeights, Pair, Stored
+from cl_runner.adapters import FullWeights, Pair, Prompts, Stored
 from cl_runner.adapters.saved import WEIGHTS, load_own_pair, load_pairs, load_sums, own_pair_tensors, save_adapter
 from cl_runner.errors import UserError
 from cl_runner.methods.base import State
@@ -40,8 +40,9 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
         saved: dict[str, Any] = {"pairs": [], "dense": [], "dense_stages": [], "own": "model"}
         sizes = {"model": _megabytes(folder / "model" / MODEL_WEIGHTS)}
     else:
-        saved = save_adapter(folder / "adapter", adapters, live)
-        sizes = {"adapter": _megabytes(folder / "adapter" / WEIGHTS)}
+        where = folder / "adapter"
+        saved = adapters.save(where) if isinstance(adapters, Prompts) else save_adapter(where, adapters, live)
+        sizes = {"adapter": _megabytes(where / WEIGHTS)}
     state = method.state()
     tensors = {METHOD_PREFIX + key: _to_disk(tensor) for key, tensor in state.tensors.items()}
     if live is not None:
@@ -70,6 +71,8 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
             **saved,
         },
     )
+    if isinstance(adapters, Prompts) and type(method).task_id:
+        kept = [plan.name for plan in stage.order[: stage.index]]  # every stage's prompt is a folder
     answers = _answers(stage, kept)
     if kept and answers:
         write_json(folder / "answers.json", answers)
@@ -103,7 +106,7 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
         kept[live] = _stored(stage, folder, live) if state["own"] == "model" else pairs.pop()
         sums = _named(tensors, PAST_PREFIX)
     else:
-        sums = load_sums(folder / "adapter", state["dense"])
+        sums = load_sums(folder / "adapter", state["dense"]) if state["dense"] else {}
     stage.adapters.restore(pairs, kept, live, sums=sums, dense=state["dense_stages"])
     # Copies: a tensor within a file's bytes lies where it may, and a product of it adds up in another order.
     carried = {key: tensor.clone() for key, tensor in _named(tensors, METHOD_PREFIX).items()}

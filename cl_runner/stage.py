@@ -20,8 +20,7 @@ from cl_runner.methods.base import Method, Progress, Source, StagePlan, override
 from cl_runner.models.base import Base
 from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
 from cl_runner.models.encoding import Encoder
-from cl_runner.models.forward import evaluating, logits
-from cl_runner.models.tokens import lengths
+from cl_runner.models.forward import evaluating, features, logits, sampled
 from cl_runner.models.tokens import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.place import Place
@@ -228,6 +227,10 @@ class StageRun:
             masks = masks[1:]
         return next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
 
+    def features(self, batch: Batch) -> Tensor:
+        with self.room.root.context():
+            return features(self.adapters.model, batch)
+
     # Rows.
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
@@ -254,7 +257,8 @@ class StageRun:
 
     def ready(self, batch: Batch, tasks: Sequence[str]) -> Batch:
         """A padded batch on the device, conditioned by the method; ``tasks`` are those of its rows."""
-        return self._conditioned(batch.to(self.device), tasks[0] if len(set(tasks)) == 1 else None)
+        known = replace(batch.to(self.device), tasks=tuple(tasks))
+        return self._conditioned(known, tasks[0] if len(set(tasks)) == 1 else None)
 
     def _conditioned(self, batch: Batch, task: str | None) -> Batch:
         if not overrides(self.room.method, "condition"):
@@ -294,6 +298,26 @@ class StageRun:
         with torch.no_grad(), self.room.root.context():
             ids, _ = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show)
         return [self.room.encoder.decode(row) for row in ids]
+
+    def sample(
+        self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
+    ) -> list[list[int]]:
+        answers: dict[int, list[int]] = {}
+        layout = self.room.base.layout
+        for number, rows in enumerate(token_batches([len(e.source) for e in examples], self.config.eval.batch_tokens)):
+            if number % self.ranks != self.rank:
+                continue
+            prompts = self._conditioned(collate_prompts([examples[i] for i in rows], layout, self.device), None)
+            self._show(prompts)
+            with torch.random.fork_rng(self._gpus()), torch.no_grad(), self.room.root.context():
+                # By number, as batches are formed: the ranks' count changes no draw.
+                torch.manual_seed(derived_seed(self.config.seed, self.index, "sample", number))
+                drawn = sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
+            answers.update(zip(rows, drawn, strict=True))
+        return [ids for _, ids in sorted(self.gather(answers).items())]
+
+    def _gpus(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
 
     def _show(self, batch: Batch) -> None:
         self._batch = batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from cl_runner.adapters import Adapters, FullWeights
+from cl_runner.adapters import Adapters, FullWeights, Prompts
 from cl_runner.config import RunConfig
 from cl_runner.engine import Autocast
 from cl_runner.methods.base import Method, Source, StagePlan
@@ -108,11 +108,13 @@ def tiny_room(
     """A room with a tiny model and the adapters of ``config``."""
     model = tiny_model(kind, dropout).to(base_dtype)
     base = Base(model, None, LAYOUTS[kind], "tiny", "random")  # type: ignore[arg-type]
-    adapters = (
-        FullWeights(model, base_again=True)
-        if method.full
-        else Adapters(model, config.adapter, name_or_path="tiny", encoder_decoder=base.encoder_decoder)
-    )
+    named: dict[str, Any] = {"name_or_path": "tiny", "encoder_decoder": base.encoder_decoder}
+    if method.full:
+        adapters: Adapters = FullWeights(model, base_again=True)
+    elif method.prompts:
+        adapters = Prompts(model, revision=None, **named)
+    else:
+        adapters = Adapters(model, config.adapter, **named)
     root = Autocast(adapters.model, place.torch_device, bf16)
     plans = tuple(StagePlan(name, (name,)) for name in order)
     return Room(base, Ids(), adapters, method, place, root, plans)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Prompted(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
-        self.prompts = nn.ParameterDict()
+        self.prompts = nn.ParameterList()
 
     def get_base_model(self) -> nn.Module:
         """The model itself, by the name that PEFT's wrappers give this."""
@@ -47,13 +48,12 @@ class Prompts(Adapters):
     """
 
     def __init__(self, model: nn.Module, *, name_or_path: str, encoder_decoder: bool, revision: str | None) -> None:
-        from cl_runner.models.forward import accepted
-
-        if "inputs_embeds" not in accepted(model):
+        if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
             raise UserError(f"model {name_or_path} takes no embeddings as input; soft prompts cannot stand before it")
         self.name_or_path, self.revision = name_or_path, revision
         self.task_type = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
         self.model: Any = Prompted(model)
+        self._names: list[str] = []  # of its parameters
         self.layers, self.past, self.kept = {}, {}, {}
         self.folded, self.dense = [], []
         self.live: str | None = None
@@ -63,13 +63,13 @@ class Prompts(Adapters):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, fp32, by the method's names."""
-        return dict(self.model.prompts.items())
+        return dict(zip(self._names, self.model.prompts, strict=True))
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """New parameters of these values in place of those there are."""
         device = self.vocabulary.device
-        fresh = {name: value.detach().to(device, torch.float32, copy=True) for name, value in values.items()}
-        self.model.prompts = nn.ParameterDict({name: nn.Parameter(value) for name, value in fresh.items()})
+        fresh = [value.detach().to(device, torch.float32, copy=True) for value in values.values()]
+        self._names, self.model.prompts = list(values), nn.ParameterList(map(nn.Parameter, fresh))
 
     @property
     def vocabulary(self) -> Tensor:

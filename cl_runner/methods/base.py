@@ -148,9 +148,10 @@ class Stage(Protocol):
     def sample(
         self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
     ) -> list[list[int]]:
-        """An answer drawn to each example, as ids without the end token; in order, the same on every rank. *Collective*.
+        """An answer drawn to each example, as ids without the end token. *Collective*.
 
-        At most ``tokens`` long, each token among the ``top_k`` likeliest. A second call in a stage draws the same.
+        In order, the same on every rank; at most ``tokens`` long, each token among the ``top_k`` likeliest. A second
+        call in a stage draws the same.
         """
 
     def features(self, batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Batch:
     position_ids: Tensor | None = None
     decoder_input_ids: Tensor | None = None
     condition: dict[str, Tensor] = field(default_factory=dict)  # a method's own rows (b, …), sliced with the batch
+    tasks: tuple[str, ...] = ()  # of each row, in training alone
 
     @property
     def size(self) -> int:
@@ -59,7 +60,8 @@ class Batch:
 
     def slice(self, rows: slice | Tensor | list[int]) -> Batch:
         """The given rows, padding unchanged."""
-        return self._each(lambda value: value[rows])
+        numbers = torch.arange(self.size)[rows].tolist() if self.tasks else []
+        return replace(self._each(lambda value: value[rows]), tasks=tuple(self.tasks[i] for i in numbers))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -71,7 +73,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {n: change(value) for n, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed, condition={name: change(value) for name, value in self.condition.items()})
 
 

@@ -6,6 +6,7 @@ Every function takes the bare model or one wrapped by PEFT.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,7 +125,9 @@ def sampled(
     """
     how = neutral_generation(layout, max_new_tokens)
     how.update(do_sample=True, top_k=top_k, repetition_penalty=repetition_penalty)
-    with evaluating(model):
+    with evaluating(model), warnings.catch_warnings():
+        # Embeddings before the answer cannot have been said before: that is as it should be.
+        warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
         return _from_prompts(model, prompts, layout, how)
 
 
