@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,5 +18,5 @@ def test_batches_hold_every_row_once_and_no_more_than_so_many_tokens(lengths: li
         assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= most
     flat = [lengths[row] for rows in batches for row in rows]
     assert flat == sorted(flat)
-    for rows, later in zip(batches, batches[1:], strict=False):  # none is cut off early
+    for rows, later in itertools.pairwise(batches):  # none is cut off early
         assert (len(rows) + 1) * lengths[later[0]] > most
