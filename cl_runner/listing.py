@@ -54,6 +54,7 @@ def show_method(name: str, *, as_json: bool) -> None:
         "title": method.title,
         "equation": method.equation,
         "paper": f"arXiv {method.paper}" if method.paper else "",
+        "trains": method.trains + ("; method.train=full: all weights of the model" if "train" in settings else ""),
         "carried": method.carried,
         "growth": method.growth,
         "task id at inference": "needed" if method.task_id else "not needed",

@@ -72,6 +72,24 @@ def test_seqft_goes_on_to_the_bit_and_any_stage_is_scored_again(seqft: Path, tmp
     scored(run, done)
 
 
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [
+        ("seqft", "all weights of the model"),
+        ("ewc", "a LoRA pair; method.train=full: all weights of the model"),
+        ("olora", "a LoRA pair"),
+    ],
+)
+def test_show_says_what_trains(method: str, trains: str, tmp_path: Path) -> None:
+    assert call("show", method, "--json", cwd=tmp_path).json["trains"] == trains
+    assert f"trains:               {trains}\n" in call("show", method, cwd=tmp_path).out
+
+
+def test_a_report_names_what_was_trained_in_full(pertask: Path) -> None:
+    shown = call("report", pertask.name, "--markdown", cwd=pertask.parent.parent).out
+    assert "two · pertask-full · tiny-t5" in shown
+
+
 def test_what_a_stage_of_seqft_leaves(seqft: Path) -> None:
     stage = seqft / "stages" / "03-agnews"
     assert sorted(file.name for file in stage.iterdir()) == [

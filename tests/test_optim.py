@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.methods.base import Stage
+from cl_runner.methods.base import Source, Stage
 from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.models.batch import Batch
 from cl_runner.optim import Muon, ParameterGroup, ordinary_groups, orthogonalised
 from cl_runner.place import Place
 from cl_runner.stage import StageRun
@@ -144,3 +146,47 @@ def _own_rule(place: Place) -> None:
 
 def test_a_methods_own_rule_stands_beside_muon() -> None:
     on_ranks(1, _own_rule)
+
+
+class Slow(SeqLoRA):
+    """Every hook but the loss takes its time."""
+
+    def begin_task(self, stage: Stage) -> None:
+        time.sleep(0.01)
+
+    def training_data(self, stage: Stage, own: Source) -> list[Source]:
+        time.sleep(0.02)
+        return [own]
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        time.sleep(0.2)
+        return super().loss(stage, batch)
+
+    def penalty(self, stage: Stage) -> Tensor | None:
+        time.sleep(0.03)
+        return None
+
+    def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        time.sleep(0.04)
+        return None
+
+    def after_step(self, stage: Stage) -> None:
+        time.sleep(0.05)
+
+    def end_task(self, stage: Stage) -> None:
+        time.sleep(0.06)
+
+
+def _timed(place: Place) -> None:
+    room, config = order_room(place, "seqlora", "a")
+    plain = learn(room, config, 0, OWN).trained.hook_seconds
+    room, config = order_room(place, "seqlora", "a")
+    room.method = Slow(room.method.config)
+    slow = learn(room, config, 0, OWN).trained
+    asleep = 0.01 + 0.02 + 0.06 + 2 * (0.03 + 0.04 + 0.05)  # two steps
+    assert 0 <= plain < 0.05 and asleep <= slow.hook_seconds < asleep + 0.25
+    assert slow.seconds > 3 * 0.2
+
+
+def test_the_time_of_a_methods_own_hooks_is_told() -> None:
+    on_ranks(1, _timed)

@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {"training__lr": LR, "training__epochs": 2}
 FULL: dict[str, dict[str, Any]] = {
     "seqft": {},
     "replay": {"method__train": "full", "method__memory_per_task": 3},
-    "ewc": {"method__train": "full", "method__lambda1": 100.0, "method__fisher_samples": 4},
+    "ewc": {"method__train": "full", "method__lambda1": 1e4, "method__fisher_samples": 4},
     "pertask": {"method__train": "full"},
     "mtl": {"method__train": "full"},
 }
@@ -49,17 +49,30 @@ def equal(a: Values, b: Values) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def by_hand(kind: Kind, config: Any, stages: list[tuple[int, Source]]) -> Values:
-    """A loop over all parameters of the model as transformers names them, with AdamW new at every stage."""
+def by_hand(kind: Kind, config: Any, stages: list[tuple[int, Source]], ewc: float = 0.0) -> Values:
+    """A loop over all parameters of the model as transformers names them, with AdamW new at every stage.
+
+    ``ewc`` is λ: the Fisher information of each stage, a mean over its examples one by one, holds what came after.
+    """
     model = tiny_model(kind).requires_grad_(True)
     parameters = dict(model.named_parameters())
+    held: list[tuple[Values, Values]] = []  # F, θ*
     for index, own in stages:
         optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
         plan = BatchPlan.make(len(own.examples), config.training, 1)
         for rows in plan.step_rows(config.seed, index, widths(own.examples), len(set(own.tasks)) > 1):
             optimizer.zero_grad()
-            naive_loss(model, kind, [own.examples[i] for i in rows]).backward()
+            loss = naive_loss(model, kind, [own.examples[i] for i in rows])
+            for F, best in held:
+                loss = loss + ewc / 2 * sum((F[n] * (p - best[n]) ** 2).sum() for n, p in parameters.items())
+            loss.backward()
             optimizer.step()
+        if ewc:
+            each = [naive_loss(model, kind, [example]) * len(example.target) for example in own.examples]
+            found = [torch.autograd.grad(one, list(parameters.values())) for one in each]
+            squares = [torch.stack([g.square() for g in of_one]).mean(0) for of_one in zip(*found, strict=True)]
+            best = {n: p.detach().clone() for n, p in parameters.items()}
+            held.append((dict(zip(parameters, squares, strict=True)), best))
     return {name: p.detach() for name, p in parameters.items()}
 
 
@@ -90,6 +103,19 @@ def _mtl(place: Place) -> None:
 
 def test_mtl_trains_all_weights_on_the_union() -> None:
     on_ranks(1, _mtl)
+
+
+def _ewc(place: Place) -> None:
+    room, config = opened(place, "ewc", method__fisher_samples=None)
+    stages = [(index, rows_of(room.order[index])) for index in range(2)]
+    for index in range(2):
+        learn(room, config, index)
+    assert distance(values(room), by_hand("t5", config, stages, ewc=1e4)) < 1e-3
+    assert distance(values(room), by_hand("t5", config, stages)) > 1e-2
+
+
+def test_ewc_holds_all_weights() -> None:
+    on_ranks(1, _ewc)
 
 
 def answered(plan: Any) -> dict[str, scoring.TestSet]:
@@ -167,6 +193,32 @@ def _resumed(place: Place, folder: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["seqft", "replay", "ewc", "pertask"])
 def test_each_stage_goes_on_from_the_one_on_disk_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
+
+
+def _two_ranks(place: Place, name: str) -> Values:
+    room, config = opened(place, name, tasks="ab")
+    for index in range(2):
+        learn(room, config, index)
+    return values(room)
+
+
+@pytest.mark.parametrize("name", ["replay", "ewc"])
+def test_the_same_on_two_ranks(name: str) -> None:
+    [alone] = on_ranks(1, _two_ranks, name)
+    for found in on_ranks(2, _two_ranks, name):
+        assert distance(found, alone) < 1e-3
+
+
+def _checkpointed(place: Place) -> None:
+    plain, config = opened(place, "seqft", dropout=0.2)
+    again, sparing = opened(place, "seqft", dropout=0.2, training__activation_checkpointing=True)
+    learn(plain, config, 0)
+    learn(again, sparing, 0)
+    assert equal(values(plain), values(again))
+
+
+def test_activations_computed_again_are_the_same() -> None:
+    on_ranks(1, _checkpointed)
 
 
 def _sizes(place: Place, folder: str) -> None:
