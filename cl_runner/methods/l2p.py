@@ -25,7 +25,7 @@ class L2P(Prompting):
     The nearest prompt stands first. Each input chooses for itself, in training too (the official code can have a batch
     choose as one: the answers then depend on the batch). Its loss masks the classes of other tasks and averages a
     head over the prompts; a language model that answers in words has neither. Prompts begin as embeddings of random
-    tokens. The pull of a row counts by its label tokens. Published with Adam at a constant ``training.lr`` of 0.03.
+    tokens. The pull of a row counts by its label tokens.
     """
 
     class Config(Section):
@@ -34,6 +34,7 @@ class L2P(Prompting):
         pool: int = Field(10, ge=1, description="M: prompts in the pool (published for CIFAR-100).")
         length: int = Field(5, ge=1, description="L: vectors of a prompt (the paper; its code: 10).")
         top: int = Field(5, ge=1, description="N: prompts that an input takes (the paper; its code: 4).")
+        lr: float = Field(0.03, gt=0, description="Learning rate, in place of training.lr (published, with Adam).")
         lambda1: float = Field(0.5, ge=0, description="Weight λ of the keys' pull (the paper; its code: 1).")
 
     name = "l2p"
@@ -44,6 +45,7 @@ class L2P(Prompting):
     growth = "constant"
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        super().check(config, shapes)
         if self.config.top > self.config.pool:
             raise UserError(
                 f"method.top: {self.config.top} prompts cannot be taken of a pool of {self.config.pool}; lower it, or "

@@ -86,14 +86,14 @@ class LFPT5(Prompting):
     the task's own prompt without a text, and no token is added to the vocabulary. The prompt stands before the input
     (the official one behind). Each loss is the mean over its tokens of the stage's rows, in expectation, and the KL a
     mean over the label tokens of the step (officially a sum). Half of the official pseudo samples are for validation,
-    of which there is none here. Published with Adafactor at a constant 0.5, weight decay 1e-5; here AdamW, for whose
-    ``training.lr`` nothing was published.
+    of which there is none here. Published with Adafactor, for which AdamW stands here, and weight decay 1e-5.
     """
 
     class Config(Section):
         """Settings of LFPT5."""
 
         length: int = Field(300, ge=1, description="Vectors of the prompt (published).")
+        lr: float = Field(0.3, gt=0, description="Learning rate, in place of training.lr (ours; 0.5 with Adafactor).")
         lambda_lm: float = Field(
             0.25, gt=0, description="Weight of the language-model loss (published, classification)."
         )

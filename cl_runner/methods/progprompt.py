@@ -25,14 +25,15 @@ class ProgressivePrompts(Prompting):
     """The newest prompt stands first, as in the official code; past ones are constants.
 
     A task not learned yet is answered with all prompts there are. The prompts come on top of ``data.max_source`` (the
-    official code cuts both together), the last step's are kept (the official code keeps the best on validation rows).
-    Published with AdamW at ``training.lr`` 0.3, weight decay 1e-5.
+    official code cuts both together); the last step's is kept (the official code keeps the best on validation rows).
+    Published with ``training.weight_decay`` 1e-5.
     """
 
     class Config(Section):
         """Settings of Progressive Prompts."""
 
         length: int = Field(10, ge=1, description="Vectors of each task's prompt (published).")
+        lr: float = Field(0.3, gt=0, description="Learning rate, in place of training.lr (published, with AdamW).")
         mlp: bool = Field(
             False,
             description="Train the prompt through a residual MLP (d → 800 → 400 → d), folded into it after the stage; "

@@ -40,7 +40,9 @@ both_kinds = pytest.mark.parametrize("kind", ["t5", "llama"])
 
 
 def opened(place: Place, name: str, **settings: Any) -> tuple[Room, RunConfig]:
-    return order_room(place, name.split()[0], **{**THREE, **OWN[name], **settings})
+    return order_room(
+        place, name.split()[0], **{**THREE, **OWN[name], "method__lr": LR, "training__lr": 1e-3, **settings}
+    )
 
 
 # By hand: one row at a time, its prompt and its embeddings one behind the other, nothing of ours but the model.
@@ -423,6 +425,10 @@ def test_bad_settings_are_refused_before_anything_is_loaded() -> None:
         make_method(config).check(config)
     said = "method.top: 7 prompts cannot be taken of a pool of 6; lower it, or raise method.pool"
     assert str(refused.value) == said
+    for name in ("l2p", "progprompt", "lfpt5"):
+        config = RunConfig.model_validate({"method": {"name": name}, "training": {"optimizer": "muon"}})
+        with pytest.raises(UserError, match=f"muon is for matrices between hidden states; {name} trains embeddings"):
+            make_method(config).check(config)
     for name, own in (("l2p", {"length": 0}), ("l2p", {"pool": 0}), ("l2p", {"lambda1": -1}), ("l2p", {"top": 0}),
                       ("progprompt", {"length": 0}), ("lfpt5", {"length": 0}), ("lfpt5", {"lambda_lm": 0}),
                       ("lfpt5", {"lambda_kl": 1}), ("lfpt5", {"top_k": 0}), ("lfpt5", {"draws": 0})):  # fmt: skip
