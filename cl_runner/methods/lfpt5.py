@@ -149,7 +149,7 @@ class LFPT5(Prompting):
 
         settings = self.config
         asked = [Example(frame.asking(), [])] * min(settings.pseudo * settings.draws * len(frame.labels), MOST)
-        most = settings.pseudo_tokens
+        most = self._room(stage, frame)
         found = stage.sample(asked, most, settings.top_k, settings.repetition_penalty) if asked else []
         well_formed = [parsed for ids in found if len(ids) < most and (parsed := frame.parsed(ids))]
         used: dict[tuple[int, ...], list[Example]] = {tuple(label): [] for label in frame.labels}
@@ -163,14 +163,20 @@ class LFPT5(Prompting):
         kept = len(self.written.tasks[task])
         self.share[task] = {"drawn": len(asked), "well_formed": len(well_formed), "used": kept}
 
+    def _room(self, stage: Stage, frame: Frame) -> int:
+        """Tokens of an example that is written: together with what asks for it no more than a row may have."""
+        data = stage.config.data
+        return int(min(self.config.pseudo_tokens, data.max_source + data.max_target - len(frame.asking())))
+
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
         for task in stage.plan.tasks:
             rows = zip(own.examples, own.tasks, strict=True)
             self.frames[task] = Frame.of([example for example, name in rows if name == task])
         past = self.written.source()
         examples, tasks = [*own.examples, *past.examples], [*own.tasks, *past.tasks]
-        most = self.config.pseudo_tokens
-        writing = [self.frames[task].to_write(example, most) for example, task in zip(examples, tasks, strict=True)]
+        room = {task: self._room(stage, frame) for task, frame in self.frames.items()}
+        pairs = zip(examples, tasks, strict=True)
+        writing = [self.frames[task].to_write(example, room[task]) for example, task in pairs]
         # Each loss is to be a mean over its own tokens; a step divides by those of both.
         answer, write = (sum(len(example.target) for example in rows) for rows in (examples, writing))
         both = answer + write

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.config import RunConfig
+from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.evaluate import evaluate
 from cl_runner.methods import make_method
@@ -21,13 +23,14 @@ from cl_runner.methods.base import Source
 from cl_runner.methods.lfpt5 import Frame
 from cl_runner.models.batch import Example, collate_prompts
 from cl_runner.place import Place
+from cl_runner.run import _check_prefix
 from cl_runner.rundir import RunDir
 from cl_runner.stage import Room, StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, labels, off, opposed, values, vector
 from tests.methods.test_carried import same
-from tests.stages import END, Kind, tiny_model
+from tests.stages import END, LAYOUTS, Kind, tiny_model
 
 OWN: dict[str, dict[str, Any]] = {
     "l2p": {"method__pool": 6, "method__length": 2, "method__top": 3, "method__lambda1": 0.7},
@@ -417,6 +420,40 @@ def _bf16(place: Place) -> None:
 
 def test_in_bf16_what_trains_is_fp32() -> None:
     on_ranks(1, _bf16)
+
+
+def _recomputed(place: Place) -> None:
+    for number, name in enumerate(OWN):
+        kind: Kind = "t5" if number % 2 else "llama"
+        ends = []
+        for again in (False, True):
+            room, config = opened(place, name, kind=kind, dropout=0.2, training__activation_checkpointing=again)
+            ends.append(vector(learn(room, config, 0, opposed(0)).parameters))
+        assert torch.equal(*ends), name
+
+
+def test_activations_computed_again_change_nothing() -> None:
+    on_ranks(1, _recomputed)
+
+
+def test_prompts_that_do_not_fit_the_positions_are_refused() -> None:
+    data = DataConfig(max_source=60, max_target=10)
+    for limit, encoder_decoder, fits in ((125, False, False), (126, False, True), (76, True, True), (75, True, False)):
+        layout = replace(LAYOUTS["llama"], encoder_decoder=encoder_decoder, max_positions=limit)
+        method = make_method(RunConfig.model_validate({"method": {"name": "progprompt", "length": 4}}))
+        plan: Any = SimpleNamespace(
+            config=RunConfig(), method=method, stages=range(4), data=SimpleNamespace(settings={"a": data})
+        )
+        base: Any = SimpleNamespace(layout=layout, encoder_decoder=encoder_decoder)
+        if fits:
+            _check_prefix(plan, base)
+            continue
+        with pytest.raises(UserError) as refused:
+            _check_prefix(plan, base)
+        assert str(refused.value) == (
+            "progprompt puts up to 16 vectors before the input: with data.max_source 60 that exceeds the model's "
+            f"{limit} positions; lower data.max_source or method.length"
+        )
 
 
 def test_bad_settings_are_refused_before_anything_is_loaded() -> None:
