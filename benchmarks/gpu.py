@@ -26,7 +26,6 @@ from benchmarks import flops, shapes, world
 from benchmarks.common import median, parser, publish, spread, take_turns
 from benchmarks.penalty import shares
 from benchmarks.world import World, synchronise
-from cl_runner.config import EvalConfig
 from cl_runner.evaluate import TestSet, evaluate
 from cl_runner.methods.base import Source, commit_update
 from cl_runner.models.batch import Example
@@ -177,11 +176,11 @@ def answering(made: World, position: int = 2) -> StageRun:
 
 
 def timed_evaluation(
-    stage: StageRun, tests: Mapping[str, TestSet], mode: Any, tokens: int | None = None
+    stage: StageRun, tests: Mapping[str, TestSet], mode: Any, tokens: int | None = None  # the default
 ) -> tuple[float, float]:
     """Seconds, and exact match in percent."""
     stage.config.eval.mode = mode
-    stage.config.eval.batch_tokens = tokens or EvalConfig().batch_tokens
+    stage.config.eval.batch_tokens = tokens
     synchronise(stage.device)
     started = time.perf_counter()
     scored = evaluate(stage, tests)
@@ -191,24 +190,23 @@ def timed_evaluation(
 
 
 def pace_of_evaluation(session: Session, made: World, count: int) -> Table:
-    """Answered examples/s in both modes, in turns, with batches of the usual size and of four times that."""
+    """Answered examples/s in both modes, in turns, with batches of the default size and of 16384 tokens."""
     stage = answering(made)
     tests = {task: test_set(made, task, count, session.given.data_dir) for task in ORDER}
     total = count * len(tests)
-    usual = EvalConfig().batch_tokens
     ways = {
         (mode, tokens): partial(timed_evaluation, stage, tests, mode, tokens)
-        for tokens in (usual, 4 * usual)
+        for tokens in (None, 16384)
         for mode in ("verify", "generate")
     }
     found = {way: runs[1:] for way, runs in take_turns(ways, 3).items()}  # the first turn warms up
     stage.close()
     seconds = {way: median([one for one, _ in runs]) for way, runs in found.items()}
-    session.pace["t5 evaluation"] = total / seconds["verify", usual]
+    session.pace["t5 evaluation"] = total / seconds["verify", None]
     return [
         {
             "mode": mode,
-            "tokens a batch": tokens,
+            "tokens a batch": tokens or "default",
             "rows": total,
             "right %": runs[0][1],
             "s": seconds[mode, tokens],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import subprocess
@@ -103,6 +104,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
         of_stage = stage_config(config, index, stage)
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
             raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
+    gc.freeze()  # what lives to the end need not be looked through after every stage
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
     return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
 

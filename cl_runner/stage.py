@@ -282,12 +282,16 @@ class StageRun:
         done = 0
         sources, _ = lengths(examples)
         # By number, so that the ranks' count changes no batch.
-        for number, rows in enumerate(token_batches(sources.tolist(), self.config.eval.batch_tokens)):
+        for number, rows in enumerate(token_batches(sources.tolist(), self._batch_tokens())):
             done += len(rows)
             if number % self.ranks == self.rank:
                 answers.update(zip(rows, self._batch_answers([examples[i] for i in rows], task), strict=True))
                 tick(done)
         return [answer for _, answer in sorted(self.gather(answers).items())]
+
+    def _batch_tokens(self) -> int:
+        gpu = 65536 if self.room.base.encoder_decoder else 16384
+        return self.config.eval.batch_tokens or (gpu if self.device.type == "cuda" else 4096)
 
     def _batch_answers(self, examples: Sequence[Example], task: str | None) -> list[str]:
         layout, most = self.room.base.layout, self.config.eval.max_new_tokens
@@ -304,7 +308,7 @@ class StageRun:
     ) -> list[list[int]]:
         answers: dict[int, list[int]] = {}
         layout = self.room.base.layout
-        for number, rows in enumerate(token_batches([len(e.source) for e in examples], self.config.eval.batch_tokens)):
+        for number, rows in enumerate(token_batches([len(e.source) for e in examples], self._batch_tokens())):
             if number % self.ranks != self.rank:
                 continue
             prompts = self._conditioned(collate_prompts([examples[i] for i in rows], layout, self.device), None)

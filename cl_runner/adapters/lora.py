@@ -231,14 +231,23 @@ class Adapters:
             nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
             A.data = fresh.to(A.device)
             B.data = torch.zeros(B.shape, dtype=torch.float32, device=B.device)
-        self.live = stage
+        self._live(stage)
         self.train(True)
 
     def rename(self, stage: str) -> None:
         """Go on training the live pair, as the pair of ``stage``."""
         self.kept.pop(self.live or "", None)
-        self.live = stage
+        self._live(stage)
         self.train(True)
+
+    def _live(self, stage: str | None) -> None:
+        """Whose pair the layers hold. Without one they skip it: its product would be zero, at a sixth of a forward."""
+        self.live = stage
+        trains = [parameter.requires_grad for parameter in self.parameters().values()]
+        for layer in self.layers.values():
+            layer.enable_adapters(stage is not None)  # PEFT lets what it enables ask for gradients
+        for parameter, before in zip(self.parameters().values(), trains, strict=True):
+            parameter.requires_grad_(before)
 
     def train(self, on: bool) -> None:
         """Whether the live pair's parameters ask for gradients."""
@@ -272,7 +281,7 @@ class Adapters:
             else:
                 A.data.copy_(pair.A[target])
                 B.data.copy_(pair.B[target])
-        self.live = pair.stage if pair else None
+        self._live(pair.stage if pair else None)
 
     # Past pairs.
 

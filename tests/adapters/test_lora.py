@@ -278,3 +278,23 @@ def test_under_bf16_autocast_inputs_are_not_cast_up_and_down_again() -> None:
             answers.append(logits(adapters.model))
     assert seen == {"None": torch.float32, str(BF16): BF16}
     assert torch.equal(*answers)
+
+
+def test_layers_without_a_pair_skip_it_and_nothing_changes() -> None:
+    adapters = adapters_of(base_model("t5"))
+    adapters.begin("now", torch.Generator().manual_seed(1))
+    adapters.show(random_pair(adapters, "now"))
+    with_pair = logits(adapters.model)
+    adapters.fold_live()
+    calls: list[int] = []
+    for layer in adapters.layers.values():
+        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
+    skipped = logits(adapters.model)
+    assert not calls and off(skipped, with_pair) < 1e-5
+    for layer in adapters.layers.values():
+        layer.enable_adapters(True)  # B is zero
+    assert torch.equal(logits(adapters.model), skipped) and calls
+    adapters.begin("next", torch.Generator().manual_seed(2))
+    calls.clear()
+    logits(adapters.model)
+    assert calls and all(parameter.requires_grad for parameter in adapters.parameters().values())
