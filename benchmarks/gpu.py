@@ -176,7 +176,10 @@ def answering(made: World, position: int = 2) -> StageRun:
 
 
 def timed_evaluation(
-    stage: StageRun, tests: Mapping[str, TestSet], mode: Any, tokens: int | None = None  # the default
+    stage: StageRun,
+    tests: Mapping[str, TestSet],
+    mode: Any,
+    tokens: int | None = None,  # the default
 ) -> tuple[float, float]:
     """Seconds, and exact match in percent."""
     stage.config.eval.mode = mode
