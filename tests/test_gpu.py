@@ -66,3 +66,13 @@ def test_folded_update_is_applied_within_one_percent_on_a_bf16_base() -> None:
     past = Accumulator(layer, transposed=False)
     past.add(update)
     assert torch.linalg.vector_norm(past.applied() - update) < 0.01 * torch.linalg.vector_norm(update)
+
+
+@pytest.mark.parametrize("method", ["l2p", "progprompt", "lfpt5"])
+def test_prompts_train_before_a_bf16_base_and_answer_the_same_again(tmp_path: Path, method: str) -> None:
+    short = ["--set", "method.length=8", *(["--set", "method.draws=1"] if method == "lfpt5" else [])]
+    made = json.loads(cl_runner(tmp_path, "train", "--order", "order1", "--method", method, *SMALL, *short, "--json"))
+    for stage in ("2", "4"):
+        found = json.loads(cl_runner(tmp_path, "eval", made["run"], "--stage", stage, "--json"))
+        assert found["scores"] == found["committed"]
+        assert not any(found["differing_rows"].values())

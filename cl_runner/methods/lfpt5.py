@@ -81,12 +81,13 @@ class Frame:
 class LFPT5(Prompting):
     """For tasks with a set of labels, whose rows are label and text.
 
-    Published for few-shot tasks: 16 or so rows, hundreds of epochs, T5 adapted to language modelling, a special token
-    a task. Here a task brings thousands of rows, so one pass over them writes as many; what asks for an example is
-    the task's own prompt without a text, and no token is added to the vocabulary. The prompt stands before the input
-    (the official one behind). Each loss is the mean over its tokens of the stage's rows, in expectation, and the KL a
-    mean over the label tokens of the step (officially a sum). Half of the official pseudo samples are for validation,
-    of which there is none here. Published with Adafactor, for which AdamW stands here, and weight decay 1e-5.
+    Published for few-shot tasks on a T5 adapted to language modelling, with a special token that asks for an example.
+    Here a task brings thousands of rows, each of which is also to be written, so that an epoch has twice as many; what
+    asks for an example is the task's own prompt without a text, and no token is added to the vocabulary. The prompt
+    stands before the input (the official one behind). Each loss is the mean over its tokens of the stage's rows, in
+    expectation, and the KL a mean over the label tokens of the step (officially a sum). The official code writes as
+    many examples again for validation, of which there is none here. Published with Adafactor, for which AdamW stands
+    here, and weight decay 1e-5.
     """
 
     class Config(Section):
