@@ -184,6 +184,8 @@ class RunDir:
             draft.mkdir(parents=True)
             write(draft)
             files = sorted(file for file in draft.rglob("*") if file.is_file())
+            for file in files:
+                file.chmod(0o666 & ~_umask())  # safetensors lets nobody but the owner read what it writes
             write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
             for path in [*draft.rglob("*"), draft]:
                 sync(path)

@@ -64,6 +64,19 @@ def test_commit_is_all_or_nothing(run: RunDir) -> None:
     assert hashes["adapter/weights"] == "50e721e49c013f00c62cf59f2163542a9d8df02464efeb615d31051b0fddc326"
 
 
+def test_what_is_committed_is_read_by_whom_the_umask_lets(run: RunDir) -> None:
+    def closed(folder: Path) -> None:
+        fill(folder)
+        (folder / "adapter" / "weights").chmod(0o600)  # as safetensors leaves a file
+
+    before = os.umask(0o027)
+    try:
+        stage = run.commit(0, "a", closed)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in stage.rglob("*") if file.is_file()} == {"0o640"}
+
+
 def test_commit_replaces_what_was_never_whole_and_nothing_else(run: RunDir) -> None:
     half = run.stage_dir(0, "a")
     half.mkdir()
