@@ -22,11 +22,11 @@ METHODS = {
     "gem": "cl_runner.methods.gem",
     "ogd": "cl_runner.methods.ogd",
     "migu": "cl_runner.methods.migu",
-    "olora": "cl_runner.methods.olora",
-    "nlora": "cl_runner.methods.nlora",
     "l2p": "cl_runner.methods.l2p",
     "progprompt": "cl_runner.methods.progprompt",
     "lfpt5": "cl_runner.methods.lfpt5",
+    "olora": "cl_runner.methods.olora",
+    "nlora": "cl_runner.methods.nlora",
 }
 
 

@@ -101,6 +101,28 @@ def chosen(model: Any, kind: Kind, keys: Tensor, example: Example, top: int) -> 
     return order, torch.stack([1 - cosines[i] for i in order]).sum()
 
 
+def _l2p_gradient(room: Room, config: RunConfig, index: int, kind: Kind) -> None:
+    """The loss and both gradients of one batch, and that labels have no say in the choice."""
+    method: Any = room.method
+    stage, own = StageRun(room, config, index), opposed(index)
+    batch = stage.make_batch(own.examples, own.tasks, [0.5] * len(own.examples))
+    prompts = collate_prompts(own.examples, room.base.layout)
+    torch.testing.assert_close(method.condition(stage, prompts, None)["prefix"], batch.condition["prefix"])
+    parameters = room.adapters.parameters()
+    ours = method.loss(stage, batch)
+    naive = torch.zeros(())
+    for example in own.examples:
+        order, distance = chosen(tiny_model(kind), kind, parameters["keys"], example, 3)
+        prefix = torch.cat([parameters["pool"][i] for i in order])
+        loss = row_loss(tiny_model(kind), kind, prefix, example)
+        naive = naive + 0.5 * (loss + 0.7 * distance * len(example.target))
+    torch.testing.assert_close(ours, naive, rtol=1e-5, atol=0)
+    for name in ("pool", "keys"):
+        found, wanted = (torch.autograd.grad(one, parameters[name], retain_graph=True)[0] for one in (ours, naive))
+        assert off(found, wanted) < 1e-4
+    stage.close()
+
+
 def _l2p(place: Place, kind: Kind) -> None:
     room, config = opened(place, "l2p", kind=kind)
     model = tiny_model(kind)
@@ -110,6 +132,7 @@ def _l2p(place: Place, kind: Kind) -> None:
         start = begun(room, config, index)
         if index:
             assert torch.equal(vector(start), vector(end))
+        _l2p_gradient(room, config, index, kind)
         picks = set()
 
         def whole(parameters: dict[str, Tensor], own: Source = own, picks: set[Any] = picks) -> Tensor:
