@@ -29,7 +29,7 @@ MOST = 1000  # examples to draw of a task, however many labels it has
 class Frame:
     """What all inputs of a task share, as token ids: before the text, behind it; and the task's labels.
 
-    The frame around no text is what asks for an example; the example is then the text, ``between`` and a label.
+    The frame's beginning asks for an example; the example is then the text, ``between`` and a label.
     """
 
     before: list[int]
@@ -63,8 +63,8 @@ class Frame:
         return example._replace(source=self.asking(), target=[*text, *rest])
 
     def asking(self) -> list[int]:
-        """The input that asks for an example."""
-        return [*self.before, *self.after] or [self.end]
+        """The input that asks for an example: the beginning, for a language model to go on from."""
+        return [*self.before, *self.after[len(self.between) :]] or [self.end]
 
     def parsed(self, ids: Sequence[int]) -> tuple[list[int], list[int]] | None:
         """Text and label of what was written, if it is a text, ``between`` once, and one of the labels."""
@@ -83,7 +83,7 @@ class LFPT5(Prompting):
 
     Published for few-shot tasks on a T5 adapted to language modelling, with a special token that asks for an example.
     Here a task brings thousands of rows, each of which is also to be written, so that an epoch has twice as many; what
-    asks for an example is the task's own prompt without a text, and no token is added to the vocabulary. The prompt
+    asks for an example is what all inputs of the task begin with, and no token is added to the vocabulary. The prompt
     stands before the input (the official one behind). Each loss is the mean over its tokens of the stage's rows, in
     expectation, and the KL a mean over the label tokens of the step (officially a sum). The official code writes as
     many examples again for validation, of which there is none here. Published with Adafactor, for which AdamW stands

@@ -247,8 +247,9 @@ import sys
 from cl_runner.methods import METHODS, method_class, make_method
 from cl_runner.config import RunConfig
 for name in METHODS:
-    made = make_method(RunConfig.model_validate({"method": {"name": name}}))
-    made.plan(["a", "b"]), made.form, made.check(made.config), made.state(), made.answering("a")
+    config = RunConfig.model_validate({"method": {"name": name}})
+    made = make_method(config)
+    made.plan(["a", "b"]), made.form, made.check(config), made.state(), made.answering("a")
 import cl_runner.cli
 heavy = {"torch", "transformers", "peft", "deepspeed", "safetensors", "numpy"} & set(sys.modules)
 print(sorted(heavy))
