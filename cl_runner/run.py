@@ -186,11 +186,13 @@ class Run:
 
     def _adapter_bytes(self, adapters: Adapters, index: int) -> int:
         """Each adapter holds all pairs before it."""
-        config = self.plan.config
+        rank, total = self.plan.config.adapter.r, 0
         pairs = 1 if self.plan.stages[index].start == "base" else index + 1
-        one = [config.adapter.r * (m + n) for m, n in adapters.shapes()]
-        dense = [n * (m + n) for m, n in adapters.shapes()]  # an identity and the sum, with its own pair beside it
-        return 4 * sum(min(pairs * o, d + o) for o, d in zip(one, dense, strict=True))
+        for target, past in adapters.past.items():
+            m, n = past.base.shape
+            whole = adapters.stored_whole(target, pairs * rank, pairs)
+            total += (n + rank if whole else pairs * rank) * (m + n)  # an identity and the sum, its own pair beside it
+        return 4 * total
 
     def _model_bytes(self, weights: FullWeights, done: int) -> int:
         """Each stage has a model, of which ``output.keep_stages`` and the one being written are there at a time."""
