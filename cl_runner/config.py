@@ -6,9 +6,9 @@ This file says what there is; ``settings.py`` says where a value comes from (pre
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -137,10 +137,17 @@ class OutputConfig(Section):
     dir: str = Field(default="runs", description="Folder of the run folders.")
     name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
-    keep_stages: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+    keep_stages: int | Literal["all"] = Field(
         default="all",
-        description="Full fine-tuning: only the last so many stages keep their model (and those that it needs).",
+        description="Full fine-tuning: how many of the last stages keep their model (those that still answer always do).",
     )
+
+    @field_validator("keep_stages", mode="before")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if value != "all" and (type(value) is not int or value < 1):
+            raise ValueError("must be a whole number, 1 or more, or all")
+        return value
 
 
 class RunConfig(Section):
