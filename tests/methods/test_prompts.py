@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cl_runner.checkpoint import restore_stage, save_stage
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
-from cl_runner.evaluate import evaluate
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Source
 from cl_runner.methods.lfpt5 import Frame
@@ -329,7 +328,7 @@ def test_what_is_drawn_is_the_same_again_and_on_two_ranks() -> None:
 # All of them.
 
 
-def answered(room: Room, config: RunConfig, stage: StageRun) -> list[list[str]]:
+def answered(room: Room, stage: StageRun) -> list[list[str]]:
     method: Any = room.method
     with torch.no_grad():
         return [stage.generate(opposed(0).examples, task if type(method).task_id else None) for task in "abc"]
@@ -349,16 +348,20 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         stage = learn(room, config, index, opposed(index)).stage
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
-        said.append(answered(room, config, stage))
+        said.append(answered(room, stage))
         rundir.commit(index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
     assert len({str(one) for one in said}) > 1
+    plain, _ = order_room(place, "seqlora", **THREE)
+    bare = StageRun(plain, config, 0)
+    untouched = [bare.generate(opposed(0).examples)] * 3
+    bare.close()
     for index in range(3):  # as eval does
         room, _ = opened(place, name)
         stage = StageRun(room, config, index, evaluating=True)
-        assert evaluate(stage, {}) == []
+        assert answered(room, stage) == untouched  # what a0 is scored with
         restore_stage(rundir, stage, index)
         room.method.build(stage)
-        assert answered(room, config, stage) == said[index]
+        assert answered(room, stage) == said[index]
         stage.close()
 
 
