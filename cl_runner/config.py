@@ -139,7 +139,7 @@ class OutputConfig(Section):
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
     keep_stages: int | Literal["all"] = Field(
         default="all",
-        description="Full fine-tuning: how many of the last stages keep their model (those that still answer always do).",
+        description="Full fine-tuning: how many of the last stages keep their model (those that answer always do).",
     )
 
     @field_validator("keep_stages", mode="before")

@@ -201,9 +201,7 @@ REFUSED = {
     ("--method", "seqft", "--set=model.dtype=bf16"): ("model.dtype bf16", "fp32"),
     ("--method", "mtl", "--set=method.train=full", "--set=model.dtype=bf16"): ("model.dtype bf16",),
     ("--method", "replay", "--set=stages.2.method.train=full"): ("method.train", "stage 2 (amazon)"),
-    ("--method", "seqft", "--set=output.keep_stages=0"): (
-        "output.keep_stages must be a whole number, 1 or more",
-    ),
+    ("--method", "seqft", "--set=output.keep_stages=0"): ("output.keep_stages must be a whole number, 1 or more",),
     ("--method", "seqft", "--set=output.keep_stages=few"): ("output.keep_stages must be a whole number",),
     ("--method", "seqft", "--set=training.optimizer=adam"): ("training.optimizer", "adamw", "muon"),
 }
