@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.common import median, parser, publish, resident_mb, run_process
 from cl_runner.checkpoint import save_stage
 from cl_runner.evaluate import TestSet, evaluate
 from cl_runner.methods.base import StagePlan, commit_update
+from cl_runner.rundir import RunDir
 from cl_runner.stage import StageRun
 from cl_runner.tasks import catalog
 from cl_runner.tasks.synthetic import sample
@@ -78,6 +80,7 @@ def curve(method: str, stages: int, steps: int, out: Path) -> None:
     config = first.config
     first.close()
     with out.open("w", newline="") as file, tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
+        run = RunDir(Path(scratch, "run"))
         writer = csv.writer(file)
         writer.writerow(["stage", "step_ms", "resident_mb"])
         for index in range(stages):
@@ -87,10 +90,9 @@ def curve(method: str, stages: int, steps: int, out: Path) -> None:
             made.room.adapters.train(False)
             commit_update(made.room.method, stage)
             evaluate(stage, {"agnews": test})
-            folder = Path(scratch, "stage")
-            folder.mkdir()
-            save_stage(folder, stage)
-            shutil.rmtree(folder)
+            committed = run.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+            made.room.adapters.let_go(made.room.method.reads_past())
+            shutil.rmtree(committed / "adapter")  # nobody will read it: room on the disk
             gc.collect()
             writer.writerow([index + 1, f"{1e3 * median(seconds):.3f}", f"{resident_mb():.1f}"])
             file.flush()
