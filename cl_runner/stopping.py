@@ -26,7 +26,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """Inside, each of the three signals raises ``Stopped``; one that was ignored (nohup, a script's &) stays so."""
+    """Inside, each of the three signals raises ``Stopped``; one that was ignored (nohup, a script's &) stays so.
+
+    After one has come they are ignored for good: the process is about to end, with its own exit code.
+    """
     global _asked
     _asked = None
     before = {}
@@ -40,7 +43,7 @@ def signals_stop() -> Iterator[None]:
     finally:
         sys.unraisablehook = unraisable
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if _asked is None else signal.SIG_IGN)
 
 
 def _stop(number: int, frame: object) -> None:

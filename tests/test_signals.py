@@ -170,7 +170,7 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_stops_and_is_remembered(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(number)
+    before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
     with signals_stop():
         assert stopping.asked() is None
         with pytest.raises(Stopped, match=number.name):
@@ -184,7 +184,10 @@ def test_a_signal_stops_and_is_remembered(number: signal.Signals, monkeypatch: p
             os.kill(os.getpid(), number)
         stopping.last_words()
         os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
+    os.kill(os.getpid(), number)  # one more, while the process ends
+    assert signal.getsignal(number) == signal.SIG_IGN
+    for each in stopping.SIGNALS:
+        signal.signal(each, before[each])
 
 
 def test_a_signal_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
@@ -193,10 +196,13 @@ def test_a_signal_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[s
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0)
 
+    before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
     with signals_stop():
         Dies()
         with pytest.raises(Stopped, match="SIGTERM"):
             stopping.check()
+    for each, handler in before.items():
+        signal.signal(each, handler)
     assert capfd.readouterr().err == ""
 
 
