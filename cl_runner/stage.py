@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl_runner.adapters import Adapters, FactorGroup
 from cl_runner.config import RunConfig
 from cl_runner.engine import Autocast, Engine
+from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.base import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
 from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
@@ -25,6 +26,8 @@ from cl_runner.models.tokens import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.place import Place
 from cl_runner.plan import derived_seed
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -187,11 +190,9 @@ class StageRun:
         like = {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.parameters().items()}
         for owner in range(self.ranks):
             for number in range(counts[owner]):
-                parts = mine[number] if owner == self.rank else like
-                flat = torch.cat([part.flatten() for part in parts.values()])
-                torch.distributed.broadcast(flat, src=owner)
-                split = torch.split(flat, [part.numel() for part in like.values()])
-                yield {name: part.view_as(like[name]) for name, part in zip(like, split, strict=True)}
+                vector = flat(mine[number] if owner == self.rank else like, like)
+                torch.distributed.broadcast(vector, src=owner)
+                yield unflat(vector, like)
 
     # Observation.
 
@@ -278,47 +279,57 @@ class StageRun:
         return self._answers(examples, task, tick) if verify else self.generate(examples, task, tick)
 
     def _answers(self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None]) -> list[str]:
-        answers: dict[int, str] = {}
-        done = 0
-        sources, _ = lengths(examples)
-        # By number, so that the ranks' count changes no batch.
-        for number, rows in enumerate(token_batches(sources.tolist(), self._batch_tokens())):
-            done += len(rows)
-            if number % self.ranks == self.rank:
-                answers.update(zip(rows, self._batch_answers([examples[i] for i in rows], task), strict=True))
-                tick(done)
-        return [answer for _, answer in sorted(self.gather(answers).items())]
-
-    def _batch_tokens(self) -> int:
-        gpu = 65536 if self.room.base.encoder_decoder else 16384
-        return self.config.eval.batch_tokens or (gpu if self.device.type == "cuda" else 4096)
-
-    def _batch_answers(self, examples: Sequence[Example], task: str | None) -> list[str]:
         layout, most = self.room.base.layout, self.config.eval.max_new_tokens
-        # A method's condition never sees the labels: here as in use, there are none.
-        prompts = self._conditioned(collate_prompts(examples, layout, self.device), task)
-        self._show(prompts)
-        targets = [[] if example.target_cut else example.target for example in examples]
-        with torch.no_grad(), self.room.root.context():
-            ids, _ = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show)
-        return [self.room.encoder.decode(row) for row in ids]
+
+        def answered(_: int, rows: Sequence[Example]) -> list[str]:
+            prompts = self._prompts(rows, task)
+            targets = [[] if example.target_cut else example.target for example in rows]
+            with torch.no_grad(), self.room.root.context():
+                ids, _verified = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show)
+            return [self.room.encoder.decode(row) for row in ids]
+
+        return self._by_batch(examples, answered, tick)
 
     def sample(
         self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
     ) -> list[list[int]]:
-        answers: dict[int, list[int]] = {}
         layout = self.room.base.layout
-        for number, rows in enumerate(token_batches([len(e.source) for e in examples], self._batch_tokens())):
-            if number % self.ranks != self.rank:
-                continue
-            prompts = self._conditioned(collate_prompts([examples[i] for i in rows], layout, self.device), None)
-            self._show(prompts)
+
+        def drawn(number: int, rows: Sequence[Example]) -> list[list[int]]:
+            prompts = self._prompts(rows, None)
             with torch.random.fork_rng(self._gpus()), torch.no_grad(), self.room.root.context():
-                # By number, as batches are formed: the ranks' count changes no draw.
                 torch.manual_seed(derived_seed(self.config.seed, self.index, "sample", number))
-                drawn = sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
-            answers.update(zip(rows, drawn, strict=True))
-        return [ids for _, ids in sorted(self.gather(answers).items())]
+                return sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
+
+        return self._by_batch(examples, drawn)
+
+    def _by_batch(
+        self,
+        examples: Sequence[Example],
+        work: Callable[[int, Sequence[Example]], Sequence[Result]],
+        tick: Callable[[int], None] = lambda _: None,
+    ) -> list[Result]:
+        """What ``work`` makes of each example, in their order, in batches dealt to the ranks. *Collective*.
+
+        Batches are formed over all examples, and ``work`` is told their number: the ranks' count changes no answer.
+        """
+        gpu = 65536 if self.room.base.encoder_decoder else 16384
+        most = self.config.eval.batch_tokens or (gpu if self.device.type == "cuda" else 4096)
+        sources, _ = lengths(examples)
+        found: dict[int, Result] = {}
+        done = 0
+        for number, rows in enumerate(token_batches(sources.tolist(), most)):
+            done += len(rows)
+            if number % self.ranks == self.rank:
+                found.update(zip(rows, work(number, [examples[i] for i in rows]), strict=True))
+                tick(done)
+        return [result for _, result in sorted(self.gather(found).items())]
+
+    def _prompts(self, examples: Sequence[Example], task: str | None) -> Batch:
+        """Inputs alone on the device: a method's condition never sees the labels, as there are none in use."""
+        prompts = self._conditioned(collate_prompts(examples, self.room.base.layout, self.device), task)
+        self._show(prompts)
+        return prompts
 
     def _gpus(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.adapters.lora import Adapters
+from cl_runner.adapters.saved import WEIGHTS
 from cl_runner.errors import UserError
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Prompted(nn.Module):

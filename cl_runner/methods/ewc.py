@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.config import Section
+from cl_runner.maths.vectors import flat
 from cl_runner.methods.base import LoraOrFull, Source, State
 from cl_runner.methods.seqlora import SeqLoRA
-from cl_runner.methods.vectors import flat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.agem import drawn
 from cl_runner.methods.memory import Remembering, memory_gradient
-from cl_runner.methods.vectors import flat, unflat
 
 if TYPE_CHECKING:
     from torch import Tensor

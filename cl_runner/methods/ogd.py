@@ -10,9 +10,9 @@ from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
+from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.base import Source, StagePlan, State
 from cl_runner.methods.seqlora import SeqLoRA
-from cl_runner.methods.vectors import flat, unflat
 
 if TYPE_CHECKING:
     from torch import Tensor

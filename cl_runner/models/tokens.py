@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import uuid
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,7 +38,23 @@ _SCHEMA = pa.schema([("source", _IDS), ("target", _IDS), ("truncated", pa.bool_(
 _CHECKSUM = b"checksum"
 
 
-class Encoded(Sequence[Example]):
+class Examples(Sequence[Example]):
+    """A sequence of examples that are made when asked for; ``example(row)`` makes one, row from 0."""
+
+    @abstractmethod
+    def example(self, row: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.example(row) for row in range(len(self))[index]]
+        return self.example(range(len(self))[index])
+
+
+class Encoded(Examples):
     """Examples in Arrow columns, in memory or in a mapped file."""
 
     def __init__(self, columns: pa.RecordBatch) -> None:
@@ -59,14 +76,7 @@ class Encoded(Sequence[Example]):
     def __len__(self) -> int:
         return int(self.columns.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(len(self))[index]]
-        row = range(len(self))[index]
+    def example(self, row: int) -> Example:
         source = self._sources[self._source_starts[row] : self._source_starts[row + 1]]
         target = self._targets[self._target_starts[row] : self._target_starts[row + 1]]
         return Example(source.tolist(), target.tolist(), bool(self._truncated[row]), bool(self._target_cut[row]))
@@ -90,7 +100,7 @@ def _lists(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     return column.values.to_numpy(), column.offsets.to_numpy()
 
 
-class Joined(Sequence[Example]):
+class Joined(Examples):
     """Several sequences of examples as one; nothing is copied."""
 
     def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
@@ -100,14 +110,7 @@ class Joined(Sequence[Example]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(len(self))[index]]
-        row = range(len(self))[index]
+    def example(self, row: int) -> Example:
         part = bisect_right(self._starts, row) - 1
         return self.parts[part][row - self._starts[part]]
 

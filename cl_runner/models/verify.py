@@ -67,8 +67,8 @@ def answers(
 
 def _can_be_said(target: Sequence[int], layout: Layout, max_new_tokens: int) -> bool:
     """Whether greedy decoding could emit these ids: they end once, at their end, and within the limit."""
-    ends = [token in layout.end_ids for token in target]
-    return 0 < len(target) <= max_new_tokens and ends.index(True) == len(target) - 1 if any(ends) else False
+    ends = [at for at, token in enumerate(target) if token in layout.end_ids]
+    return len(target) <= max_new_tokens and ends == [len(target) - 1]
 
 
 def _says_gold(scores: Tensor, targets: Sequence[Sequence[int]], layout: Layout) -> list[bool]:
