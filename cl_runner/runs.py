@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -258,11 +259,33 @@ def _summary(run: RunDir) -> RunSummary:
         stages_total=len(names),
         matrix=matrix,
         seconds=spent or None,
+        megabytes=_megabytes(run, names[: len(matrix.stages)]),
         named_task=about["named_task"],
         notes=list(about["notes"]),
         form=about["form"],
         variant=about["variant"],
     )
+
+
+def _megabytes(run: RunDir, names: Sequence[str]) -> float | None:
+    """What the last stage leaves to the next: its adapter or model, and the method's state.
+
+    Other stages' adapters or models count where tasks are answered by them (``answers.json``).
+    """
+    if not names:
+        return None
+    last = run.stage_dir(len(names) - 1, names[-1])
+    sizes = read_json(last / "metrics.json").get("megabytes")
+    if sizes is None:
+        return None  # made before sizes were written down
+    answers = last / "answers.json"
+    folders = {Path(folder).parts for folder in read_json(answers).values()} if answers.is_file() else set()
+    others = [
+        read_json(last.parent / parts[1] / "metrics.json")["megabytes"][parts[2]]
+        for parts in folders
+        if parts[0] == ".."
+    ]
+    return round(math.fsum([*sizes.values(), *others]), 3)
 
 
 def refuse_other_settings(run: RunDir, config: RunConfig, identity: Mapping[str, Any]) -> None:

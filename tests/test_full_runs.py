@@ -90,6 +90,14 @@ def test_a_report_names_what_was_trained_in_full(pertask: Path) -> None:
     assert "two · pertask-full · tiny-t5" in shown
 
 
+def test_the_state_of_a_run_is_what_answers_with_it(seqft: Path, pertask: Path) -> None:
+    """All tasks' models where each is answered by its own, else the last one."""
+    for run, stages in ((seqft, ["03-agnews"]), (pertask, ["01-dbpedia", "02-amazon"])):
+        sizes = [(run / "stages" / stage / "model" / "model.safetensors").stat().st_size for stage in stages]
+        found = call("report", run.name, "--json", cwd=run.parent.parent).json
+        assert found["megabytes"] == pytest.approx(sum(sizes) / 2**20, abs=0.002)
+
+
 def test_what_a_stage_of_seqft_leaves(seqft: Path) -> None:
     stage = seqft / "stages" / "03-agnews"
     assert sorted(file.name for file in stage.iterdir()) == [

@@ -15,7 +15,14 @@ from rich.text import Text
 from cl_runner.metrics import accuracy
 from cl_runner.report.tables import RunSummary, markdown_table, named, number
 
-MEASURES = {"average_accuracy": "AA", "forgetting": "forgetting", "backward_transfer": "BWT"}
+# Key → its column, and digits behind the point.
+MEASURES = {
+    "average_accuracy": ("AA", 1),
+    "forgetting": ("forgetting", 1),
+    "backward_transfer": ("BWT", 1),
+    "train_seconds": ("train s", 0),
+    "state_megabytes": ("state MB", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,10 @@ class Spread:
     std: float | None
     n: int
 
-    def text(self, plus_minus: str = "±") -> str:
+    def text(self, digits: int = 1) -> str:
         """``"78.4 ± 0.6"``, or the mean alone for one value."""
-        return number(self.mean, 1) if self.std is None else f"{number(self.mean, 1)} {plus_minus} {self.std:.1f}"
+        mean = number(self.mean, digits)
+        return mean if self.std is None else f"{mean} ± {self.std:.{digits}f}"
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -41,7 +49,10 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Finished runs that differ in nothing but the seed; measures in percent (points), by the keys of ``MEASURES``."""
+    """Finished runs that differ in nothing but the seed; ``measures`` by the keys of ``MEASURES``.
+
+    Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries.
+    """
 
     method: str
     form: str
@@ -61,7 +72,7 @@ class Comparison:
         self.left_out = left_out
 
     def _head(self) -> list[str]:
-        return ["method", *self._differing(), *MEASURES.values(), "seeds"]
+        return ["method", *self._differing(), *(column for column, _ in MEASURES.values()), "seeds"]
 
     def _differing(self) -> list[str]:
         """The columns that are needed to tell the rows apart."""
@@ -78,7 +89,7 @@ class Comparison:
         for group in self.groups:
             name = named(group.method, group.form)
             name += " (synthetic)" if group.synthetic else ""
-            cells = ["-" if (s := group.measures[key]) is None else s.text() for key in MEASURES]
+            cells = ["-" if (s := group.measures[key]) is None else s.text(d) for key, (_, d) in MEASURES.items()]
             rows.append([name, *(str(getattr(group, key)) for key in self._differing()), *cells, str(len(group.seeds))])
         return rows
 
@@ -137,7 +148,12 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
         seeds[run.seed] = run
     found = []
     for key, seeds in groups.items():
-        summaries = [accuracy.summary(run.matrix) for run in seeds.values()]
+        summaries = [{**accuracy.summary(run.matrix), **cost(run)} for run in seeds.values()]
         measures = {name: spread([summary[name] for summary in summaries]) for name in MEASURES}
         found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures))
     return Comparison(found, left_out)
+
+
+def cost(run: RunSummary) -> dict[str, float | None]:
+    """Seconds of training, and MB that the last stage carries; None where a run does not say."""
+    return {"train_seconds": (run.seconds or {}).get("train"), "state_megabytes": run.megabytes}

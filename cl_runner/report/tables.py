@@ -26,7 +26,8 @@ class RunSummary:
     stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
     named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all
     weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
-    folder's name; without the seed), empty for presets. seconds: timings by part. notes: lines to print below.
+    folder's name; without the seed), empty for presets. seconds: timings by part. megabytes (2²⁰ bytes):
+    what the last stage leaves. notes: lines to print below.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RunSummary:
     stages_total: int
     matrix: Matrix
     seconds: dict[str, float] | None = None
+    megabytes: float | None = None
     named_task: bool = True
     notes: list[str] = field(default_factory=list)
     form: str = ""
@@ -351,4 +353,5 @@ def report_json(run: RunSummary) -> dict[str, Any]:
         "published": None if beside is None else beside.to_dict(),
         "notes": list(run.notes),
         "seconds": None if run.seconds is None else dict(run.seconds),
+        "megabytes": run.megabytes,
     }
