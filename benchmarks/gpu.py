@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import flops, shapes, world
 from benchmarks.common import median, parser, publish, spread, take_turns
+from benchmarks.compiled import compare
 from benchmarks.penalty import shares
 from benchmarks.world import World, synchronise
 from cl_runner.evaluate import TestSet, evaluate
@@ -343,6 +344,7 @@ def of_t5(session: Session) -> None:
         share = 0.002 if small else 1.0
         need = 1.3 * share * sum(extrapolated(session).values()) + 10 + LLAMA_SECONDS
         session.section("order 1 at its published size", need, lambda: {name: whole_order(session, t5, share)})
+    session.section("compile", 150 + LLAMA_SECONDS, lambda: {name: compare(t5, agnews, 2, 1 if small else 2)})
     t5.close()
 
 

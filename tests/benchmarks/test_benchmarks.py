@@ -115,7 +115,7 @@ def test_lengths_come_from_the_folder_where_there_is_one(tmp_path: Path) -> None
 
 
 def test_every_script_is_known() -> None:
-    assert {"order", "evaluation", "stages", "penalty", "startup", "gpu"} <= set(SCRIPTS)
+    assert {"order", "evaluation", "stages", "penalty", "startup", "compiled", "gpu"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
