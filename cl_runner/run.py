@@ -23,6 +23,7 @@ from cl_runner.checkpoint import committed, remove_models, restore_stage, save_s
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
+from cl_runner.health import Health
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Source, StagePlan, commit_update
 from cl_runner.metrics.accuracy import Matrix
@@ -33,7 +34,7 @@ from cl_runner.place import Place
 from cl_runner.plan import BatchPlan, Data, Plan, check_method, stage_config
 from cl_runner.progress import Screen
 from cl_runner.progress import StagePlan as ShownStage
-from cl_runner.rundir import RunDir, append_jsonl, write_json
+from cl_runner.rundir import RunDir, append_jsonl, read_json, write_json
 from cl_runner.runs import read_matrix, write_results
 from cl_runner.stage import Room, StageRun
 from cl_runner.tasks.rows import Rows
@@ -254,6 +255,7 @@ class Run:
             own = tokens.source(stage.plan)
             trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
             room.adapters.train(False)
+            health = self._health(room, stage, trained)
             commit_update(room.method, stage)
             before = time.perf_counter()
             tests = {task: tokens.test[task] for task in self._tested(index)}
@@ -265,7 +267,9 @@ class Run:
                 "stage": round(time.perf_counter() - started, 3),
             }
             if self.place.rank == 0:
-                write = partial(self._write_stage, stage=stage, scored=scored, trained=trained, seconds=seconds)
+                write = partial(
+                    self._write_stage, stage=stage, scored=scored, trained=trained, health=health, seconds=seconds
+                )
                 self.rundir.commit(index, name, write)
                 write_results(self.rundir)
             self._wait()
@@ -287,8 +291,33 @@ class Run:
                 reads[factor] = how if reads.get(factor) != "rows" else "rows"
         room.adapters.let_go(reads)
 
+    def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
+        """How the stage's penalty did; said on the screen where there was one."""
+        stages = enumerate(self.names[: stage.index])
+        files = [self.rundir.stage_dir(index, name) / "metrics.json" for index, name in stages]
+        norms = [read_json(file)["training"].get("update_norm") for file in files]
+        health = Health(
+            loss=trained.loss,
+            penalty=trained.penalty,
+            ratio=trained.watch.ratio,
+            idle=trained.watch.idle,
+            update=room.adapters.update_norm(),
+            earlier=max((norm for norm in norms if norm), default=None),
+            first=stage.index == 0,
+        )
+        for text in (health.line(), health.warning()):
+            if text:
+                self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
+        return health
+
     def _write_stage(
-        self, folder: Path, stage: StageRun, scored: Sequence[Scored], trained: Trained, seconds: Mapping[str, float]
+        self,
+        folder: Path,
+        stage: StageRun,
+        scored: Sequence[Scored],
+        trained: Trained,
+        health: Health,
+        seconds: Mapping[str, float],
     ) -> None:
         sizes = save_stage(folder, stage)
         about = {
@@ -298,6 +327,8 @@ class Run:
                 "examples": trained.examples,
                 "loss": trained.loss,
                 "penalty": trained.penalty,
+                "penalty_gradient_ratio": health.ratio,
+                "update_norm": health.update,
                 "skipped_steps": trained.skipped,
                 "global_batch": trained.plan.global_batch,
                 "micro_batch": trained.plan.micro_batch,

@@ -20,6 +20,7 @@ from torch import Tensor
 from cl_runner.config import TrainingConfig
 from cl_runner.engine import Engine
 from cl_runner.errors import TrainingError
+from cl_runner.health import PenaltyWatch
 from cl_runner.methods.base import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
@@ -78,6 +79,7 @@ class Trained:
     skipped: int
     plan: BatchPlan
     hook_seconds: float  # of the method's own hooks, those before and after the steps too
+    watch: PenaltyWatch
 
 
 LogRow = dict[str, Any]
@@ -128,6 +130,7 @@ def train_stage(
     )
     stage.engine = engine
     meter = Meter(stage, log, tick)
+    watch = meter.watch
     try:
         checkpoint_activations(stage.adapters.model, training.activation_checkpointing)
         stage.adapters.model.train()
@@ -135,7 +138,9 @@ def train_stage(
             for rows in steps:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
-                loss, penalty = _micro_batches(stage, plan, rows, batches, hooks)
+                loss, penalty = _micro_batches(stage, plan, rows, batches, hooks, watch if meter.due() else None)
+                if watch.waits:
+                    watch.compare(engine.whole_gradients())
                 norm = engine.clip()
                 if not math.isfinite(norm):
                     raise TrainingError(
@@ -181,7 +186,12 @@ def _padded(
 
 
 def _micro_batches(
-    stage: StageRun, plan: BatchPlan, rows: Sequence[int], batches: Iterator[Padded], hooks: HookTime
+    stage: StageRun,
+    plan: BatchPlan,
+    rows: Sequence[int],
+    batches: Iterator[Padded],
+    hooks: HookTime,
+    watch: PenaltyWatch | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of a step's micro-batches; returns this rank's task loss, and the penalty."""
     method, engine = stage.room.method, stage.engine
@@ -198,6 +208,8 @@ def _micro_batches(
         if last:
             with hooks:
                 penalty = method.penalty(stage)
+            if watch is not None:
+                watch.see(penalty, engine.parameters)
         engine.backward(loss if penalty is None else loss + penalty)
         if not last:
             engine.next_micro_batch()
@@ -261,6 +273,12 @@ class Meter:
         self.examples = self.since = 0
         self.loss: float | None = None
         self.penalty: float | None = None
+        self.watch = PenaltyWatch()
+
+    def due(self) -> bool:
+        """Whether the coming step will be logged."""
+        coming, stage = self.stage.step + 1, self.stage
+        return coming % stage.config.output.log_every == 0 or coming == stage.steps
 
     def step(self, examples: int, loss: Tensor, penalty: Tensor | None, lr: float, norm: float) -> None:
         """Count one optimizer step, and log it if it is due."""
@@ -281,6 +299,7 @@ class Meter:
             "steps": stage.steps,
             "loss": self.loss,
             "penalty": self.penalty,
+            "penalty_gradient_ratio": self.watch.ratio,
             "lr": lr,
             "gradient_norm": norm,
             "examples_per_second": round(pace, 2),
@@ -292,7 +311,9 @@ class Meter:
     def trained(self, plan: BatchPlan, skipped: int, hook_seconds: float) -> Trained:
         """The stage's summary."""
         seconds = time.perf_counter() - self.started
-        return Trained(self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan, hook_seconds)
+        return Trained(
+            self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan, hook_seconds, self.watch
+        )
 
 
 def memory_mb(device: torch.device) -> float:

@@ -79,6 +79,10 @@ class FullWeights(Adapters):
         assert self._own is not None, "no stage has begun"
         self.kept[self._own.stage] = self._own
 
+    def update_norm(self) -> float | None:
+        """There is no pair."""
+        return None
+
     def fold_live(self) -> None:
         """What was learned is in the weights already."""
         self.keep_live()

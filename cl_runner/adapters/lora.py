@@ -5,6 +5,7 @@ Arithmetic that has to be the same to the bit wherever it happens stands here on
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -270,6 +271,17 @@ class Adapters:
         """ΔW of the live pair for every target, (m, n) fp32."""
         pair = self.pair()
         return {target: pair.update(target, past.weight.device) for target, past in self.past.items()}
+
+    @torch.no_grad()
+    def update_norm(self) -> float | None:
+        """‖ΔW‖_F of the live pair over all targets, from r × r Gram matrices; None where no pair is live."""
+        if self.live is None:
+            return None
+        square = 0.0
+        for layer in self.layers.values():
+            A, B = (getattr(layer, f"lora_{factor}")[NAME].weight.double() for factor in "AB")
+            square += float(((B.mT @ B) * (A @ A.mT)).sum())
+        return self.scale * math.sqrt(max(square, 0.0))
 
     @torch.no_grad()
     def show(self, pair: Pair | None) -> None:

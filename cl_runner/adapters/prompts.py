@@ -81,6 +81,10 @@ class Prompts(Adapters):
         chosen = torch.randint(len(self.vocabulary), (count,), generator=generator)
         return self.vocabulary.detach()[chosen.to(self.vocabulary.device)].float()
 
+    def update_norm(self) -> float | None:
+        """There is no update of a weight."""
+        return None
+
     def fold_live(self) -> None:
         """What was learned stays in the parameters, which the method carries."""
 
