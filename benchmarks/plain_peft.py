@@ -95,7 +95,7 @@ def main() -> None:
     test = {task: job.examples(base, task, "test") for task in job.tasks}
     adapter = job.config.adapter
     lora = LoraConfig(
-        r=adapter.r,
+        r=adapter.largest,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=["q", "v"],

@@ -63,7 +63,7 @@ def with_loras(model: nn.Module, job: Job, saved: Path | None) -> None:
     for name, module in targets:
         parent, _, child = name.rpartition(".")
         old = (past[f"{name}.A"], past[f"{name}.B"]) if past else None
-        layer = TwoLoras(module, adapter.r, adapter.alpha / adapter.r, adapter.dropout, old)
+        layer = TwoLoras(module, adapter.largest, adapter.alpha / adapter.largest, adapter.dropout, old)
         setattr(model.get_submodule(parent), child, layer)
 
 

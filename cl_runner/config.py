@@ -37,13 +37,32 @@ class AdapterConfig(Section):
     """The parameterisation of the update."""
 
     kind: Literal["lora"] = Field(default="lora", description="Adapter kind.")
-    r: int = Field(default=8, ge=1, description="Rank of each stage's pair.")
+    r: int | Literal["auto"] = Field(
+        default=8,
+        description="Rank of each stage's pair; auto: chosen at each stage by the spectrum of its task's gradient.",
+    )
+    energy: float = Field(
+        default=0.9, gt=0, le=1, description="r auto: share of the gradient's squared norm that the rank has to hold."
+    )
+    max_r: int = Field(default=64, ge=1, description="r auto: largest rank.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: list[str] | None = Field(
         default=None,
         description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
     )
+
+    @field_validator("r", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("must be a whole number, 1 or more, or auto")
+        return value
+
+    @property
+    def largest(self) -> int:
+        """The rank, or the largest that may be chosen."""
+        return self.max_r if self.r == "auto" else self.r
 
 
 class MethodConfig(BaseModel):

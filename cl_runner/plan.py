@@ -187,6 +187,8 @@ def check_method(
         of_stage = stage_config(config, index, plan)
         method = make_method(of_stage)
         method.plan(order)
+        if of_stage.adapter.r == "auto" and not (method.any_rank or method.prompts or method.full):
+            raise UserError(f"adapter.r=auto: {method.name} needs the same rank at every stage; set a number")
         method.check(of_stage, shapes)
 
 

@@ -187,7 +187,7 @@ class Run:
 
     def _adapter_bytes(self, adapters: Adapters, index: int) -> int:
         """Each adapter holds all pairs before it."""
-        rank, total = self.plan.config.adapter.r, 0
+        rank, total = self.plan.config.adapter.largest, 0
         pairs = 1 if self.plan.stages[index].start == "base" else index + 1
         for target, past in adapters.past.items():
             m, n = past.base.shape
@@ -292,7 +292,7 @@ class Run:
         room.adapters.let_go(reads)
 
     def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
-        """How the stage's penalty did; said on the screen where there was one."""
+        """How the stage's penalty did; said on the screen where there was one, as is a rank that was chosen."""
         stages = enumerate(self.names[: stage.index])
         files = [self.rundir.stage_dir(index, name) / "metrics.json" for index, name in stages]
         norms = [read_json(file)["training"].get("update_norm") for file in files]
@@ -305,7 +305,8 @@ class Run:
             earlier=max((norm for norm in norms if norm), default=None),
             first=stage.index == 0,
         )
-        for text in (health.line(), health.warning()):
+        rank = None if trained.rank is None else f"rank {trained.rank}, by the spectrum of the gradient"
+        for text in (rank, health.line(), health.warning()):
             if text:
                 self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
         return health
@@ -329,6 +330,7 @@ class Run:
                 "penalty": trained.penalty,
                 "penalty_gradient_ratio": health.ratio,
                 "update_norm": health.update,
+                "rank": trained.rank,
                 "skipped_steps": trained.skipped,
                 "global_batch": trained.plan.global_batch,
                 "micro_batch": trained.plan.micro_batch,

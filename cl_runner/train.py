@@ -28,6 +28,7 @@ from cl_runner.models.tokens import Joined, lengths
 from cl_runner.optim import WHOLE, Muon
 from cl_runner.plan import BatchPlan, derived_seed
 from cl_runner.prefetch import prefetched
+from cl_runner.rank import choose_rank
 from cl_runner.stage import StageRun
 
 AHEAD = 2  # micro-batches that may wait, padded, for the device
@@ -80,6 +81,7 @@ class Trained:
     plan: BatchPlan
     hook_seconds: float  # of the method's own hooks, those before and after the steps too
     watch: PenaltyWatch
+    rank: int | None  # chosen for the stage's pair
 
 
 LogRow = dict[str, Any]
@@ -109,6 +111,9 @@ def train_stage(
     hooks, muon = HookTime(), Muon()
     stage.adapters.model.eval()  # fresh layers are not, restored ones neither
     _seed(stage, "begin")
+    rank = None
+    if stage.config.adapter.r == "auto" and method.any_rank and not method.full:
+        rank = choose_rank(stage, own)
     with hooks:
         method.begin_task(stage)  # before there is an engine: it may still decide what trains, and in what shape
         sources = method.training_data(stage, own)
@@ -157,7 +162,7 @@ def train_stage(
         _seed(stage, "end")
         with hooks:
             method.end_task(stage)
-        return meter.trained(plan, engine.skipped, hooks.seconds)
+        return meter.trained(plan, engine.skipped, hooks.seconds, rank)
     finally:
         stage.engine = None
         engine.destroy()
@@ -308,11 +313,19 @@ class Meter:
         self.log(row)
         self.tick(stage.step, self.loss, pace)
 
-    def trained(self, plan: BatchPlan, skipped: int, hook_seconds: float) -> Trained:
+    def trained(self, plan: BatchPlan, skipped: int, hook_seconds: float, rank: int | None) -> Trained:
         """The stage's summary."""
-        seconds = time.perf_counter() - self.started
         return Trained(
-            self.stage.step, self.examples, seconds, self.loss, self.penalty, skipped, plan, hook_seconds, self.watch
+            steps=self.stage.step,
+            examples=self.examples,
+            seconds=time.perf_counter() - self.started,
+            loss=self.loss,
+            penalty=self.penalty,
+            skipped=skipped,
+            plan=plan,
+            hook_seconds=hook_seconds,
+            watch=self.watch,
+            rank=rank,
         )
 
 

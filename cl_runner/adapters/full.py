@@ -54,7 +54,7 @@ class FullWeights(Adapters):
         """Name → every parameter of the model, fp32."""
         return dict(self._parameters)
 
-    def begin(self, stage: str, generator: torch.Generator | None = None) -> None:
+    def begin(self, stage: str, generator: torch.Generator | None = None, rank: int | None = None) -> None:
         """Train on from the weights that are in the model."""
         self.live, self._own = stage, Stored(stage)
         self.train(True)

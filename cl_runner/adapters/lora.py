@@ -170,10 +170,9 @@ class Adapters:
         targets = config.target_modules or default_targets(model)
         check_targets(model, targets)
         self.target_modules = list(targets)
-        self.rank = config.r
-        self.scale = config.alpha / config.r
+        self.rank, self._alpha = config.largest, config.alpha  # of the live pair; a stage may begin with another rank
         peft_config = LoraConfig(
-            r=config.r,
+            r=config.largest,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(targets),
@@ -210,6 +209,11 @@ class Adapters:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
+    @property
+    def scale(self) -> float:
+        """s of the live pair, alpha / r."""
+        return self._alpha / self.rank
+
     def shapes(self) -> list[tuple[int, int]]:
         """(m, n), out by in, of every target layer."""
         return [(past.base.shape[0], past.base.shape[1]) for past in self.past.values()]
@@ -224,8 +228,12 @@ class Adapters:
             found[f"{target}.lora_B"] = layer.lora_B[NAME].weight
         return found
 
-    def begin(self, stage: str, generator: torch.Generator | None = None) -> None:
-        """A new pair for ``stage``: A Kaiming-uniform as PEFT's, from ``generator`` (CPU), B zero."""
+    def begin(self, stage: str, generator: torch.Generator | None = None, rank: int | None = None) -> None:
+        """A new pair for ``stage``: A Kaiming-uniform as PEFT's, from ``generator`` (CPU), B zero.
+
+        ``rank``: another than the last pair's.
+        """
+        self._resize(rank or self.rank)
         for layer in self.layers.values():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             fresh = torch.empty(A.shape, dtype=torch.float32)
@@ -234,6 +242,17 @@ class Adapters:
             B.data = torch.zeros(B.shape, dtype=torch.float32, device=B.device)
         self._live(stage)
         self.train(True)
+
+    def _resize(self, rank: int) -> None:
+        """Give the live pair another rank, its values are undefined then."""
+        if rank == self.rank:
+            return
+        self.rank = rank
+        for layer in self.layers.values():
+            A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+            A.data, B.data = A.data.new_empty(rank, A.shape[1]), B.data.new_empty(B.shape[0], rank)
+            A.grad = B.grad = None
+            layer.r[NAME], layer.scaling[NAME] = rank, self.scale
 
     def rename(self, stage: str) -> None:
         """Go on training the live pair, as the pair of ``stage``."""
@@ -286,6 +305,8 @@ class Adapters:
     @torch.no_grad()
     def show(self, pair: Pair | None) -> None:
         """Put a pair into the layers to answer with; None answers without any."""
+        if pair is not None:
+            self._resize(pair.rank)
         for target, layer in self.layers.items():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             if pair is None:

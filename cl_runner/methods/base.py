@@ -207,6 +207,7 @@ class Method:
     growth: ClassVar[str] = ""
     task_id: ClassVar[bool] = False
     trains: ClassVar[str] = "a LoRA pair"
+    any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
 
     def __init__(self, config: Section) -> None:

@@ -16,6 +16,7 @@ class IncLoRA(Method):
     paper = "2310.14152 (baseline of O-LoRA)"
     carried = "past updates, folded into the weight"
     growth = "constant in a step; the saved factors grow by one pair a task"
+    any_rank = True
 
     def reads_past(self) -> Mapping[str, str]:
         return {}

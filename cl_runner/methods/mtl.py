@@ -19,6 +19,7 @@ class MultiTask(Method):
     paper = "2310.14152 (upper bound of O-LoRA)"
     carried = "A, B (full: the weights)"
     growth = "constant"
+    any_rank = True
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan("mtl", tuple(order))]

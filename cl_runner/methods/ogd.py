@@ -61,7 +61,7 @@ class OGD(SeqLoRA):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is None:
             return
-        tasks, parameters = self._tasks, sum(config.adapter.r * (m + n) for m, n in shapes)
+        tasks, parameters = self._tasks, sum(config.adapter.largest * (m + n) for m, n in shapes)
         vectors, gigabytes = self.config.vectors * tasks, self.config.vectors * tasks * parameters * 4 / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:

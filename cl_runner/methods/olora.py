@@ -48,6 +48,7 @@ class OLoRA(Method):
     paper = "2310.14152 (Orthogonal Subspace Learning for Language Model Continual Learning)"
     carried = "past updates folded into the weight, and their factors for the penalty"
     growth = "r rows a task in the penalty; squared, never more than Σ A_iᵀ A_i"
+    any_rank = True
 
     def reads_past(self) -> Mapping[str, str]:
         how = "rows" if self.config.reference else "gram"

@@ -23,6 +23,7 @@ class PerTask(Method):
     paper = "2310.14152 (baseline of O-LoRA)"
     carried = "all pairs (full: each task's model, on disk)"
     growth = "one pair (full: one model on disk) a task"
+    any_rank = True
     task_id = True
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
