@@ -27,6 +27,8 @@ METHODS = {
     "lfpt5": "cl_runner.methods.lfpt5",
     "olora": "cl_runner.methods.olora",
     "nlora": "cl_runner.methods.nlora",
+    "sparse-orth": "cl_runner.methods.sparse_orth",
+    "grassmann": "cl_runner.methods.grassmann",
 }
 
 

@@ -91,12 +91,17 @@ class NLoRA(Method):
         """Summed over the layers of the group."""
         A, B = group.A, group.B
         if self.config.of == "product":
-            from cl_runner.maths.product import l1_of_product
-
-            return l1_of_product(B, A) / (B.shape[1] * A.shape[2])
+            return product_size(group)
         if self.config.of == "reference":
             return (A @ B).abs().sum()
         return (A.abs().mean((1, 2)) + B.abs().mean((1, 2))).sum()
+
+
+def product_size(group: FactorGroup) -> Tensor:
+    """Mean over entries of |B A|, summed over the layers of a group."""
+    from cl_runner.maths.product import l1_of_product
+
+    return l1_of_product(group.B, group.A) / (group.B.shape[1] * group.A.shape[2])
 
 
 METHOD = NLoRA

@@ -72,10 +72,16 @@ class OLoRA(Method):
 
     def _overlap(self, past: PastFactors, factor: str, now: Tensor) -> Tensor:
         """Sum over layers, past stages and entries of |A_i A_tᵀ|, or of its square (of B: |B_iᵀ B_t|)."""
-        if not self.config.reference and past.rank > now.shape[-1]:
-            return ((now @ past.gram(factor)) * now).sum()  # the sum of squares, from d × d instead of R × d
-        overlap = past.rows(factor) @ now.mT  # (L, R, r)
-        return overlap.abs().sum() if self.config.reference else overlap.square().sum()
+        if not self.config.reference:
+            return squared_overlap(past, factor, now)
+        return (past.rows(factor) @ now.mT).abs().sum()  # (L, R, r)
+
+
+def squared_overlap(past: PastFactors, factor: str, now: Tensor) -> Tensor:
+    """``Σ_{i<t} ‖A_i A_tᵀ‖_F²`` summed over layers, of ``now`` = A_t (L, r, n); of B, ``now`` is B_tᵀ (L, r, m)."""
+    if past.rank > now.shape[-1]:
+        return ((now @ past.gram(factor)) * now).sum()  # from d × d instead of R × d
+    return (past.rows(factor) @ now.mT).square().sum()
 
 
 METHOD = OLoRA

@@ -1,0 +1,310 @@
+"""Methods that add a penalty on a LoRA pair: the penalty and its gradient against the definition in fp64, whole steps
+at accumulation 3, two ranks, bf16, and a restart at every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_runner.adapters import Adapters, Pair
+from cl_runner.checkpoint import restore_stage, save_stage
+from cl_runner.config import RunConfig
+from cl_runner.errors import UserError
+from cl_runner.methods import make_method
+from cl_runner.methods.base import Progress
+from cl_runner.place import Place
+from cl_runner.rundir import RunDir
+from cl_runner.stage import StageRun
+from tests.adapters.families import adapters_of, base_model, random_pair
+from tests.distributed import on_ranks
+from tests.methods.orders import learn, order_room
+from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
+from tests.stages import Kind, naive_loss
+
+# Target → its A and B; the past pairs; the share of steps done; the target's W0 → the penalty by its definition.
+Factors = dict[str, tuple[Tensor, Tensor]]
+Definition = Callable[[Factors, Sequence[Pair], float, dict[str, Tensor]], Tensor]
+
+
+def sparse_orth(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
+    total = torch.zeros(())
+    for target, (A, B) in now.items():
+        total = total + (1 - share) * 3.0 * (B @ A).abs().mean()
+        for old in past:
+            total = total + share * 2.0 * (old.A[target].to(A) @ A.T).square().mean()
+    return total / len(now)
+
+
+def projector(A: Tensor) -> Tensor:
+    return A.T @ torch.linalg.inv(A @ A.T) @ A
+
+
+def separate(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
+    """1 − d² / r; half the squared distance of projectors is d²."""
+    total = torch.zeros(())
+    for target, (A, _) in now.items():
+        for old in past:
+            distance = 0.5 * (projector(A) - projector(old.A[target].to(A))).square().sum()
+            total = total + 0.7 * (1 - distance / len(A))
+    return total / len(now)
+
+
+def align(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
+    return 0.7 * len(past) - separate(now, past, share, bases)
+
+
+# Name → settings, definition. What stands after a space tells variants apart.
+CASES: dict[str, tuple[dict[str, Any], Definition]] = {
+    "sparse-orth": ({"lambda1": 3.0, "lambda2": 2.0}, sparse_orth),
+    "grassmann": ({"lambda1": 0.7}, separate),
+    "grassmann align": ({"lambda1": 0.7, "goal": "align"}, align),
+}
+every_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def after(stages: int, rank: int = 3, family: str = "qwen2") -> Adapters:
+    """Adapters at the stage after so many folded ones, with a random live pair."""
+    adapters = adapters_of(base_model(family), family, r=rank)
+    for i in range(stages):
+        adapters.fold(random_pair(adapters, f"s{i}", seed=i))
+    adapters.begin("now")
+    adapters.show(random_pair(adapters, "now", seed=99))
+    return adapters
+
+
+def method_of(name: str, **own: Any) -> Any:
+    settings = {"name": name.split()[0], **CASES[name][0], **own}
+    return make_method(RunConfig.model_validate({"adapter": {"r": 3}, "method": settings}))
+
+
+def stage_of(adapters: Adapters, step: int = 1) -> Any:
+    bases = {target: past.base for target, past in adapters.past.items()}
+    return SimpleNamespace(
+        factors=adapters.groups, progress=Progress(step, 4, None), config=RunConfig(), device=torch.device("cpu"),
+        base_weight=bases.__getitem__, adapters=adapters, index=len(adapters.folded),
+    )  # fmt: skip
+
+
+@every_case
+@pytest.mark.parametrize("stages", [1, 3, 9])
+@pytest.mark.parametrize("family", ["qwen2", "t5", "gpt2"])
+def test_penalty_and_gradient_are_those_of_the_definition(name: str, stages: int, family: str) -> None:
+    """Three rows each of nine stages are more than a layer has: sums of squares then come from the Gram matrix."""
+    adapters = after(stages, family=family)
+    found = method_of(name).penalty(stage_of(adapters))
+    assert found is not None and found.dtype == torch.float32 and found.shape == ()
+    pair = adapters.pair()
+    leaves = {
+        t: (pair.A[t].double().requires_grad_(), pair.B[t].double().requires_grad_()) for t in adapters.layers
+    }  # fmt: skip
+    bases = {t: past.base.double() for t, past in adapters.past.items()}
+    wanted = CASES[name][1](leaves, adapters.folded, 0.25, bases)
+    assert float(wanted.detach()) > 0.01
+    assert off(found.detach(), wanted.detach()) < 5e-6  # a sum of 7,000 absolute values in fp32
+    parameters = adapters.parameters()
+    ours = torch.autograd.grad(found, list(parameters.values()), allow_unused=True)
+    theirs = torch.autograd.grad(wanted, [leaf for two in leaves.values() for leaf in two], allow_unused=True)
+    assert any(g is not None for g in theirs)
+    for mine, their in zip(ours, theirs, strict=True):
+        assert (mine is None or not mine.any()) if their is None else off(mine, their) < 1e-5
+
+
+@every_case
+def test_without_weight_there_is_no_penalty_and_a_fresh_pair_has_a_finite_gradient(name: str) -> None:
+    adapters = after(2)
+    weights = [key for key in CASES[name][0] if key.startswith("lambda")]
+    assert method_of(name, **dict.fromkeys(weights, 0)).penalty(stage_of(adapters)) is None
+    adapters.begin("fresh", torch.Generator().manual_seed(0))
+    found = method_of(name).penalty(stage_of(adapters))
+    for gradient in torch.autograd.grad(found, list(adapters.parameters().values()), allow_unused=True):
+        assert gradient is None or bool(gradient.isfinite().all())
+
+
+def test_the_gradient_at_equal_spans_is_finite() -> None:
+    adapters = after(1)
+    adapters.show(Pair("now", 3, 1.0, {t: 2 * A for t, A in adapters.folded[0].A.items()}, adapters.pair().B))
+    for name in ("grassmann", "grassmann align"):
+        found = method_of(name).penalty(stage_of(adapters))
+        assert float(found.detach()) == pytest.approx(0.7 if name == "grassmann" else 0, abs=1e-6)
+        gradients = torch.autograd.grad(found, [p for n, p in adapters.parameters().items() if n.endswith("lora_A")])
+        assert all(bool(g.isfinite().all()) and float(g.norm()) < 1e-4 for g in gradients)
+
+
+def test_sparse_orth_moves_from_the_first_term_to_the_second() -> None:
+    adapters = after(2)
+    found = [float(method_of("sparse-orth").penalty(stage_of(adapters, step)).detach()) for step in range(4)]
+    sparse = float(method_of("sparse-orth", lambda2=0).penalty(stage_of(adapters, 0)).detach())
+    orthogonal = 4 / 3 * float(method_of("sparse-orth", lambda1=0).penalty(stage_of(adapters, 3)).detach())
+    assert found == pytest.approx([sparse + step / 4 * (orthogonal - sparse) for step in range(4)], rel=1e-5)
+    assert method_of("sparse-orth", lambda1=0).penalty(stage_of(adapters, 0)) is None
+
+
+# Whole steps.
+
+
+def opened(place: Place, name: str, **settings: Any) -> tuple[Any, Any]:
+    own = {f"method__{key}": value for key, value in CASES[name][0].items()}
+    return order_room(place, name.split()[0], **{**THREE, **own, **settings})
+
+
+def _steps(place: Place, name: str, kind: Kind) -> None:
+    room, config = opened(place, name, kind=kind)
+    hand, _ = order_room(place, "inclora", kind=kind)
+    bases = {target: past.base.clone() for target, past in hand.adapters.past.items()}
+    for index in range(3):
+        stage = StageRun(room, config, index)
+        room.method.build(stage)
+        stage.close()
+        past, begun = list(room.adapters.folded), values(room)
+        learn(room, config, index, opposed(index))
+        ends: list[Values] = []
+        for weight in (1.0, 0.0):
+            put(hand, begun)
+            hand.adapters.live = None
+            hand.adapters._live("hand")
+            parameters = hand.adapters.parameters()
+            optimizer = torch.optim.AdamW(list(parameters.values()), lr=LR, weight_decay=0.0)
+            for step in range(STEPS):
+                now = {t: (parameters[f"{t}.lora_A"], parameters[f"{t}.lora_B"]) for t in bases}
+                penalty = CASES[name][1](now, past, step / STEPS, bases)
+                optimizer.zero_grad()
+                (naive_loss(hand.adapters.model, kind, opposed(index).examples) + weight * penalty).backward()
+                optimizer.step()
+            ends.append(values(hand))
+        pair = room.adapters.kept.get("abc"[index]) or room.adapters.folded[-1]
+        ours = {f"{t}.lora_{f}": getattr(pair, f)[t] for t in bases for f in "AB"}
+        assert off(vector(ours), vector(ends[0])) < 1e-3, index
+        if index:
+            assert off(vector(ours), vector(ends[1])) > 1e-2  # the penalty is felt
+        if room.adapters.folded:
+            hand.adapters.fold(room.adapters.folded[-1])
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_steps_at_accumulation_3(name: str, kind: Kind) -> None:
+    on_ranks(1, _steps, name, kind)
+
+
+def _resumed(place: Place, folder: str, name: str) -> None:
+    dropped: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 2}
+    straight, config = opened(place, name, **dropped)
+    rundir = RunDir(Path(folder))
+    for index in range(3):
+        ours = learn(straight, config, index, opposed(index)).parameters
+        room, _ = opened(place, name, **dropped)
+        if index:
+            restored = StageRun(room, config, index - 1)
+            restore_stage(rundir, restored, index - 1)
+            restored.close()
+        again = learn(room, config, index, opposed(index))
+        assert torch.equal(vector(again.parameters), vector(ours))
+        rundir.commit(index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
+
+
+@every_case
+def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    on_ranks(1, _resumed, str(tmp_path), name)
+
+
+def _ranks(place: Place) -> dict[str, Values]:
+    """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
+    found = {}
+    for number, name in enumerate(CASES):
+        kind: Kind = "t5" if number % 2 else "llama"
+        room, config = opened(place, name, kind=kind, training__micro_batch=1, training__epochs=2)
+        for index in range(2):
+            found[name] = learn(room, config, index, opposed(index, rows=5)).parameters
+    return found
+
+
+def test_two_ranks_do_what_one_does() -> None:
+    (alone,) = on_ranks(1, _ranks)
+    first, second = on_ranks(2, _ranks)
+    for name, parameters in alone.items():
+        assert torch.equal(vector(first[name]), vector(second[name])), name
+        assert off(vector(first[name]), vector(parameters)) < 1e-3, name
+
+
+def _bf16(place: Place) -> None:
+    for name in CASES:
+        room, config = opened(place, name, bf16=True, training__epochs=3)
+        for index in range(2):
+            outcome = learn(room, config, index, opposed(index))
+        assert outcome.losses[-1] < outcome.losses[0], name
+        assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in outcome.parameters.values())
+
+
+def test_in_bf16_what_trains_is_fp32() -> None:
+    on_ranks(1, _bf16)
+
+
+# Options, and what is refused.
+
+
+def _stiefel(place: Place) -> None:
+    room, config = opened(place, "grassmann", method__stiefel=True)
+    seen = []
+    after_step = room.method.after_step
+
+    def spy(stage: Any) -> None:
+        before = {name: p.detach().clone() for name, p in stage.parameters().items()}
+        after_step(stage)
+        for name, parameter in stage.parameters().items():
+            if name.endswith("lora_B"):
+                assert torch.equal(parameter, before[name])
+                continue
+            eye = torch.eye(len(parameter))
+            torch.testing.assert_close(parameter @ parameter.T, eye, atol=1e-5, rtol=0)
+            spanned = torch.linalg.lstsq(before[name].T.double(), parameter.detach().T.double())
+            assert off(before[name].T.double() @ spanned.solution, parameter.detach().T) < 1e-5  # the same span
+            seen.append(off(before[name], parameter.detach()))
+
+    room.method.after_step = spy
+    for index in range(2):
+        learn(room, config, index, opposed(index))
+    assert max(seen) > 1e-3 and len(seen) == 2 * (STEPS + 1) * len(room.adapters.layers)
+
+
+def test_stiefel_keeps_the_rows_of_a_orthonormal_and_their_span() -> None:
+    on_ranks(1, _stiefel)
+
+
+SHAPES = [(32, 32), (16, 24)]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        (
+            "grassmann",
+            {"adapter": {"r": 24}},
+            "adapter.r: 24 rows of A span all 24 inputs of a layer, and grassmann has no angle between such spans; set "
+            "it smaller",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[str, Any], said: str) -> None:
+    made = RunConfig.model_validate({**config, "method": {"name": name, **config.get("method", {})}})
+    with pytest.raises(UserError) as refused:
+        make_method(made).check(made, SHAPES)
+    assert str(refused.value) == said
+    assert make_method(made).check(made) is None  # nothing to say before the shapes are known
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("sparse-orth", {"lambda1": -1}), ("sparse-orth", {"lambda2": -1}),
+        ("grassmann", {"lambda1": -1}), ("grassmann", {"goal": "apart"}), ("grassmann", {"stiefel": 3}),
+    ],
+)  # fmt: skip
+def test_settings_have_bounds(name: str, own: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(own))):
+        make_method(RunConfig.model_validate({"method": {"name": name, **own}}))
