@@ -29,6 +29,7 @@ METHODS = {
     "nlora": "cl_runner.methods.nlora",
     "sparse-orth": "cl_runner.methods.sparse_orth",
     "grassmann": "cl_runner.methods.grassmann",
+    "clora": "cl_runner.methods.clora",
 }
 
 

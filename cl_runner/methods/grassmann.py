@@ -44,16 +44,17 @@ class Grassmann(Method):
     paper = "2310.14152 (O-LoRA) has the setting; spans in place of factors are ours"
     carried = "past updates folded into the weight, and their A for the penalty"
     growth = "r rows a task in the penalty"
+    any_rank = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
         self._bases: dict[tuple[str, ...], tuple[PastFactors, list[Tensor]]] = {}
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        n = min((n for _, n in shapes or ()), default=config.adapter.r)
-        if config.adapter.r >= n and shapes:
+        n = min((n for _, n in shapes or ()), default=config.adapter.largest)
+        if config.adapter.largest >= n and shapes:
             raise UserError(
-                f"adapter.r: {config.adapter.r} rows of A span all {n} inputs of a layer, and grassmann has no angle "
+                f"adapter.r: {config.adapter.largest} rows of A span all {n} inputs of a layer, and grassmann has no angle "
                 "between such spans; set it smaller"
             )
 

@@ -18,6 +18,7 @@ from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Progress
+from cl_runner.methods.clora import orthonormal_columns
 from cl_runner.place import Place
 from cl_runner.rundir import RunDir
 from cl_runner.stage import StageRun
@@ -59,11 +60,23 @@ def align(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Ten
     return 0.7 * len(past) - separate(now, past, share, bases)
 
 
+def clora(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
+    """What is left of the columns of P one by one."""
+    total = torch.zeros(())
+    for target, (A, B) in now.items():
+        P_in = orthonormal_columns(A.shape[1], 5, f"42/{target}/in").to(A)
+        P_out = orthonormal_columns(len(B), 5, f"42/{target}/out").to(A)
+        for column in range(5):
+            total = total + 0.4 * (A @ P_in[:, column]).square().sum() + 0.4 * (P_out[:, column] @ B).square().sum()
+    return total
+
+
 # Name → settings, definition. What stands after a space tells variants apart.
 CASES: dict[str, tuple[dict[str, Any], Definition]] = {
     "sparse-orth": ({"lambda1": 3.0, "lambda2": 2.0}, sparse_orth),
     "grassmann": ({"lambda1": 0.7}, separate),
     "grassmann align": ({"lambda1": 0.7, "goal": "align"}, align),
+    "clora": ({"lambda1": 0.8, "k": 5}, clora),
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
 
@@ -248,6 +261,37 @@ def test_in_bf16_what_trains_is_fp32() -> None:
 # Options, and what is refused.
 
 
+def test_cloras_subspaces_are_orthonormal_and_hang_on_seed_layer_and_side_alone() -> None:
+    P = orthonormal_columns(40, 7, "42/a/in")
+    assert P.dtype == torch.float32 and P.shape == (40, 7)
+    torch.testing.assert_close(P.T @ P, torch.eye(7), atol=1e-6, rtol=0)
+    torch.manual_seed(5)
+    assert torch.equal(orthonormal_columns(40, 7, "42/a/in"), P)
+    for other in ("43/a/in", "42/b/in", "42/a/out"):
+        assert float((orthonormal_columns(40, 7, other).T @ P).abs().max()) < 0.7
+    flat = torch.stack([orthonormal_columns(6, 1, str(i))[:, 0] for i in range(400)])
+    torch.testing.assert_close(flat.T @ flat / 400, torch.eye(6) / 6, atol=0.04, rtol=0)  # no direction is preferred
+    assert float(flat.mean(0).abs().max()) < 0.1
+
+
+def test_what_clora_asks_for_is_an_update_that_leaves_the_subspace_alone() -> None:
+    """Where the penalty is 0, ΔW x = 0 for x in span P_in, and P_outᵀ ΔW = 0."""
+    adapters = after(0)
+    (method, stage), now = (method_of("clora"), stage_of(adapters)), adapters.pair()
+    for target in adapters.layers:
+        for factor, side in ((now.A[target].mT, "in"), (now.B[target], "out")):
+            P = orthonormal_columns(len(factor), 5, f"42/{target}/{side}")
+            factor -= P @ (P.T @ factor)
+    adapters.show(now)
+    assert float(method.penalty(stage).detach()) < 1e-10
+    for target in adapters.layers:
+        update = now.update(target)
+        x, y = (
+            orthonormal_columns(d, 5, f"42/{target}/{s}") for d, s in ((update.shape[1], "in"), (len(update), "out"))
+        )
+        assert float(update.norm()) > 0.1 and max(float((update @ x).norm()), float((y.T @ update).norm())) < 1e-5
+
+
 def _stiefel(place: Place) -> None:
     room, config = opened(place, "grassmann", method__stiefel=True)
     seen = []
@@ -288,6 +332,11 @@ SHAPES = [(32, 32), (16, 24)]
             "adapter.r: 24 rows of A span all 24 inputs of a layer, and grassmann has no angle between such spans; set "
             "it smaller",
         ),
+        (
+            "clora",
+            {"method": {"k": 17}},
+            "method.k: 17 orthonormal columns do not fit into a layer's 16 dimensions; set k to 15 or less",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[str, Any], said: str) -> None:
@@ -303,6 +352,7 @@ def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[st
     [
         ("sparse-orth", {"lambda1": -1}), ("sparse-orth", {"lambda2": -1}),
         ("grassmann", {"lambda1": -1}), ("grassmann", {"goal": "apart"}), ("grassmann", {"stiefel": 3}),
+        ("clora", {"k": 0}), ("clora", {"lambda1": -1}),
     ],
 )  # fmt: skip
 def test_settings_have_bounds(name: str, own: dict[str, Any]) -> None:
