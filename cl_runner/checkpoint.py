@@ -45,7 +45,7 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
         sizes = {"adapter": _megabytes(where / WEIGHTS)}
     state = method.state()
     tensors = {METHOD_PREFIX + key: _to_disk(tensor) for key, tensor in state.tensors.items()}
-    if live is not None:
+    if live is not None or saved["own"] == "terms":
         sums = {target: adapters.past[target].sum for target in saved["dense"]}
         tensors.update({PAST_PREFIX + target: _to_disk(s) for target, s in sums.items() if s is not None})
     if saved["own"] == "state":
@@ -53,7 +53,8 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
         tensors.update(own_pair_tensors(own) if own else {})
     if tensors:
         save_file(tensors, folder / STATE)
-    earlier = [pair.stage for pair in adapters.folded if pair.stage != name] if saved["own"] == "state" else []
+    apart = saved["own"] in ("state", "terms")
+    earlier = [pair.stage for pair in adapters.folded if pair.stage != name] if apart else []
     kept = [other for other in adapters.kept if other != name]
     sizes["method"] = _megabytes(folder / STATE)
     write_json(
@@ -102,8 +103,9 @@ def restore_stage(rundir: RunDir, stage: StageRun, index: int) -> None:
     live = state["live"]
     pairs = load_pairs(folder / "adapter", state) if state["own"] == "adapter" else _pairs(folder, state, tensors)
     kept = {name: _referenced(stage, folder, name, where) for name, where in state["kept"].items()}
-    if live:
-        kept[live] = _stored(stage, folder, live) if state["own"] == "model" else pairs.pop()
+    if live or state["own"] == "terms":
+        if live:
+            kept[live] = _stored(stage, folder, live) if state["own"] == "model" else pairs.pop()
         sums = _named(tensors, PAST_PREFIX)
     else:
         sums = load_sums(folder / "adapter", state["dense"]) if state["dense"] else {}

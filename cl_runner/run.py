@@ -191,7 +191,7 @@ class Run:
         pairs = 1 if self.plan.stages[index].start == "base" else index + 1
         for target, past in adapters.past.items():
             m, n = past.base.shape
-            whole = adapters.stored_whole(target, pairs * rank, pairs)
+            whole = self.plan.method.dense or adapters.stored_whole(target, pairs * rank, pairs)
             total += (n + rank if whole else pairs * rank) * (m + n)  # an identity and the sum, its own pair beside it
         return 4 * total
 

@@ -129,7 +129,7 @@ class StageRun:
     # Forward and gradient, on the raw module.
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        self._batch = batch
+        self._show(batch)
 
         def compute() -> Tensor:
             return logits(self.adapters.model, batch)
@@ -335,7 +335,9 @@ class StageRun:
         return [self.device] if self.device.type == "cuda" else []
 
     def _show(self, batch: Batch) -> None:
+        """The batch that the next forward is about, for those who look at layers alone."""
         self._batch = batch
+        self.adapters.condition = batch.condition
 
     # Ranks.
 

@@ -49,6 +49,11 @@ class Accumulator:
         return weight.T if self.transposed else weight
 
     @property
+    def whole(self) -> Tensor:
+        """W0 and all past updates, (m, n) fp32, before any rounding."""
+        return self.base.float() if self.sum is None else self.base.float() + self.sum
+
+    @property
     def beside(self) -> Tensor | None:
         """The update as it stands beside W0, (m, n) in the weight's precision; None where it is in the weight."""
         return None if self._doubling is None else self._halves()[1]

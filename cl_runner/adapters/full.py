@@ -67,6 +67,9 @@ class FullWeights(Adapters):
         """The weights that are in the model."""
         return self._own
 
+    def shown(self) -> Any:
+        return self._own
+
     @torch.no_grad()
     def show(self, pair: Any) -> None:
         """Put the weights of a stage into the model; None is the untouched base."""

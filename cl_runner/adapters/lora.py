@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.terms import Term, Terms
 from cl_runner.config import AdapterConfig
 from cl_runner.errors import UserError, did_you_mean
 
@@ -152,6 +154,10 @@ class Adapters:
         UserError: a target that the model does not have, that is no linear layer, or that shares its weight.
     """
 
+    terms: Terms | None = None  # what stands in the layers in the place of the pair
+    condition: Mapping[str, Tensor] = MappingProxyType({})  # a method's own rows of the batch that is being computed
+    _hooks: Sequence[Any] = ()  # of the terms
+
     def __init__(
         self,
         model: nn.Module,
@@ -221,7 +227,10 @@ class Adapters:
     # The live pair.
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Name → parameter of the live pair, ``<target>.lora_A`` and ``<target>.lora_B``, fp32."""
+        """Name → parameter of the live pair, ``<target>.lora_A`` and ``<target>.lora_B``, fp32; or of the terms."""
+        return self.terms.parameters() if self.terms else self._of_pair()
+
+    def _of_pair(self) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
         for target, layer in self.layers.items():
             found[f"{target}.lora_A"] = layer.lora_A[NAME].weight
@@ -260,14 +269,51 @@ class Adapters:
         self._live(stage)
         self.train(True)
 
-    def _live(self, stage: str | None) -> None:
+    def begin_terms(
+        self, stage: str, terms: Mapping[str, Term], shared: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        """Terms of ``stage`` in the place of the pair, one for each target; all their parameters ask for gradients.
+
+        ``shared`` are parameters that several terms hold, or none of them (a router's).
+        """
+        self.show(Terms(stage, dict(terms), dict(shared or {})))
+        self.train(True)
+
+    def _live(self, stage: str | None, terms: Terms | None = None) -> None:
         """Whose pair the layers hold. Without one they skip it: its product would be zero, at a sixth of a forward."""
         self.live = stage
-        trains = [parameter.requires_grad for parameter in self.parameters().values()]
+        pair = self._of_pair().values()
+        trains = [parameter.requires_grad for parameter in pair]
         for layer in self.layers.values():
-            layer.enable_adapters(stage is not None)  # PEFT lets what it enables ask for gradients
-        for parameter, before in zip(self.parameters().values(), trains, strict=True):
-            parameter.requires_grad_(before)
+            layer.enable_adapters(stage is not None and terms is None)  # PEFT lets what it enables ask for gradients
+        for parameter, before in zip(pair, trains, strict=True):
+            parameter.requires_grad_(before and terms is None)
+        self._place(terms)
+
+    def _place(self, terms: Terms | None) -> None:
+        """Terms into the layers, those that were there out of them."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.terms:
+            del self.model.shared_terms
+            for target in self.terms.of:
+                del self.layers[target].term
+        self.terms, self._hooks = terms, []
+        if terms:
+            # Part of the model, for the engine and for forwards with other parameter values.
+            self.model.shared_terms = nn.ParameterDict(terms.shared).to(next(iter(self.past.values())).weight.device)
+            for target, term in terms.of.items():
+                layer = self.layers[target]
+                layer.term = term.to(self.past[target].weight.device)
+                # Before those that observe, who see the output with the term in it.
+                self._hooks.append(layer.register_forward_hook(self._added(term), prepend=True))
+
+    def _added(self, term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            addition: Tensor = term(inputs[0], self.condition)
+            return output + addition.to(output.dtype)
+
+        return hook
 
     def train(self, on: bool) -> None:
         """Whether the live pair's parameters ask for gradients."""
@@ -277,7 +323,7 @@ class Adapters:
     def pair(self, stage: str | None = None) -> Pair:
         """A copy of the live pair."""
         stage = stage or self.live
-        assert stage is not None, "no stage has begun"
+        assert stage is not None and self.terms is None, "there is no live pair"
         return Pair(
             stage,
             self.rank,
@@ -287,13 +333,21 @@ class Adapters:
         )
 
     def live_update(self) -> dict[str, Tensor]:
-        """ΔW of the live pair for every target, (m, n) fp32."""
+        """ΔW of the live pair, or of the term, for every target, (m, n) fp32."""
+        if self.terms:
+            return {target: term.update().detach() for target, term in self.terms.of.items()}
         pair = self.pair()
         return {target: pair.update(target, past.weight.device) for target, past in self.past.items()}
 
+    def shown(self) -> Pair | Terms | None:
+        """What the layers hold, for ``show`` to put it back."""
+        return self.terms or (self.pair() if self.live is not None else None)
+
     @torch.no_grad()
     def update_norm(self) -> float | None:
-        """‖ΔW‖_F of the live pair over all targets, from r × r Gram matrices; None where no pair is live."""
+        """‖ΔW‖_F of what is live over all targets, of a pair from r × r Gram matrices; None where nothing is."""
+        if self.terms:
+            return math.sqrt(sum(float(term.update().square().sum()) for term in self.terms.of.values()))
         if self.live is None:
             return None
         square = 0.0
@@ -303,8 +357,11 @@ class Adapters:
         return self.scale * math.sqrt(max(square, 0.0))
 
     @torch.no_grad()
-    def show(self, pair: Pair | None) -> None:
-        """Put a pair into the layers to answer with; None answers without any."""
+    def show(self, pair: Pair | Terms | None) -> None:
+        """Put a pair or terms into the layers to answer with; None answers without any."""
+        if isinstance(pair, Terms):
+            self._live(pair.stage, pair)
+            return
         if pair is not None:
             self._resize(pair.rank)
         for target, layer in self.layers.items():
@@ -365,7 +422,9 @@ class Adapters:
         self._past_factors.clear()
 
     def keep_live(self) -> None:
-        """Keep the live pair as a parameter set of its own, named by its stage."""
+        """Keep the live pair as a parameter set of its own, named by its stage; terms stay, and the method has them."""
+        if self.terms:
+            return
         pair = self.pair()
         self.kept[pair.stage] = pair
 
@@ -400,8 +459,8 @@ class Adapters:
     # Factors for methods.
 
     def groups(self) -> list[FactorGroup]:
-        """The live pair, and the folded ones, in groups of equal shape."""
-        return [self._group(targets) for targets in self._groups()]
+        """The live pair, and the folded ones, in groups of equal shape. Terms have no such factors."""
+        return [] if self.terms else [self._group(targets) for targets in self._groups()]
 
     def _groups(self) -> list[tuple[str, ...]]:
         by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}

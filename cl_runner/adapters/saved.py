@@ -23,11 +23,12 @@ _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def save_adapter(folder: Path, adapters: Adapters, live: Pair | None = None) -> dict[str, Any]:
-    """Write all past updates and the live pair, if one is kept, as one PEFT folder.
+    """Write all past updates and the live pair, if one is kept, as one PEFT folder; or all past updates and live terms.
 
     Returns what ``state.json`` says of it: ``pairs`` (stage, rank and scale of each in the sum), ``dense`` (targets
     stored as A = I, B = ΔW), ``dense_stages`` (stages that folded without factors), and ``own``: whether every pair
-    can be read back to the bit from this ``adapter``, or the stage's own has to stand in its ``state``.
+    can be read back to the bit from this ``adapter``, or the stage's own has to stand in its ``state``; of ``terms``,
+    which the method carries, there is no pair.
     """
     from safetensors.torch import save_file
 
@@ -41,7 +42,10 @@ def save_adapter(folder: Path, adapters: Adapters, live: Pair | None = None) -> 
     exact = True
     for target, accumulator in adapters.past.items():
         n = accumulator.base.shape[1]
-        if not adapters.stored_whole(target, rank, len(pairs)):
+        if factors := _factors_of_term(adapters, target):
+            A, B = factors
+            alphas[target] = A.shape[0], float(A.shape[0])
+        elif not adapters.terms and not adapters.stored_whole(target, rank, len(pairs)):
             A = torch.cat([pair.A[target] for pair in pairs], dim=0)
             B = torch.cat([pair.B[target] * (pair.scale / scale) for pair in pairs], dim=1)
             alphas[target] = rank, scale * rank
@@ -57,16 +61,31 @@ def save_adapter(folder: Path, adapters: Adapters, live: Pair | None = None) -> 
         "pairs": [{"stage": pair.stage, "rank": pair.rank, "scale": pair.scale} for pair in pairs],
         "dense": dense,
         "dense_stages": list(adapters.dense),
-        "own": "adapter" if exact and not dense else "state",
+        "own": "terms" if adapters.terms else "adapter" if exact and not dense else "state",
     }
 
 
+def _factors_of_term(adapters: Adapters, target: str) -> tuple[Tensor, Tensor] | None:
+    """A (R, n) and B (m, R) of a live term, on the CPU; None where it has none, is not all, or ΔW is smaller."""
+    if adapters.terms is None or adapters.past[target].sum is not None:
+        return None
+    m, n = adapters.past[target].base.shape
+    found = adapters.terms.of[target].factors()
+    if found is None or found[0].shape[0] * (m + n) >= m * n:
+        return None
+    A, B = (factor.detach().to("cpu", torch.float32, copy=True) for factor in found)
+    return A, B
+
+
 def _total(adapters: Adapters, target: str, live: Pair | None) -> Tensor:
-    """The sum of past updates as it is computed with, and the live one, (m, n) on the CPU."""
+    """The sum of past updates as it is computed with, and what is live, (m, n) on the CPU."""
     accumulator = adapters.past[target]
-    total = accumulator.sum
+    total, update = accumulator.sum, None
     if live is not None:
         update = live.update(target, accumulator.weight.device)
+    elif adapters.terms:
+        update = adapters.terms.of[target].update().detach()
+    if update is not None:
         total = update if total is None else total + update
     assert total is not None, "nothing was learned"
     return total.cpu()

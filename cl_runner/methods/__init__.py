@@ -30,6 +30,7 @@ METHODS = {
     "sparse-orth": "cl_runner.methods.sparse_orth",
     "grassmann": "cl_runner.methods.grassmann",
     "clora": "cl_runner.methods.clora",
+    "coso": "cl_runner.methods.coso",
 }
 
 

@@ -209,6 +209,7 @@ class Method:
     trains: ClassVar[str] = "a LoRA pair"
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
+    dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
 
     def __init__(self, config: Section) -> None:
         self.config: Any = config
@@ -248,7 +249,8 @@ class Method:
     def build(self, stage: Stage) -> None:
         """Runs at the start of a stage, on resume and before ``eval``: structures from config and state alone.
 
-        Default: a new pair for the stage.
+        Default: a new pair for the stage. What is no pair goes by ``stage.adapters.begin_terms``; a term that was
+        folded at commit is not needed where ``stage.evaluating``, one that was kept has to be there as it was.
         """
         stage.adapters.begin(stage.plan.name, stage.rng("adapter"))
 
@@ -312,12 +314,13 @@ class Method:
         """Runs at commit: what becomes of the stage's update.
 
         ``factors`` adds the live pair to the sum of past updates, ``dense`` adds ``dense_update`` instead, ``keep``
-        leaves the pair in the forward, as the parameter set of the stage's name.
+        leaves the pair in the forward, as the parameter set of the stage's name (live terms stay as they are, and are
+        carried by the method's own state).
         """
         return "factors"
 
     def dense_update(self, stage: Stage) -> dict[str, Tensor]:
-        """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live pair's."""
+        """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""
         return stage.adapters.live_update()
 
     def state(self) -> State:

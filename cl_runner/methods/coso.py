@@ -1,0 +1,171 @@
+"""CoSO: dense updates within a moving subspace, orthogonal to those of past tasks (arXiv 2505.11816)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cl_runner.config import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.base import Fold, Method, StagePlan, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.base import Stage
+    from cl_runner.optim import ParameterGroup
+
+BETAS, EPSILON = (0.9, 0.999), 1e-6
+NOISE = 1e-5  # singular values under this share of the gradient's norm are rounding: no direction to go
+
+
+@dataclass
+class Running:
+    """What one matrix (d, w) needs within a stage: Q (d, r), the task's sketch, and Adam's moments (r, w)."""
+
+    Q: Tensor
+    sketch: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+class CoSO(Method):
+    """ΔW (m, n) of every target trains from zero; each step lies in Q, and Q is orthogonal to M.
+
+    Adam runs in Q's coordinates. When Q is replaced its moments stay as they are, as in the official code, or are
+    turned with it (``rotate``).
+    """
+
+    class Config(Section):
+        """Settings of CoSO; rank, sketch, every and lr as published for DomainNet."""
+
+        rank: int = Field(70, ge=1, description="r: directions of Q (at most as many as the matrix has).")
+        sketch: int = Field(160, ge=1, description="Columns of the sketch of a task's gradients.")
+        every: int = Field(20, ge=1, description="K: steps between two looks at the gradient, for Q and the sketch.")
+        threshold: float = Field(0.98, gt=0, le=1, description="Share of the sketch's energy that goes into M.")
+        decay: float = Field(1.0, ge=0, le=1, description="Weight of the sketch so far beside a new gradient.")
+        lr: float = Field(1e-4, gt=0, description="Learning rate, in place of training.lr.")
+        side: Literal["output", "input"] = Field(
+            "output", description="What M spans: the rows of ΔW (output, as the code) or its columns (input)."
+        )
+        rotate: bool = Field(False, description="Turn Adam's moments into the new Q (ours).")
+        max_gb: float = Field(16.0, gt=0, description="Most that M, Q, sketch and moments may take, 10⁹ bytes.")
+
+    name = "coso"
+    title = "CoSO: dense updates in a moving subspace, orthogonal to past ones"
+    equation = (
+        "G ← G − M Mᵀ G;  ΔW ← ΔW − lr·Q Adam(Qᵀ G),  Q: top-r left singular vectors of G, every K steps;  "
+        "M ← [M, top of the sketch of G] at the end"
+    )
+    paper = "2505.11816 (Continuous Subspace Optimization for Continual Learning)"
+    carried = "past updates, folded into the weight; M"
+    growth = "M: up to sketch columns a task for each target, never more than its side"
+    trains = "ΔW of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
+    dense = True
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.past: dict[str, Tensor] = {}  # target → M (d, k), orthonormal columns; d = m, or n on the input side
+        self.running: dict[str, Running] = {}
+        self._tasks = 1
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        self._tasks = len(order)
+        return super().plan(order)
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if config.training.optimizer != "adamw":
+            raise UserError(
+                f"training.optimizer: {config.training.optimizer}: coso makes its own steps (Adam in a subspace); "
+                "leave it at adamw"
+            )
+        own, floats = self.config, 0
+        for m, n in shapes or ():
+            d, w = (m, n) if own.side == "output" else (n, m)
+            rank, sketch = min(own.rank, d, w), min(own.sketch, d, w)
+            floats += d * min(self._tasks * sketch, d) + d * (rank + sketch) + 2 * rank * w
+        if floats * 4e-9 > own.max_gb:
+            raise UserError(
+                f"method.sketch: subspaces of {len(shapes or ())} layers over {self._tasks} tasks may take "
+                f"{floats * 4e-9:.3g} GB, over method.max_gb {own.max_gb:g}; set fewer adapter.target_modules, or a "
+                "larger max_gb"
+            )
+
+    def build(self, stage: Stage) -> None:
+        if stage.evaluating:
+            return
+        from cl_runner.adapters.dense import Dense
+
+        past = stage.adapters.past.items()
+        stage.adapters.begin_terms(stage.plan.name, {target: Dense(*layer.base.shape) for target, layer in past})
+        self.past = {target: M.to(stage.device) for target, M in self.past.items()}
+        self.running = {}
+
+    def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
+        from cl_runner.optim import ParameterGroup
+
+        return [ParameterGroup(stage.parameters(), "whole", lr_scale=self.config.lr / stage.config.training.lr)]
+
+    def whole_step(self, stage: Stage, name: str, gradient: Tensor, lr: float) -> Tensor:
+        from cl_runner.maths.sketch import without
+
+        target, output = name.removesuffix(".delta"), self.config.side == "output"
+        whole = gradient if output else gradient.mT  # (d, w)
+        G = without(whole, self.past.get(target))
+        step = stage.progress.step
+        if step % self.config.every == 0:
+            self._look(target, G, NOISE * float(whole.norm()))
+        now = self.running[target]
+        g = now.Q.mT @ G
+        b1, b2 = BETAS
+        now.mean.lerp_(g, 1 - b1)
+        now.square.lerp_(g.square(), 1 - b2)
+        size = lr * (1 - b2 ** (step + 1)) ** 0.5 / (1 - b1 ** (step + 1))
+        update: Tensor = -size * (now.Q @ (now.mean / (now.square.sqrt() + EPSILON)))
+        decay: Tensor = lr * stage.config.training.weight_decay * stage.parameters()[name].detach()
+        return (update if output else update.mT) - decay
+
+    def _look(self, target: str, G: Tensor, noise: float) -> None:
+        """Q anew from the gradient of this step, which also goes into the sketch."""
+        import torch
+
+        from cl_runner.maths.sketch import sketched, without
+
+        U, singular, _ = torch.linalg.svd(G, full_matrices=False)
+        # Where G has too few directions, what the SVD fills up with may lie in M, and Adam would make much of it.
+        U = without(U * (singular > noise), self.past.get(target))
+        Q, old = U[:, : self.config.rank], self.running.get(target)
+        sketch = sketched(old.sketch if old else None, U, singular, self.config.sketch, self.config.decay)
+        if old is None:
+            zero = torch.zeros_like(Q.mT @ G)
+            self.running[target] = Running(Q, sketch, zero, zero.clone())
+            return
+        # Which of a vector and its negative an SVD returns is chance; the moments belong to the old one.
+        Q = Q * torch.where((Q * old.Q).sum(0) < 0, -1.0, 1.0)
+        mean, square = old.mean, old.square
+        if self.config.rotate:
+            turn = Q.mT @ old.Q  # (r, r); as if the coordinates were independent
+            mean, square = turn @ old.mean, turn.square() @ old.square
+        self.running[target] = Running(Q, sketch, mean, square)
+
+    def end_task(self, stage: Stage) -> None:
+        from cl_runner.maths.sketch import merged
+
+        for target, now in self.running.items():
+            self.past[target] = merged(self.past.get(target), now.sketch, self.config.threshold)
+        self.running = {}
+
+    def fold(self, stage: Stage) -> Fold:
+        return "dense"
+
+    def state(self) -> State:
+        return State(dict(self.past), {"columns": {target: M.shape[1] for target, M in self.past.items()}})
+
+    def load_state(self, state: State) -> None:
+        self.past = {target: state.tensors[target] for target in state.json["columns"]}
+
+
+METHOD = CoSO

@@ -1,0 +1,217 @@
+"""CoSO: steps against a loop in fp64, and no part of any whole step in a past subspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cl_runner.config import RunConfig
+from cl_runner.errors import UserError
+from cl_runner.methods import make_method
+from cl_runner.place import Place
+from cl_runner.plan import check_method
+from tests.distributed import on_ranks
+from tests.maths.test_sketch import naive_shrunk
+from tests.methods.orders import learn, order_room
+from tests.methods.steps import STEPS, THREE, opposed
+from tests.methods.test_terms import farthest, learned
+from tests.stages import Kind, naive_loss, tiny_model
+
+Array = NDArray[np.float64]
+LR, RANK, SKETCH, THRESHOLD = 0.03, 5, 7, 0.8
+OWN: dict[str, Any] = {
+    "method__rank": RANK, "method__sketch": SKETCH, "method__threshold": THRESHOLD, "method__lr": LR,
+}  # fmt: skip
+
+
+class Naive:
+    """One matrix: the rule as the paper's code has it, in fp64, on the output side."""
+
+    def __init__(self, every: int, rotate: bool) -> None:
+        self.every, self.rotate = every, rotate
+        self.M: Array | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.step = 0
+        self.Q: Array | None = None
+        self.S: Array | None = None
+        self.m: Any = 0.0
+        self.v: Any = 0.0
+
+    def update(self, G: Array) -> Array:
+        noise = 1e-5 * np.linalg.norm(G)  # a layer's gradient has as many directions as there are tokens of its own
+        if self.M is not None:
+            G = G - self.M @ self.M.T @ G
+        if self.step % self.every == 0:
+            U, s, _ = np.linalg.svd(G, full_matrices=False)
+            Q = (U * (s > noise))[:, :RANK]
+            if self.Q is not None:
+                for i in range(RANK):  # of a vector and its negative, the nearer one
+                    if Q[:, i] @ self.Q[:, i] < 0:
+                        Q[:, i] *= -1
+                if self.rotate:
+                    R = Q.T @ self.Q
+                    self.m, self.v = R @ self.m, R**2 @ self.v
+            self.Q = Q
+            new = naive_shrunk(G, SKETCH)
+            self.S = new if self.S is None else naive_shrunk(np.concatenate([self.S, new], axis=1), SKETCH)
+        assert self.Q is not None
+        self.step += 1
+        g = self.Q.T @ G
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.999 * self.v + 0.001 * g**2
+        size = LR * np.sqrt(1 - 0.999**self.step) / (1 - 0.9**self.step)
+        change: Array = -size * self.Q @ (self.m / (np.sqrt(self.v) + 1e-6))
+        return change
+
+    def end(self) -> None:
+        assert self.S is not None
+        lengths = (self.S**2).sum(0)
+        count, held = 0, 0.0
+        while held < THRESHOLD * lengths.sum():
+            held += lengths[count]
+            count += 1
+        U, _, _ = np.linalg.svd(self.S[:, :count], full_matrices=False)
+        self.M = U if self.M is None else np.concatenate([self.M, U], axis=1)
+
+
+def by_hand(
+    kind: Kind, targets: list[str], stages: int, every: int, side: str, rotate: bool
+) -> list[dict[str, Tensor]]:
+    """ΔW of every target in all, after each stage."""
+    model = tiny_model(kind)
+    weights = {t: model.get_submodule(t).weight.detach().clone() for t in targets}
+    start = {t: w.clone() for t, w in weights.items()}
+    rules = {t: Naive(every, rotate) for t in targets}
+    found = []
+    for index in range(stages):
+        for rule in rules.values():
+            rule.begin()
+        for _ in range(STEPS):
+            for w in weights.values():
+                w.requires_grad_(True)
+
+            def answer(**inputs: Any) -> Any:
+                return torch.func.functional_call(model, {f"{t}.weight": w for t, w in weights.items()}, (), inputs)
+
+            loss = naive_loss(answer, kind, opposed(index).examples)
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            for (t, w), g in zip(weights.items(), gradients, strict=True):
+                G = g.double().numpy()
+                change = rules[t].update(G) if side == "output" else rules[t].update(G.T).T
+                weights[t] = (w.detach() + torch.from_numpy(change).float()).detach()
+        for rule in rules.values():
+            rule.end()
+        found.append({t: w - start[t] for t, w in weights.items()})
+    return found
+
+
+def _steps(place: Place, kind: Kind, every: int, side: str, rotate: bool) -> list[dict[str, Tensor]]:
+    own = {**OWN, "method__every": every, "method__side": side, "method__rotate": rotate}
+    room, config = order_room(place, "coso", kind=kind, **THREE, **own)
+    found = []
+    for index in range(2):
+        learn(room, config, index, opposed(index))
+        found.append(learned(room))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "side", "rotate", "ranks"),
+    [("t5", 1, "output", False, 1), ("llama", 3, "input", False, 1), ("t5", 2, "output", True, 2)],
+)
+def test_steps_against_a_loop(kind: Kind, every: int, side: str, rotate: bool, ranks: int) -> None:
+    both = on_ranks(ranks, _steps, kind, every, side, rotate)
+    wanted = by_hand(kind, list(both[0][0]), 2, every, side, rotate)
+    for ours in both:
+        assert farthest(ours[0], wanted[0]) < 2e-3 and farthest(ours[1], wanted[1]) < 2e-3
+        assert farthest(ours[1], wanted[0]) > 0.1
+
+
+def _orthogonal(place: Place, kind: Kind, side: str) -> tuple[float, float, int]:
+    """The largest share of a whole step in the past subspace, of stages 2 and 3; the same of the gradients."""
+    room, config = order_room(place, "coso", kind=kind, **{**THREE, **OWN, "method__side": side, "method__every": 2})
+    method, shares, gradients, steps = room.method, [0.0], [0.0], []
+    whole = method.whole_step
+
+    def on(target: str, change: Tensor) -> float:
+        M = method.past[target].double()
+        change = change.double() if side == "output" else change.double().mT
+        return float((M.mT @ change).norm() / change.norm())
+
+    def spy(stage: Any, name: str, gradient: Tensor, lr: float) -> Tensor:
+        if stage.index:
+            gradients.append(on(name.removesuffix(".delta"), gradient))
+        found: Tensor = whole(stage, name, gradient, lr)
+        return found
+
+    method.whole_step = spy
+    before: dict[str, Tensor] = {}
+
+    def after(stage: Any) -> None:
+        now = {n: p.detach().clone() for n, p in stage.parameters().items()}
+        for name, value in now.items() if stage.index else ():
+            change = value - before[name] if stage.progress.step > 1 else value
+            assert float(change.norm()) > 1e-3
+            shares.append(on(name.removesuffix(".delta"), change))
+            steps.append(name)
+        before.update(now)
+
+    method.after_step = after
+    for index in range(3):
+        learn(room, config, index, opposed(index))
+    for M in method.past.values():
+        torch.testing.assert_close(M.mT @ M, torch.eye(M.shape[1]), atol=1e-5, rtol=0)
+    return max(shares), max(gradients), len(steps)
+
+
+@pytest.mark.parametrize(("kind", "side", "ranks"), [("t5", "output", 1), ("t5", "output", 2), ("llama", "input", 2)])
+def test_no_step_has_a_part_in_the_past_subspace(kind: Kind, side: str, ranks: int) -> None:
+    """Below 1e-5 of its norm, weight decay 0, accumulation 3 (two ranks: 2)."""
+    for share, of_gradient, steps in on_ranks(ranks, _orthogonal, kind, side):
+        assert share < 1e-5 and of_gradient > 0.1 and steps % (2 * STEPS) == 0 and steps
+
+
+def _full(place: Place) -> None:
+    """When past subspaces fill a side, there is nowhere to go, and rounding is no direction."""
+    own = {**OWN, "method__rank": 32, "method__sketch": 32, "method__threshold": 1.0, "method__every": 1}
+    room, config = order_room(place, "coso", **{**THREE, **own, "training__micro_batch": 6})
+    for index in range(2):
+        before = learned(room) if index else {}
+        learn(room, config, index, opposed(index))
+    full = [target for target, M in room.method.past.items() if M.shape[1] == 32]
+    assert full
+    room.method.begin = None
+    middle = learned(room)
+    learn(room, config, 2, opposed(2))
+    assert all(float((learned(room)[t] - middle[t]).norm()) < 1e-3 * float(middle[t].norm()) for t in full)
+    assert before
+
+
+def test_a_full_subspace_stops_a_layer() -> None:
+    on_ranks(1, _full)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    def check(shapes: Any = None, **settings: Any) -> None:
+        room, config = order_room(Place(), "coso", "abcdefghijklmno", **settings)
+        check_method(config, room.order, shapes)
+
+    check([(1024, 1024)] * 144)
+    with pytest.raises(UserError, match=r"^training.optimizer: sgd: coso makes its own steps"):
+        check(training__optimizer="sgd")
+    large = [(4096, 4096)] * 224
+    # 224 (4096 · 15 · 160 + 4096 (70 + 160) + 2 · 70 · 4096) floats
+    with pytest.raises(
+        UserError, match=r"^method.sketch: .* 224 layers over 15 tasks may take 10.2 GB, over .*_gb 10;"
+    ):
+        check(large, method__max_gb=10)
+    check(large)
+    with pytest.raises(ValueError, match="threshold"):
+        make_method(RunConfig.model_validate({"method": {"name": "coso", "threshold": 0}}))
