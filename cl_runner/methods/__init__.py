@@ -31,6 +31,7 @@ METHODS = {
     "grassmann": "cl_runner.methods.grassmann",
     "clora": "cl_runner.methods.clora",
     "coso": "cl_runner.methods.coso",
+    "inflora": "cl_runner.methods.inflora",
 }
 
 

@@ -54,8 +54,8 @@ class Grassmann(Method):
         n = min((n for _, n in shapes or ()), default=config.adapter.largest)
         if config.adapter.largest >= n and shapes:
             raise UserError(
-                f"adapter.r: {config.adapter.largest} rows of A span all {n} inputs of a layer, and grassmann has no angle "
-                "between such spans; set it smaller"
+                f"adapter.r: {config.adapter.largest} rows of A span all {n} inputs of a layer, and grassmann has no "
+                "angle between such spans; set it smaller"
             )
 
     def reads_past(self) -> Mapping[str, str]:

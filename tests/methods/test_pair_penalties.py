@@ -79,6 +79,9 @@ CASES: dict[str, tuple[dict[str, Any], Definition]] = {
     "clora": ({"lambda1": 0.8, "k": 5}, clora),
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
+# Those without a penalty go through what is the same for all.
+OWN: dict[str, dict[str, Any]] = {**{name: own for name, (own, _) in CASES.items()}, "inflora": {"threshold": 0.9}}
+every_method = pytest.mark.parametrize("name", list(OWN))
 
 
 def after(stages: int, rank: int = 3, family: str = "qwen2") -> Adapters:
@@ -162,7 +165,7 @@ def test_sparse_orth_moves_from_the_first_term_to_the_second() -> None:
 
 
 def opened(place: Place, name: str, **settings: Any) -> tuple[Any, Any]:
-    own = {f"method__{key}": value for key, value in CASES[name][0].items()}
+    own = {f"method__{key}": value for key, value in OWN[name].items()}
     return order_room(place, name.split()[0], **{**THREE, **own, **settings})
 
 
@@ -221,7 +224,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         rundir.commit(index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
 
 
-@every_case
+@every_method
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 
@@ -229,7 +232,7 @@ def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path:
 def _ranks(place: Place) -> dict[str, Values]:
     """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
     found = {}
-    for number, name in enumerate(CASES):
+    for number, name in enumerate(OWN):
         kind: Kind = "t5" if number % 2 else "llama"
         room, config = opened(place, name, kind=kind, training__micro_batch=1, training__epochs=2)
         for index in range(2):
@@ -246,7 +249,7 @@ def test_two_ranks_do_what_one_does() -> None:
 
 
 def _bf16(place: Place) -> None:
-    for name in CASES:
+    for name in OWN:
         room, config = opened(place, name, bf16=True, training__epochs=3)
         for index in range(2):
             outcome = learn(room, config, index, opposed(index))
@@ -337,6 +340,17 @@ SHAPES = [(32, 32), (16, 24)]
             {"method": {"k": 17}},
             "method.k: 17 orthonormal columns do not fit into a layer's 16 dimensions; set k to 15 or less",
         ),
+        (
+            "inflora",
+            {"adapter": {"r": 25}},
+            "adapter.r: 25 directions of a layer's 24 inputs; set 24 or less",
+        ),
+        (
+            "inflora",
+            {"method": {"max_gb": 9e-6}},
+            "method.max_gb: second moments and bases of 2 layers may take 9.6e-06 GB, over 9e-06; set fewer "
+            "adapter.target_modules, or a larger max_gb",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[str, Any], said: str) -> None:
@@ -353,6 +367,8 @@ def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[st
         ("sparse-orth", {"lambda1": -1}), ("sparse-orth", {"lambda2": -1}),
         ("grassmann", {"lambda1": -1}), ("grassmann", {"goal": "apart"}), ("grassmann", {"stiefel": 3}),
         ("clora", {"k": 0}), ("clora", {"lambda1": -1}),
+        ("inflora", {"threshold": 0}), ("inflora", {"threshold": 1.1}), ("inflora", {"last_threshold": 0}),
+        ("inflora", {"max_gb": 0}),
     ],
 )  # fmt: skip
 def test_settings_have_bounds(name: str, own: dict[str, Any]) -> None:

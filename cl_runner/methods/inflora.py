@@ -1,0 +1,147 @@
+"""InfLoRA: A is designed before the task, off what past tasks use, and only B trains (arXiv 2404.00228)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.config import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.base import Method, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.maths.gpm import Memory
+    from cl_runner.methods.base import Stage
+
+
+class InfLoRA(Method):
+    """Past inputs, but for the share 1 − ε of their energy, lie off the rows of A and are answered as before.
+
+    Targets with the same input share A, and one memory. Inputs are those of the task's own rows, padding left out,
+    before the stage for A and after it for the memory.
+    """
+
+    class Config(Section):
+        """Settings of InfLoRA."""
+
+        threshold: float = Field(
+            0.95, gt=0, le=1, description="ε at the first task: share of the input energy that later tasks leave alone."
+        )
+        last_threshold: float = Field(
+            1.0,
+            gt=0,
+            le=1,
+            description="ε grows linearly to this, for a task after the last. Published: 0.95 or 0.98 to 1.",
+        )
+        max_gb: float = Field(8.0, gt=0, description="Most that moments and bases of all layers may take, 10⁹ bytes.")
+
+    name = "inflora"
+    title = "InfLoRA: A designed off the inputs of past tasks, only B trains"
+    equation = "A_t = top-r left singular vectors of (I − M Mᵀ) Σ x xᵀ, over √3;  W_t = W_{t−1} + s·B_t A_t, B_t trains"
+    paper = "2404.00228 (InfLoRA: interference-free low-rank adaptation for continual learning)"
+    trains = "B of a LoRA pair"
+    carried = "past updates, folded into the weight; M, or its complement where that is smaller"
+    growth = "at most n / 2 columns of length n for each input that layers share"
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.memories: dict[str, Memory] = {}  # by the first of the targets that share the input
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if self.config.last_threshold < self.config.threshold:
+            raise UserError(
+                f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
+                f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
+            )
+        gigabytes = sum(1.5 * n * n for _, n in shapes or ()) * 4 / 1e9
+        if gigabytes > self.config.max_gb:
+            raise UserError(
+                f"method.max_gb: second moments and bases of {len(shapes or ())} layers may take {gigabytes:.3g} GB, "
+                f"over {self.config.max_gb:g}; set fewer adapter.target_modules, or a larger max_gb"
+            )
+        r = config.adapter.largest
+        least = min((n for _, n in shapes or ()), default=r)
+        if r > least:
+            raise UserError(f"adapter.r: {r} directions of a layer's {least} inputs; set {least} or less")
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
+
+    def build(self, stage: Stage) -> None:
+        super().build(stage)
+        for name, parameter in stage.parameters().items():
+            parameter.requires_grad_(not name.endswith("lora_A"))
+
+    def begin_task(self, stage: Stage) -> None:
+        from cl_runner.maths.gpm import designed_rows
+
+        for targets, moment in input_moments(stage).items():
+            A = designed_rows(moment, self._memory(targets[0], moment), stage.adapters.rank)
+            A = stage.broadcast(A)  # another library on another rank may turn directions of equal energy
+            stage.write({f"{target}.lora_A": A for target in targets})
+
+    def end_task(self, stage: Stage) -> None:
+        from cl_runner.maths.gpm import Memory, updated
+
+        first, last = self.config.threshold, self.config.last_threshold
+        threshold = first + (last - first) * stage.index / len(stage.order)
+        for targets, moment in input_moments(stage).items():
+            memory = updated(self._memory(targets[0], moment), moment, threshold)
+            columns = int(stage.broadcast(moment.new_tensor(memory.basis.shape[1])))
+            basis = memory.basis if stage.rank == 0 else moment.new_empty(len(moment), columns)
+            free = bool(stage.broadcast(moment.new_tensor(float(memory.free))))
+            # Rank 0's, and laid out as it will be read from disk: products of another layout add up in another order.
+            self.memories[targets[0]] = Memory(stage.broadcast(basis), free)
+
+    def _memory(self, name: str, like: Tensor) -> Memory | None:
+        from cl_runner.maths.gpm import Memory
+
+        found = self.memories.get(name)
+        return None if found is None else Memory(found.basis.to(like.device), found.free)
+
+    def state(self) -> State:
+        tensors = {f"memory.{name}": memory.basis for name, memory in self.memories.items()}
+        return State(tensors, {"free": [name for name, memory in self.memories.items() if memory.free]})
+
+    def load_state(self, state: State) -> None:
+        from cl_runner.maths.gpm import Memory
+
+        free = state.json.get("free", [])
+        named = {key.removeprefix("memory."): basis for key, basis in state.tensors.items()}
+        self.memories = {name: Memory(basis, name in free) for name, basis in named.items()}
+
+
+def input_moments(stage: Stage) -> dict[tuple[str, ...], Tensor]:
+    """Targets that share an input → the mean of x xᵀ (n, n) over the tokens of the stage's own rows. *Collective*.
+
+    fp32, the same on every rank; the model as it is, dropout off.
+    """
+    import torch
+
+    groups = {targets[0]: targets for targets in stage.input_groups()}
+    moments: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    real = torch.ones(())
+
+    def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
+        if target not in groups:
+            return
+        counted = real[:, None].expand(rows.shape[:2]) if mask is None else mask & real[:, None]
+        with torch.autocast(rows.device.type, enabled=False):
+            x = (rows * counted[..., None]).float().flatten(0, 1)
+            moment = x.mT @ x
+        moments[target] = moments[target] + moment if target in moments else moment
+        counts[target] = counts.get(target, torch.zeros((), device=rows.device)) + counted.sum()
+
+    with torch.no_grad(), stage.observe("inputs", see):
+        for batch in stage.batches():
+            real = (batch.token_weights != 0).any(1)  # a rank without rows sees one that does not count
+            stage.forward(batch)
+    return {groups[name]: stage.sum(moments[name]) / stage.sum(counts[name]) for name in sorted(moments)}
+
+
+METHOD = InfLoRA

@@ -1,0 +1,140 @@
+"""InfLoRA: A against eigenvectors of inputs seen one example at a time, B by plain steps, and what past inputs get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_runner.config import RunConfig
+from cl_runner.errors import UserError
+from cl_runner.maths.gpm import Memory, updated
+from cl_runner.methods import make_method
+from cl_runner.methods.inflora import input_moments
+from cl_runner.place import Place
+from cl_runner.stage import StageRun
+from tests.distributed import on_ranks
+from tests.methods.orders import learn, order_room
+from tests.methods.steps import LR, STEPS, THREE, label_logits, off, put, values
+from tests.stages import Kind, naive_loss, some_rows
+
+R = 3
+
+
+def sources(index: int) -> Any:
+    """Inputs that differ from stage to stage."""
+    return some_rows(6, seed=20 + index, task="abc"[index])
+
+
+def moments_by_hand(room: Any, kind: Kind, examples: Any) -> dict[str, Tensor]:
+    """Target → mean of x xᵀ (n, n) over all tokens, each example alone; no padding anywhere. fp64."""
+    seen: dict[str, list[Tensor]] = {target: [] for target in room.adapters.layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, target=target: seen[target].append(given[0][0].double()))
+        for target, layer in room.adapters.layers.items()
+    ]
+    room.adapters.model.eval()
+    with torch.no_grad():
+        for example in examples:
+            label_logits(room.adapters.model, kind, example)
+    for hook in hooks:
+        hook.remove()
+    rows = {target: torch.cat(parts) for target, parts in seen.items()}
+    return {target: x.T @ x / len(x) for target, x in rows.items()}
+
+
+def used(memory: Memory) -> Tensor:
+    """The projector onto what past tasks use, fp64."""
+    basis = memory.basis.double()
+    onto = basis @ basis.T
+    return torch.eye(len(onto), dtype=onto.dtype) - onto if memory.free else onto
+
+
+def _stages(place: Place, kind: Kind, threshold: float) -> None:
+    room, config = order_room(place, "inflora", kind=kind, adapter__r=R, **THREE, method__threshold=threshold)
+    hand, _ = order_room(place, "inclora", kind=kind, adapter__r=R)
+    past: dict[str, Memory] = {}
+    for index in range(3):
+        examples = sources(index).examples
+        before = moments_by_hand(room, kind, examples)
+        weights = {target: p.weight.detach().clone() for target, p in room.adapters.past.items()}
+        learn(room, config, index, sources(index))
+        pair = room.adapters.folded[-1]
+        for target, moment in before.items():
+            allowed = torch.eye(len(moment), dtype=moment.dtype) - (used(past[target]) if past else 0)
+            leading = torch.linalg.eigh(allowed @ moment @ moment @ allowed)[1][:, -R:]
+            A = pair.A[target].double()
+            assert off(3 * A.T @ A, leading @ leading.T) < 1e-3, target  # designed, and not trained since
+            torch.testing.assert_close(3 * A @ A.T, torch.eye(R).double(), atol=1e-5, rtol=0)
+            assert float(pair.B[target].norm()) > 0.1
+            if past:
+                assert off(A @ allowed, A) < 1e-5  # in the designed space
+                change = (room.adapters.past[target].weight - weights[target]).double()
+                assert float((change @ used(past[target])).norm() / change.norm()) < 1e-5  # past inputs: as before
+        # Targets that share an input share A.
+        same = [[t for t in before if torch.equal(before[t], before[s])] for s in before]
+        assert all(torch.equal(pair.A[t], pair.A[group[0]]) for group in same for t in group)
+        assert max(map(len, same)) >= 2 and len({tuple(group) for group in same}) >= 2
+
+        # B: plain steps of AdamW, A as it is.
+        put(hand, {name: getattr(pair, name[-1])[name[:-7]] * (name[-1] == "A") for name in values(hand)})
+        hand.adapters._live("hand")
+        B = {name: p for name, p in hand.adapters.parameters().items() if name.endswith("B")}
+        optimizer = torch.optim.AdamW(list(B.values()), lr=LR, weight_decay=0.0)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            naive_loss(hand.adapters.model, kind, examples).backward()
+            optimizer.step()
+        assert max(off(pair.B[name[:-7]], value.detach()) for name, value in B.items()) < 1e-3
+        hand.adapters.fold(pair)
+
+        # What is kept of the stage.
+        after = moments_by_hand(room, kind, examples)
+        share = threshold + (1 - threshold) * index / 3
+        past = {target: updated(past.get(target), moment, share) for target, moment in after.items()}
+        assert sorted(room.method.memories) == sorted({group[0] for group in same})
+        for name, memory in room.method.memories.items():
+            assert memory.free == past[name].free and memory.basis.shape == past[name].basis.shape
+            assert off(used(memory), used(past[name])) < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [("t5", 0.95), ("llama", 0.95), ("llama", 0.7)])
+def test_designed_trained_and_remembered(kind: Kind, threshold: float) -> None:
+    on_ranks(1, _stages, kind, threshold)
+
+
+def _moments(place: Place, bf16: bool) -> dict[tuple[str, ...], Tensor]:
+    room, config = order_room(place, "inflora", bf16=bf16, training__micro_batch=1)
+    stage = StageRun(room, config, 0)
+    room.method.build(stage)
+    stage.own = some_rows(5, task="a")
+    room.adapters.model.eval()
+    found = input_moments(stage)
+    stage.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_moments_leave_padding_and_idle_ranks_out(ranks: int) -> None:
+    """Five rows one at a time on two ranks: the last one's second rank has none."""
+    room, _ = order_room(Place(), "inclora")
+    wanted = moments_by_hand(room, "t5", some_rows(5, task="a").examples)
+    for found in on_ranks(ranks, _moments, False):
+        assert sorted(t for group in found for t in group) == sorted(wanted)
+        assert all(off(moment, wanted[target]) < 1e-5 for group, moment in found.items() for target in group)
+
+
+def test_moments_are_fp32_sums_where_the_forward_is_bf16() -> None:
+    """What the first layers see is not rounded yet: their moments are to the bit those of a forward in fp32."""
+    plain, rounded = on_ranks(1, _moments, False)[0], on_ranks(1, _moments, True)[0]
+    differ = [off(moment, plain[group]) for group, moment in rounded.items()]
+    assert all(moment.dtype == torch.float32 for moment in rounded.values())
+    assert 0 in differ and 1e-4 < max(differ) < 0.05
+
+
+def test_a_threshold_that_shrinks_is_refused() -> None:
+    config = RunConfig.model_validate({"method": {"name": "inflora", "last_threshold": 0.9}})
+    with pytest.raises(UserError, match=r"^method.last_threshold: 0.9 is below method.threshold 0.95; what is kept"):
+        make_method(config).check(config)
