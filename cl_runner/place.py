@@ -95,6 +95,15 @@ def here() -> Place:
     return Place(given.rank, local, given.ranks, device, given.address, given.port)
 
 
+def memory(device: str) -> tuple[str, int]:
+    """Bytes of memory where a process of this kind of device computes, and whose: the machine's, or one GPU's."""
+    if device == "cuda":
+        import torch
+
+        return "one GPU", int(torch.cuda.get_device_properties(0).total_memory)
+    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def free_port() -> int:
     """A TCP port that is free, out of the range that the system gives to others in the seconds until it is used."""
     pick = random.SystemRandom()

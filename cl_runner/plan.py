@@ -201,6 +201,7 @@ class Plan:
     method: Method
     stages: tuple[StagePlan, ...]
     data: Data
+    grows: str = ""  # how much the method will carry, where that is known beforehand
 
     @classmethod
     def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], *, training: bool = True) -> Plan:
@@ -230,6 +231,19 @@ class Plan:
         for task in tasks:
             require(task.metric, task.labels)
         return cls(config, order, method, stages, Data.load(tasks, config, stages, training=training))
+
+    def check_shapes(self) -> None:
+        """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
+        if not self.method.by_shape:
+            return
+        from cl_runner.adapters.lora import target_shapes
+        from cl_runner.models.base import outline
+
+        model = outline(self.config.model)
+        if model is not None:
+            shapes = target_shapes(model, self.config.adapter)
+            check_method(self.config, self.stages, shapes)
+            self.grows = self.method.grows(self.config, shapes)
 
     @property
     def names(self) -> list[str]:

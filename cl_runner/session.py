@@ -56,6 +56,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     located = locate(config.model)
     check(located)
     plan = Plan.make(config, order.name, order.tasks)
+    plan.check_shapes()
     processes = part.ranks if part else gpus or 1
     identity = {"model": model_identity(located), **plan.identity(processes)}
     done = 0
@@ -198,7 +199,7 @@ class Session:
         return str(engine.broadcast_object(self.place, path))
 
     def _introduce(self, screen: Screen) -> None:
-        notes = [*self.resolved.notes, *self.plan.data.left_out()]
+        notes = [*self.resolved.notes, *self.plan.data.left_out(), *([self.plan.grows] if self.plan.grows else [])]
         for line in [self.located.note, *notes, *free_devices(self.place)]:
             screen.line(line)
 
@@ -401,6 +402,7 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
         "model": plan.config.model.name,
         "synthetic": plan.data.synthetic,
         "processes": ranks,
+        "grows": plan.grows or None,
         "folder": str(folder.path),
         "stages_done": done,
         "stages": stages,
@@ -425,5 +427,7 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
     print(aligned(head, rows, right=("train rows", "test rows", "epochs", "steps")))
     if done:
         print("* done")
+    if plan.grows:
+        print(plan.grows)
     there = "done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
     print(f"folder: {folder.path} ({there}; nothing was written)")

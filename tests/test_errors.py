@@ -159,6 +159,33 @@ SETTINGS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*THREE, "--name", "x" * 150), ("--name",)),
     ((*THREE, "--set", "output.name=a/b"), ("a/b",)),
 ]
+TINY = (*THREE, "--preset", "tiny", "--data", "synthetic", "--method")
+METHOD: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    *[
+        ((*TINY, m, "--set", "method.memory_per_task=0"), ("method.memory_per_task", m))
+        for m in ("replay", "agem", "gem")
+    ],
+    ((*TINY, "agem", "--set", "method.memory_batch=0"), ("method.memory_batch", "at least 1")),
+    ((*TINY, "replay", "--set", "method.replay_ratio=0"), ("method.replay_ratio", "more than 0")),
+    ((*TINY, "lwf", "--set", "method.temperature=0"), ("method.temperature", "more than 0")),
+    ((*TINY, "ogd", "--set", "method.vectors=0"), ("method.vectors", "at least 1")),
+    ((*TINY, "ewc", "--set", "method.online=2"), ("method.online", "at most 1")),
+    ((*TINY, "migu", "--set", "method.quantile=1"), ("method.quantile", "less than 1")),
+    ((*TINY, "olora", "--set", "method.train=full"), ("method.train", "not a setting of olora", "lambda1")),
+    ((*TINY, "seqft", "--set", "adapter.kind=dora"), ("adapter.kind", "lora")),
+    ((*TINY, "l2p", "--set", "method.top=20"), ("method.top", "pool of 10")),
+    ((*TINY, "progprompt", "--set", "training.optimizer=muon"), ("muon", "progprompt", "adamw")),
+]
+# What only the model's shapes tell: by its config, with no weights loaded.
+SHAPES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    ((*TINY, "ogd", "--set", "method.vectors=60000"), ("method.vectors", "180000 directions", "172032 trained")),
+    ((*TINY, "ogd", "--set", "method.vectors=9000", "--set", "method.variant=all"), ("18.6 GB", "method.max_gb 8")),
+    (
+        (*TINY, "nlora", "--set", "method.of=reference", "--set", "adapter.target_modules=[wi]"),
+        ("method.of", "576 × 192", "adapter.target_modules"),
+    ),
+    ((*TINY, "ogd", "--set", "adapter.target_modules=[qq]"), ("adapter.target_modules", "'qq'")),
+]
 DATA: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*THREE, "--data-dir", "nowhere"), ("nowhere", "does not exist", "--data-dir")),
     ((*THREE, "--data-dir", "own.csv"), ("own.csv", "not a folder")),
@@ -196,7 +223,7 @@ RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     *[((command, ""), ("empty",)) for command in ("eval", "report")],
     *[((command, "own.csv"), ("own.csv",)) for command in ("eval", "report")],
 ]
-ALL = [*USAGE, *SETTINGS, *DATA, *MODEL, *OUTPUT, *RUNS]
+ALL = [*USAGE, *SETTINGS, *METHOD, *DATA, *MODEL, *OUTPUT, *RUNS]
 
 
 def refused(result: Result, words: tuple[str, ...]) -> None:
@@ -216,6 +243,22 @@ def test_one_line_names_the_culprit_and_nothing_is_written(
     before = tree(place)
     with variables(HF_HUB_OFFLINE="1"):
         refused(call(*arguments, cwd=place), words)
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize(("arguments", "words"), SHAPES, ids=lambda value: " ".join(value)[-60:])
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--gpus", "2")])
+def test_shapes_that_cannot_work_are_refused_before_any_weight_is_loaded(
+    place: Path, arguments: tuple[str, ...], words: tuple[str, ...], more: tuple[str, ...], monkeypatch: Any
+) -> None:
+    import transformers
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)
+    before = tree(place)
+    refused(call(*arguments, *more, cwd=place), words)
     assert tree(place) == before
 
 

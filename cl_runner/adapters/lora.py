@@ -485,6 +485,19 @@ def _copy(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
+def target_shapes(model: nn.Module, config: AdapterConfig) -> list[tuple[int, int]]:
+    """(m, n), out by in, of every layer that would get a pair, of a model that may be on the meta device.
+
+    Raises:
+        UserError: as ``check_targets``.
+    """
+    targets = config.target_modules or default_targets(model)
+    check_targets(model, targets)
+    layers = [module for name, module in model.named_modules() if _is_target(name, targets)]
+    weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
+    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+
+
 def default_targets(model: nn.Module) -> list[str]:
     """Query and value of the model's attention, as PEFT knows them; GPT-2's ``c_attn`` holds both."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known

@@ -208,6 +208,7 @@ class Method:
     task_id: ClassVar[bool] = False
     trains: ClassVar[str] = "a LoRA pair"
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
+    by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
 
@@ -234,9 +235,13 @@ class Method:
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         """Refuse with UserError, before anything is trained, what cannot work.
 
-        Runs twice before stage 1, after ``plan``: with the settings alone, and with the target layers' (m, n) once they
-        are known.
+        Runs before stage 1, after ``plan``: with the settings alone, and with the target layers' (m, n) once they are
+        known (where ``by_shape``, from the model's config, before its weights are loaded).
         """
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        """Runs with ``check``, where ``by_shape``: a line on how much this method will carry; empty says nothing."""
+        return ""
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         """Runs once: the stages of the order. Default: one a task, each from the state before."""

@@ -59,6 +59,7 @@ class NLoRA(Method):
     paper = "2410.10179 (Is Parameter Collision Hindering Continual Learning in LLMs?)"
     carried = "past updates, folded into the weight"
     growth = "constant in a step"
+    by_shape = True
     any_rank = True
 
     @property

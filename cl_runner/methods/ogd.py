@@ -13,6 +13,7 @@ from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.base import Source, StagePlan, State
 from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.place import here, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,7 @@ class OGD(SeqLoRA):
     paper = "1910.07104 (Orthogonal Gradient Descent for Continual Learning)"
     carried = "A, B; S"
     growth = "vectors × trained parameters × 4 bytes a task"
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -61,16 +63,24 @@ class OGD(SeqLoRA):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is None:
             return
-        tasks, parameters = self._tasks, sum(config.adapter.largest * (m + n) for m, n in shapes)
+        tasks, parameters = self._tasks, trained(config, shapes)
         vectors, gigabytes = self.config.vectors * tasks, self.config.vectors * tasks * parameters * 4 / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:
             raise UserError(f"method.vectors: {of} of only {parameters} trained parameters; set fewer")
+        take = f"method.vectors: {of} of {parameters} parameters take {gigabytes:.3g} GB"
         if gigabytes > self.config.max_gb:
-            raise UserError(
-                f"method.vectors: {of} of {parameters} parameters take {gigabytes:.3g} GB, over method.max_gb "
-                f"{self.config.max_gb:g}; set fewer, or a larger max_gb"
-            )
+            raise UserError(f"{take}, over method.max_gb {self.config.max_gb:g}; set fewer, or a larger max_gb")
+        whose, room = memory(here().device)
+        if gigabytes * 1e9 > room:
+            raise UserError(f"{take}, and {whose} has {room / 1e9:.3g} GB of memory; set fewer")
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        megabytes = self.config.vectors * trained(config, shapes) * 4 / 1e6
+        return (
+            f"carries up to {megabytes:.3g} MB a task, {megabytes * self._tasks:.3g} MB in all: {self.config.vectors} "
+            f"directions of {trained(config, shapes)} parameters for each of {self._tasks} tasks"
+        )
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
         self._own = own
@@ -126,6 +136,11 @@ class OGD(SeqLoRA):
 
     def load_state(self, state: State) -> None:
         self.basis = state.tensors.get("basis")
+
+
+def trained(config: RunConfig, shapes: Sequence[tuple[int, int]]) -> int:
+    """Parameters of the pairs (at most, where their rank is chosen)."""
+    return sum(config.adapter.largest * (m + n) for m, n in shapes)
 
 
 def labels_of(source: Source) -> dict[str, list[tuple[int, ...]]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
@@ -18,7 +19,7 @@ from transformers import (
 
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.catalog import Located, check, locate
+from cl_runner.models.catalog import Located, check, config_of, locate
 from cl_runner.models.tokenizer import first_line, load_tokenizer, quiet
 
 # Buffers of old versions of transformers, found in many checkpoints and used by none today.
@@ -97,6 +98,22 @@ def load_base(model: ModelConfig, device: torch.device, base_dir: Path | None = 
     # Also as the model's own, because generate() fills what a given config leaves open from the model's.
     network.generation_config = neutral_generation(layout)
     return Base(network, tokenizer, layout, where, located.note, facts.advice)
+
+
+def outline(model: ModelConfig) -> PreTrainedModel | None:
+    """The base model by its config alone, on torch's meta device: layers with shapes, no weights.
+
+    None where the model brings its own code. Raises UserError.
+    """
+    located = locate(model)
+    found = config_of(located)
+    if "auto_map" in found:
+        return None
+    config = CONFIG_MAPPING[str(found["model_type"])].from_dict(found)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with quiet(), torch.device("meta"):
+        network: PreTrainedModel = auto.from_config(config)
+    return network
 
 
 def tokenizer_of(model: ModelConfig, base_dir: Path | None = None) -> PreTrainedTokenizerBase:

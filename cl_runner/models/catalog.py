@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError, did_you_mean
@@ -77,13 +77,7 @@ def check(located: Located) -> Facts:
     decoder-only with a language-model head), all weight files, and a tokenizer. For a hub id the hub is asked (a few
     seconds at most) and config.json is downloaded; without network the local cache is looked at. Raises UserError.
     """
-    files: contents.Files
-    if located.path is not None:
-        files = contents.Folder(located.path, located.name_or_path)
-    else:
-        from cl_runner.models import hub
-
-        files = hub.listing(located)
+    files = _files(located)
     config = contents.config(files)
     advice = contents.weights(files)
     contents.tokenizer(files)
@@ -94,6 +88,19 @@ def check(located: Located) -> Facts:
     return Facts(
         is_encoder_decoder(config, files.where, located.trust_remote_code), str(config.get("model_type")), advice
     )
+
+
+def config_of(located: Located) -> dict[str, Any]:
+    """config.json as read. Raises UserError."""
+    return contents.config(_files(located))
+
+
+def _files(located: Located) -> contents.Files:
+    if located.path is not None:
+        return contents.Folder(located.path, located.name_or_path)
+    from cl_runner.models import hub
+
+    return hub.listing(located)
 
 
 def _folder(name: str, base_dir: Path) -> Path | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.ogd import extend, project
+from cl_runner.models.base import load_base
 from cl_runner.models.batch import Example
 from cl_runner.place import Place
 from cl_runner.plan import check_method
+from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.steps import (
@@ -136,6 +140,25 @@ def test_too_many_directions_are_refused() -> None:
         UserError, match=r"^method.vectors: 6000 directions \(2000 .* take 14.2 GB, over method.max_gb 8;"
     ):
         check(large, vectors=2000)
+    with pytest.raises(
+        UserError, match=r"take 1.42e\+05 GB, and (this machine|one GPU) has .* GB of memory; set fewer$"
+    ):
+        check([(1024, 1024)] * 1_440_000, "a", vectors=6000, max_gb=1e6)
+
+
+@pytest.mark.parametrize("variant", ["gtl", "ave", "all"])
+def test_how_much_it_will_carry_is_said_before_the_start(variant: str, tmp_path: Path) -> None:
+    arguments = ["train", "--order", "order1", "--method", "ogd", "--data", "synthetic", "--dry-run"]
+    rank = ["--set=adapter.r=4", f"--set=method.variant={variant}", "--set=method.vectors=50"]
+    model = load_base(ModelConfig(name="tiny-t5"), torch.device("cpu")).model
+    pairs = [m for name, m in model.named_modules() if name.endswith((".q", ".v"))]
+    parameters = sum(4 * (layer.in_features + layer.out_features) for layer in pairs)
+    line = (
+        f"carries up to {50 * parameters * 4 / 1e6:.3g} MB a task, {200 * parameters * 4 / 1e6:.3g} MB in all: "
+        f"50 directions of {parameters} parameters for each of 4 tasks"
+    )
+    assert line in call(*arguments, *rank, cwd=tmp_path).out.splitlines()
+    assert call(*arguments, *rank, "--json", cwd=tmp_path).json["grows"] == line
 
 
 def _refused_at_the_start(place: Place) -> None:

@@ -15,9 +15,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cl_runner.config import ModelConfig
+from cl_runner.adapters import Adapters
+from cl_runner.adapters.lora import target_shapes
+from cl_runner.config import AdapterConfig, ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.base import Base, load_base
+from cl_runner.models.base import Base, load_base, outline
 from cl_runner.models.encoding import Encoder
 from cl_runner.tasks.task import Prompt
 from tests.models.tiny_models import LINES
@@ -32,6 +34,21 @@ def load(folder: Path, **settings: Any) -> Base:
 @pytest.fixture
 def copy(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda family: shutil.copytree(saved(family), tmp_path / family)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "gpt2", "qwen2"])
+def test_the_outline_has_the_shapes_of_what_is_loaded_and_no_weights(
+    saved: Callable[[str], Path], family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = AdapterConfig()
+    folder = saved(family)
+    capfd.readouterr()
+    found = outline(ModelConfig(name=str(folder)))
+    assert capfd.readouterr() == ("", "")
+    assert found is not None and all(p.is_meta for p in found.parameters())
+    base = load(folder)
+    adapters = Adapters(base.model, settings, name_or_path="x", encoder_decoder=base.encoder_decoder)
+    assert target_shapes(found, settings) == adapters.shapes()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2", "qwen2"])
