@@ -30,8 +30,9 @@ METHODS = {
     "sparse-orth": "cl_runner.methods.sparse_orth",
     "grassmann": "cl_runner.methods.grassmann",
     "clora": "cl_runner.methods.clora",
-    "coso": "cl_runner.methods.coso",
     "inflora": "cl_runner.methods.inflora",
+    "coso": "cl_runner.methods.coso",
+    "osft": "cl_runner.methods.osft",
 }
 
 

@@ -1,0 +1,111 @@
+"""OSFT: only the low end of each weight's spectrum learns, the high end is held (arXiv 2504.07097)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.config import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.base import Fold, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.base import Stage
+    from cl_runner.optim import ParameterGroup
+
+
+class OSFT(Method):
+    """Adam's elementwise steps leave the subspace that a projected gradient lies in, so U and V are projected again.
+
+    ΔW then has no part in the upper singular vectors, on either side: ``U_hᵀ ΔW = 0`` and ``ΔW V_hᵀ = 0``.
+    """
+
+    class Config(Section):
+        """Settings of OSFT."""
+
+        preserve_first: float = Field(
+            0.3, ge=0, lt=1, description="Share of each weight's rank that is held at the first stage (PEFT's example)."
+        )
+        preserve_last: float = Field(
+            0.7, ge=0, lt=1, description="The same at the last stage; in between it grows evenly (PEFT's example)."
+        )
+        lr: float = Field(5e-5, gt=0, description="Learning rate, in place of training.lr (published for T5-large).")
+        max_gb: float = Field(16.0, gt=0, description="Most that the SVDs of all target layers may take, 10⁹ bytes.")
+
+    name = "osft"
+    title = "OSFT: the low end of each weight's spectrum learns, the high end is held"
+    equation = (
+        "W = U_h S_h V_h + U S V, SVD anew at each stage; U, S, V train;  "
+        "U ← (I − U_h U_hᵀ) U,  V ← V (I − V_hᵀ V_h) after each step, their gradients alike before it"
+    )
+    paper = "2504.07097 (Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning)"
+    carried = "past updates, folded into the weight"
+    growth = "constant; the held rank grows from preserve_first to preserve_last over the stages"
+    trains = "U, S, V of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
+    dense = True
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if self.config.preserve_last < self.config.preserve_first:
+            raise UserError(
+                f"method.preserve_last: {self.config.preserve_last:g} is less than method.preserve_first "
+                f"{self.config.preserve_first:g}; what is held must not shrink"
+            )
+        gigabytes = sum(min(m, n) * (m + n) + m * n for m, n in shapes or ()) * 4e-9
+        if gigabytes > self.config.max_gb:
+            raise UserError(
+                f"adapter.target_modules: SVDs of {len(shapes or ())} layers take {gigabytes:.3g} GB, over "
+                f"method.max_gb {self.config.max_gb:g}; name fewer layers, or set a larger max_gb"
+            )
+
+    def build(self, stage: Stage) -> None:
+        if stage.evaluating:
+            return
+        import torch
+
+        from cl_runner.adapters.spectral import Spectral
+
+        share = self._share(stage)
+        terms = {}
+        for target, past in stage.adapters.past.items():
+            # Of the unrounded sum; one rank's, in case another's arithmetic chose other signs.
+            found = torch.linalg.svd(past.whole.contiguous(), full_matrices=False)
+            U, S, V = (stage.broadcast(part) for part in found)
+            terms[target] = Spectral(U, S, V, high=min(int(share * len(S) + 1e-9), len(S) - 1))
+        stage.adapters.begin_terms(stage.plan.name, terms)
+
+    def _share(self, stage: Stage) -> float:
+        """Of the rank, held at this stage."""
+        first, last = self.config.preserve_first, self.config.preserve_last
+        return float(first + (last - first) * stage.index / max(len(stage.order) - 1, 1))
+
+    def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
+        scale = self.config.lr / stage.config.training.lr
+        return [replace(group, lr_scale=scale) for group in super().parameter_groups(stage)]
+
+    def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        return dict(self._outside(stage, gradients))
+
+    def after_step(self, stage: Stage) -> None:
+        stage.write(dict(self._outside(stage, {name: p.detach() for name, p in stage.parameters().items()})))
+
+    def _outside(self, stage: Stage, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What belongs to U and V, without its part in the upper singular vectors."""
+        from cl_runner.adapters.spectral import Spectral
+        from cl_runner.maths.sketch import without
+
+        assert stage.adapters.terms is not None
+        for target, term in stage.adapters.terms.of.items():
+            assert isinstance(term, Spectral)
+            yield f"{target}.U", without(values[f"{target}.U"], term.high_U)
+            yield f"{target}.V", without(values[f"{target}.V"].mT, term.high_V.mT).mT
+
+    def fold(self, stage: Stage) -> Fold:
+        return "dense"
+
+
+METHOD = OSFT
