@@ -46,6 +46,29 @@ class _L1OfProduct(torch.autograd.Function):
         return upstream[0] * by_B, upstream[0] * by_A
 
 
+def constant_times(W: Tensor, X: Tensor) -> Tensor:
+    """``W X`` in the precision of X, of a constant W (m, n) in any precision and X (n, k): (m, k).
+
+    Autograd keeps W as it is, no copy in another precision.
+    """
+    apply: Any = _ConstantTimes.apply
+    product: Tensor = apply(W, X)
+    return product
+
+
+class _ConstantTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, X: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        with torch.autocast(X.device.type, enabled=False):
+            return W.to(X.dtype) @ X
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor]:
+        (W,) = ctx.saved_tensors
+        return None, W.to(upstream[0].dtype).mT @ upstream[0]
+
+
 def _blocks(layers: int, m: int, n: int) -> list[tuple[slice, slice]]:
     """(layers, rows) of blocks of at most ``BLOCK`` entries: whole layers together, or rows of one."""
     together = BLOCK // (m * n)

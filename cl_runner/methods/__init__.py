@@ -33,6 +33,7 @@ METHODS = {
     "inflora": "cl_runner.methods.inflora",
     "coso": "cl_runner.methods.coso",
     "osft": "cl_runner.methods.osft",
+    "pego": "cl_runner.methods.pego",
 }
 
 

@@ -38,6 +38,7 @@ class CLoRA(SeqLoRA):
     paper = "2410.16801 (CLoRA: controlled low-rank adaptation of large language models)"
     carried = "A, B; P from the seed"
     growth = "constant: k (m + n) numbers a layer in memory, none on disk"
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -45,6 +45,7 @@ class Grassmann(Method):
     carried = "past updates folded into the weight, and their A for the penalty"
     growth = "r rows a task in the penalty"
     any_rank = True
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

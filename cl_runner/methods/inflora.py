@@ -10,6 +10,7 @@ from pydantic import Field
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Method, State
+from cl_runner.place import here, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,7 @@ class InfLoRA(Method):
     trains = "B of a LoRA pair"
     carried = "past updates, folded into the weight; M, or its complement where that is smaller"
     growth = "at most n / 2 columns of length n for each input that layers share"
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -58,11 +60,13 @@ class InfLoRA(Method):
                 f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
             )
         gigabytes = sum(1.5 * n * n for _, n in shapes or ()) * 4 / 1e9
+        take = f"second moments and bases of {len(shapes or ())} layers may take {gigabytes:.3g} GB"
         if gigabytes > self.config.max_gb:
-            raise UserError(
-                f"method.max_gb: second moments and bases of {len(shapes or ())} layers may take {gigabytes:.3g} GB, "
-                f"over {self.config.max_gb:g}; set fewer adapter.target_modules, or a larger max_gb"
-            )
+            most = f"{self.config.max_gb:g}"
+            raise UserError(f"method.max_gb: {take}, over {most}; set fewer adapter.target_modules, or a larger max_gb")
+        whose, room = memory(here().device) if shapes else ("", 0)
+        if gigabytes * 1e9 > room:
+            raise UserError(f"adapter.target_modules: {take}, and {whose} has {room / 1e9:.3g} GB of memory; set fewer")
         r = config.adapter.largest
         least = min((n for _, n in shapes or ()), default=r)
         if r > least:

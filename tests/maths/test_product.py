@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cl_runner.maths import product
-from cl_runner.maths.product import l1_of_product
+from cl_runner.maths.product import constant_times, l1_of_product
 
 
 def factors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,3 +52,19 @@ def test_autocast_does_not_reach_in() -> None:
     plain = l1_of_product(B, A)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(l1_of_product(B, A), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_constant_times_factors_keeps_the_constant_alone(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(0)
+    W = torch.randn(9, 7, generator=dice).to(dtype)
+    X = torch.randn(7, 2, generator=dice).requires_grad_()
+    upstream = torch.randn(9, 2, generator=dice)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        found = constant_times(W, X)
+    assert [t.data_ptr() for t in kept] == [W.data_ptr()]
+    naive = W.double() @ X.double()
+    torch.testing.assert_close(found.double(), naive, rtol=1e-5, atol=1e-6)
+    (ours,), (theirs,) = torch.autograd.grad(found, [X], upstream), torch.autograd.grad(naive, [X], upstream.double())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
