@@ -321,9 +321,16 @@ class Adapters:
             parameter.requires_grad_(on)
 
     def pair(self, stage: str | None = None) -> Pair:
-        """A copy of the live pair."""
+        """A copy of the live pair, or of the factors of terms that all have some of one rank."""
         stage = stage or self.live
-        assert stage is not None and self.terms is None, "there is no live pair"
+        assert stage is not None, "nothing is live"
+        if self.terms:
+            found = {target: term.factors() for target, term in self.terms.of.items()}
+            A = {target: _copy(factors[0]) for target, factors in found.items() if factors}
+            B = {target: _copy(factors[1]) for target, factors in found.items() if factors}
+            [rank] = {len(rows) for rows in A.values()}
+            assert len(A) == len(found), "a term without factors has no pair"
+            return Pair(stage, rank, 1.0, A, B)
         return Pair(
             stage,
             self.rank,
@@ -347,7 +354,7 @@ class Adapters:
     def update_norm(self) -> float | None:
         """‖ΔW‖_F of what is live over all targets, of a pair from r × r Gram matrices; None where nothing is."""
         if self.terms:
-            return math.sqrt(sum(float(term.update().square().sum()) for term in self.terms.of.values()))
+            return math.sqrt(sum(float(term.own().square().sum()) for term in self.terms.of.values()))
         if self.live is None:
             return None
         square = 0.0

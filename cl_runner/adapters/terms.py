@@ -28,6 +28,10 @@ class Term(nn.Module):
         """ΔW (m, n) fp32, in the graph of the parameters: the one matrix that answers as the term does."""
         raise NotImplementedError
 
+    def own(self) -> Tensor:
+        """ΔW (m, n) of the stage alone, where ``update`` has in it what earlier stages left."""
+        return self.update()
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A (R, n) and B (m, R) with ``ΔW = B A``, where the term has them; None where ΔW has full rank."""
         return None

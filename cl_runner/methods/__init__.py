@@ -31,6 +31,7 @@ METHODS = {
     "grassmann": "cl_runner.methods.grassmann",
     "clora": "cl_runner.methods.clora",
     "inflora": "cl_runner.methods.inflora",
+    "shared-basis": "cl_runner.methods.shared_basis",
     "coso": "cl_runner.methods.coso",
     "osft": "cl_runner.methods.osft",
     "pego": "cl_runner.methods.pego",

@@ -49,7 +49,7 @@ def answers(
         return greedy(model, prompts, layout, max_new_tokens), likely
     with evaluating(model):
         read = (_encoder_decoder if layout.encoder_decoder else _decoder_only)(
-            unwrapped(model), prompts, targets, layout, max_new_tokens
+            unwrapped(model), prompts, targets, layout, max_new_tokens, show
         )
         right = _says_gold(read.scores, targets, layout)
         said = [yes and sound for yes, sound in zip(right, likely, strict=True)]
@@ -57,8 +57,11 @@ def answers(
         decoded: list[list[int]] = []
         if rest:
             of_rest = prompts.slice(rest)
-            show(of_rest)
-            decoded = read.reuse(rest) if read.reuse else greedy(model, of_rest, layout, max_new_tokens)
+            if read.reuse:
+                decoded = read.reuse(rest)
+            else:
+                show(of_rest)
+                decoded = greedy(model, of_rest, layout, max_new_tokens)
     found: list[list[int]] = [list(target[:-1]) for target in targets]
     for row, ids in zip(rest, decoded, strict=True):
         found[row] = ids
@@ -87,7 +90,12 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> 
 
 
 def _encoder_decoder(
-    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
+    model: nn.Module,
+    prompts: Batch,
+    targets: Sequence[Sequence[int]],
+    layout: Layout,
+    max_new_tokens: int,
+    show: Callable[[Batch], None],
 ) -> Read:
     """Gold scores by one pass over the source; its encoder output is what the rest is decoded from."""
     from transformers.modeling_outputs import BaseModelOutput
@@ -105,6 +113,7 @@ def _encoder_decoder(
     ).logits
 
     def decode(rows: list[int]) -> list[list[int]]:
+        show(prompts.slice(rows))
         longest = int(mask[rows].sum(1).max())
         read = {
             "encoder_outputs": BaseModelOutput(last_hidden_state=seen[rows, :longest]),
@@ -116,7 +125,12 @@ def _encoder_decoder(
 
 
 def _decoder_only(
-    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
+    model: nn.Module,
+    prompts: Batch,
+    targets: Sequence[Sequence[int]],
+    layout: Layout,
+    max_new_tokens: int,
+    show: Callable[[Batch], None],
 ) -> Read:
     """Gold scores by a pass over the prompts and one over the targets behind them.
 
@@ -156,6 +170,7 @@ def _decoder_only(
         if goes_on and max_new_tokens > 1:
             index = torch.tensor(rows, device=first.device)[goes_on]
             cache.batch_select_indices(index)
+            show(prompts.slice(index.tolist()))  # not those whose answer has ended
             seen = mask[index]  # for ids, which are counted and not looked at: their keys and values are there
             read = {
                 "input_ids": torch.cat([seen, token[goes_on]], 1),
