@@ -72,7 +72,7 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
             **saved,
         },
     )
-    if isinstance(adapters, Prompts) and type(method).task_id:
+    if isinstance(adapters, Prompts) and method.knows_task:
         kept = [plan.name for plan in stage.order[: stage.index]]  # every stage's prompt is a folder
     answers = _answers(stage, kept)
     if kept and answers:
@@ -86,7 +86,7 @@ def _answers(stage: StageRun, kept: Iterable[str]) -> dict[str, str]:
     what = "model" if isinstance(stage.adapters, FullWeights) else "adapter"
     where = {name: what, **{other: f"../{_folder_name(stage, other)}/{what}" for other in kept}}
     tasks = [task for plan in stage.order[: stage.index + 1] for task in plan.tasks]
-    wanted = {task: method.answering(task if type(method).task_id else None) for task in tasks}
+    wanted = {task: method.answering(task if method.knows_task else None) for task in tasks}
     return {task: where[other] for task, other in wanted.items() if other in where}
 
 

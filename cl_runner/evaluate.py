@@ -45,7 +45,7 @@ def evaluate(
     for name, test in tests.items():
         ticking = partial(_tick, tick, name, len(test.rows))
         ticking(0)
-        known = name if type(method).task_id else None
+        known = name if method.knows_task else None
         wanted = method.answering(known)
         if wanted is not None:
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers

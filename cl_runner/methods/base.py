@@ -228,6 +228,11 @@ class Method:
         reference = getattr(self.config, "reference", None)
         return "" if reference is None else "reference" if reference else "paper"
 
+    @property
+    def knows_task(self) -> bool:
+        """Whether a row's task is known where it is answered: always, never, or as the settings have it."""
+        return type(self).task_id
+
     def configure(self, config: Section) -> None:
         """Take the settings of one stage (per-task and per-position ones included), before ``build``."""
         self.config = config
@@ -342,7 +347,7 @@ class Method:
     def answering(self, task: str | None) -> str | None:
         """Runs at evaluation: the stage whose kept pair answers; None is the model as it is.
 
-        ``task`` is None unless the method may know it (``task_id``).
+        ``task`` is None unless the method may know it (``knows_task``).
         """
         return None
 

@@ -61,10 +61,9 @@ class SharedBasisMethod(Method):
         "ΔW_t = s (α_t U A_t + B_t A_t);  similarity: W_i = W0 + ΔW_i + Σ_{j≠i} β_ij ΔW_j,  "
         "β_ij = Sim(i,j) / Σ_{k≠i} Sim(i,k),  Sim = 1 − d_chordal(span A_i, span A_j) / √r"
     )
-    paper = "ours, of parts that 2602.06043 (Share) and others describe"
+    paper = "2602.06043 (Shared LoRA Subspaces) is near; the equations are ours"
     carried = "U (and C, mask); past updates: folded, or under similarity the pairs of all tasks"
-    growth = "constant; similarity: r rows a task in the forward"
-    task_id = True  # under similarity; else it makes no difference
+    growth = "constant; similarity (which also needs the task id): r rows a task in the forward"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -87,6 +86,10 @@ class SharedBasisMethod(Method):
     @property
     def mixes(self) -> bool:
         return bool(self.config.mixing == "similarity")
+
+    @property
+    def knows_task(self) -> bool:
+        return self.mixes
 
     def build(self, stage: Stage) -> None:
         from cl_runner.adapters.shared import Mixture
