@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner import runs
+from cl_runner.config import Section
 from cl_runner.console import aligned, print_json
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import METHODS, method_class, method_schema
@@ -46,7 +47,7 @@ def show_method(name: str, *, as_json: bool) -> None:
     """``cl-runner show METHOD``. Raises UserError for a method there is not."""
     method = method_class(name)
     settings = {
-        key: {"default": field.get_default(call_default_factory=True), "what": field.description or ""}
+        key: {"default": _plain(field.get_default(call_default_factory=True)), "what": field.description or ""}
         for key, field in method.Config.model_fields.items()
     }
     about: dict[str, Any] = {
@@ -68,7 +69,20 @@ def show_method(name: str, *, as_json: bool) -> None:
             print(f"{key + ':':<22}{value}")
     print("settings:" if settings else "settings: none of its own")
     for key, setting in settings.items():
-        print(f"  method.{key} = {setting['default']}\n      {setting['what']}")
+        print(f"  method.{key} = {_shown(setting['default'])}\n      {setting['what']}")
+
+
+def _plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    return value.model_dump(mode="json") if isinstance(value, Section) else value
+
+
+def _shown(value: Any) -> str:
+    """A default as ``--set`` takes it where it has parts."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = (f"{key}: {str(part).lower() if isinstance(part, bool) else part}" for key, part in value.items())
+    return "{" + ", ".join(parts) + "}"
 
 
 def show_schema() -> None:

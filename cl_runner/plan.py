@@ -13,7 +13,7 @@ from typing import Any
 from cl_runner.config import DataConfig, RunConfig, TrainingConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Method, StagePlan
+from cl_runner.methods.base import Method, Reorthogonalise, StagePlan
 from cl_runner.metrics.text import require
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Task
@@ -189,7 +189,25 @@ def check_method(
         method.plan(order)
         if of_stage.adapter.r == "auto" and not (method.any_rank or method.prompts or method.full):
             raise UserError(f"adapter.r=auto: {method.name} needs the same rank at every stage; set a number")
+        if method.reorthogonalise is not None:
+            check_reorthogonalise(of_stage, method.reorthogonalise, method.full, shapes)
         method.check(of_stage, shapes)
+
+
+def check_reorthogonalise(
+    config: RunConfig, settings: Reorthogonalise, full: bool, shapes: Sequence[tuple[int, int]] | None
+) -> None:
+    """Refuse what cannot be made orthonormal. Raises UserError."""
+    if full:
+        raise UserError("method.reorthogonalise: there are no factors under full fine-tuning; leave it out")
+    r = config.adapter.largest
+    sides = [n if factor == "A" else m for m, n in shapes or () for factor in "AB" if settings.on in (factor, "both")]
+    least = min(sides, default=r)
+    if settings.how == "hard" and r > least:
+        raise UserError(
+            f"method.reorthogonalise: of {r} rows in {least} dimensions not all can be orthonormal; set adapter.r to "
+            f"{least} or less, or how: soft"
+        )
 
 
 @dataclass

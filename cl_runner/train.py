@@ -29,6 +29,7 @@ from cl_runner.optim import WHOLE, Muon
 from cl_runner.plan import BatchPlan, derived_seed
 from cl_runner.prefetch import prefetched
 from cl_runner.rank import choose_rank
+from cl_runner.reorthogonalise import due, reorthogonalise
 from cl_runner.stage import StageRun
 
 AHEAD = 2  # micro-batches that may wait, padded, for the device
@@ -143,7 +144,7 @@ def train_stage(
             for rows in steps:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
-                loss, penalty = _micro_batches(stage, plan, rows, batches, hooks, watch if meter.due() else None)
+                loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, watch if meter.due() else None)
                 if watch.waits:
                     watch.compare(engine.whole_gradients())
                 norm = engine.clip()
@@ -157,6 +158,10 @@ def train_stage(
                 stage.step += 1
                 with hooks:
                     method.after_step(stage)
+                again = method.reorthogonalise
+                if again is not None and due(again, stage.step):
+                    with hooks:
+                        meter.reorthogonalised(again.how, reorthogonalise(stage, again, batch))
                 meter.step(len(rows), loss, penalty, lr, norm)
         stage.adapters.model.eval()
         _seed(stage, "end")
@@ -197,8 +202,8 @@ def _micro_batches(
     batches: Iterator[Padded],
     hooks: HookTime,
     watch: PenaltyWatch | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Forward and backward of a step's micro-batches; returns this rank's task loss, and the penalty."""
+) -> tuple[Tensor, Tensor | None, Batch]:
+    """Forward and backward of a step's micro-batches; this rank's task loss, the penalty, and the last micro-batch."""
     method, engine = stage.room.method, stage.engine
     assert engine is not None
     total = torch.zeros((), device=stage.device)
@@ -218,7 +223,7 @@ def _micro_batches(
         engine.backward(loss if penalty is None else loss + penalty)
         if not last:
             engine.next_micro_batch()
-    return total, None if penalty is None else penalty.detach()
+    return total, None if penalty is None else penalty.detach(), batch
 
 
 def _seed(stage: StageRun, *of: object) -> None:
@@ -312,6 +317,12 @@ class Meter:
         }
         self.log(row)
         self.tick(stage.step, self.loss, pace)
+
+    def reorthogonalised(self, how: str, losses: tuple[float, float]) -> None:
+        """A row of its own: the loss before and after."""
+        stage, (before, after) = self.stage, losses
+        row = {"stage": stage.plan.name, "step": stage.step, "steps": stage.steps, "reorthogonalised": how}
+        self.log({**row, "loss_before": before, "loss_after": after})
 
     def trained(self, plan: BatchPlan, skipped: int, hook_seconds: float, rank: int | None) -> Trained:
         """The stage's summary."""

@@ -35,6 +35,8 @@ METHODS = {
     "coso": "cl_runner.methods.coso",
     "osft": "cl_runner.methods.osft",
     "pego": "cl_runner.methods.pego",
+    "hard-orth": "cl_runner.methods.hard_orth",
+    "soft-orth": "cl_runner.methods.soft_orth",
 }
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cl_runner.config import RunConfig, Section
 
@@ -182,7 +182,30 @@ class Stage(Protocol):
         """Replace Adam's moments of a parameter."""
 
 
-class LoraOrFull(Section):
+class Reorthogonalise(Section):
+    """Every few steps a factor is put back to orthonormal rows, or rows of norm 1 (``cl_runner.reorthogonalise``)."""
+
+    how: Literal["hard", "soft"] = Field(default="hard", description="hard: QR, the same span; soft: rows of norm 1.")
+    every: int = Field(default=100, ge=1, description="Optimizer steps between.")
+    on: Literal["A", "B", "both"] = Field(default="A", description="Which factor; of B the columns.")
+    rescale: bool = Field(default=False, description="Correct the other factor, so that the update stays as it was.")
+
+    @model_validator(mode="after")
+    def _one_to_correct(self) -> Reorthogonalise:
+        if self.rescale and self.on == "both":
+            raise ValueError("cannot rescale on: both, as no factor is left to correct; use A or B")
+        return self
+
+
+class PairSettings(Section):
+    """Of every method that trains a LoRA pair without promising anything of its factors."""
+
+    reorthogonalise: Reorthogonalise | None = Field(
+        None, description="{how: hard or soft, every: steps, on: A, B or both, rescale: true or false}; null: never."
+    )
+
+
+class LoraOrFull(PairSettings):
     """What the papers' baselines have the choice of."""
 
     train: Literal["lora", "full"] = Field(
@@ -219,6 +242,12 @@ class Method:
     def full(self) -> bool:
         """Whether all weights of the model train."""
         return bool(getattr(self.config, "train", "lora") == "full")
+
+    @property
+    def reorthogonalise(self) -> Reorthogonalise | None:
+        """When and how a factor is put back, where the method has that option and it is set."""
+        found: Reorthogonalise | None = getattr(self.config, "reorthogonalise", None)
+        return found
 
     @property
     def form(self) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
+from cl_runner.methods.base import PairSettings
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class CLoRA(SeqLoRA):
     (elsewhere to rounding).
     """
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of CLoRA."""
 
         lambda1: float = Field(1.0, ge=0, description="Weight λ of the penalty (published; a sum over layers).")

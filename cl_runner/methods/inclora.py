@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cl_runner.methods.base import Method
+from cl_runner.methods.base import Method, PairSettings
 
 
 class IncLoRA(Method):
     """Nothing is added to the loss: the control for every penalty on new pairs."""
+
+    class Config(PairSettings):
+        """Settings of IncLoRA."""
 
     name = "inclora"
     title = "IncLoRA: a new LoRA for each task, past ones frozen and summed"

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import State
+from cl_runner.methods.base import PairSettings, State
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class LwF(SeqLoRA):
     """From stage 2 on. The old model answers with dropout off, as a recorded response would; no τ² (as published)."""
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of LwF."""
 
         lambda1: float = Field(1.0, ge=0, description="Weight λ of the distillation (published).")

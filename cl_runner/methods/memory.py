@@ -11,7 +11,7 @@ from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Source, State
+from cl_runner.methods.base import PairSettings, Source, State
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def memory_gradient(method: Remembering, stage: Stage, source: Source) -> dict[s
 class Remembering(SeqLoRA):
     """One pair for all tasks, and a memory that grows by some examples of each: what its methods share."""
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of the memory."""
 
         memory_per_task: int = Field(256, ge=0, description="Examples kept of each task.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.config import Section
+from cl_runner.methods.base import PairSettings
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class MIGU(SeqLoRA):
     in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as in the official code.
     """
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of MIGU."""
 
         quantile: float = Field(

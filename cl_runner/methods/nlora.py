@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from cl_runner.config import RunConfig, Section
+from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Method
+from cl_runner.methods.base import Method, PairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class NLoRA(Method):
     """``+ λ ‖B_t A_t‖₁`` in the paper's form, per entry; the official code's ``‖A_t B_t‖₁`` as ``of: reference``."""
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of N-LoRA."""
 
         reference: bool = Field(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cl_runner.config import Section
-from cl_runner.methods.base import Method
+from cl_runner.methods.base import Method, PairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class OLoRA(Method):
     """``+ λ1 Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_{jk}|`` (reference, the default), or the same squared (paper)."""
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of O-LoRA."""
 
         reference: bool = Field(True, description="The official code's |·|; false: the paper's squares.")

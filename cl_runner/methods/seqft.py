@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from cl_runner.config import Section
 from cl_runner.methods.seqlora import SeqLoRA
 
 
 class SeqFT(SeqLoRA):
     """The lower bound as the papers have it. Optimizer and schedule are new at every stage."""
+
+    class Config(Section):
+        """There are no factors to set anything of."""
 
     name = "seqft"
     title = "SeqFT: all weights, trained on task after task"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.methods.base import Fold, Method
+from cl_runner.methods.base import Fold, Method, PairSettings
 
 if TYPE_CHECKING:
     from cl_runner.methods.base import Stage
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 class SeqLoRA(Method):
     """The lower bound: every task overwrites the ones before. Optimizer and schedule are new at every stage."""
+
+    class Config(PairSettings):
+        """Settings of SeqLoRA."""
 
     name = "seqlora"
     title = "SeqLoRA: one LoRA for all tasks"

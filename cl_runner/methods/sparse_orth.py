@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.config import Section
-from cl_runner.methods.base import Method
+from cl_runner.methods.base import Method, PairSettings
 from cl_runner.methods.nlora import product_size
 from cl_runner.methods.olora import squared_overlap
 
@@ -24,7 +23,7 @@ class SparseOrth(Method):
     Steps that are done count: the first step has the first term alone, the last one nearly the second alone.
     """
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of sparse-orth."""
 
         lambda1: float = Field(

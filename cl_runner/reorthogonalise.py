@@ -1,0 +1,95 @@
+"""Re-orthogonalisation of a LoRA factor every few steps (``method.reorthogonalise``): one place for every method.
+
+A factor is read as rows F (r, d): A, or Bᵀ. It is split, F = R Q, and Q takes its place. Hard: Q has orthonormal rows
+of the same span (QR; R lower triangular, its diagonal positive). Soft: Q has rows of norm 1, R is the diagonal of the
+norms; the rows do not become orthogonal. With ``rescale`` the other factor O (r, d') becomes Rᵀ O: ΔW stays as it was.
+
+The gradients of a model that has not changed are then Rᵀ g_F and R⁻¹ g_O, so that is how Adam's first moments go over.
+The second go over by the squares of the same numbers: for soft that is exactly what Adam would have, for hard what it
+would expect of independent entries. (Set to zero, they would make the next step 1/√(1 − β₂) ≈ 30 times too long, as
+Adam's count of steps goes on.) Without ``rescale`` the model itself changes, and Adam is left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_runner.maths.subspace import orthonormal_rows
+from cl_runner.methods.base import Reorthogonalise
+from cl_runner.models.batch import Batch
+from cl_runner.models.forward import evaluating, token_loss
+from cl_runner.stage import StageRun
+
+FLAT = 1e-6  # of the largest scale of a factor: under it a row adds no direction of its own
+
+
+def due(settings: Reorthogonalise, step: int) -> bool:
+    """Whether it is time after so many steps."""
+    return step % settings.every == 0
+
+
+def split(F: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """``F = R Q`` of F (L, r, d), as the module says: R (L, r, r), Q (L, r, d).
+
+    Left as it is (R = I) where F has no full rank, as B at the start: its Q would be arbitrary.
+    """
+    if how == "hard":
+        Q, R = orthonormal_rows(F)
+    else:
+        norms = F.norm(dim=2)
+        Q, R = F / norms.clamp(min=1e-30)[..., None], torch.diag_embed(norms)
+    scales = R.diagonal(dim1=1, dim2=2)
+    full = (scales.amin(1) > FLAT * scales.amax(1))[:, None, None]
+    return torch.where(full, Q, F), torch.where(full, R, torch.eye(F.shape[1], dtype=F.dtype, device=F.device))
+
+
+@torch.no_grad()
+def reorthogonalise(stage: StageRun, settings: Reorthogonalise, batch: Batch) -> tuple[float, float]:
+    """Do it to every target layer; the same on every rank. *Collective*.
+
+    Returns the mean loss per label token of all ranks' ``batch`` (the step's last micro-batches), dropout off, before
+    and after.
+    """
+    before = _loss(stage, batch)
+    for factor in ("A", "B") if settings.on == "both" else (settings.on,):
+        for group in stage.factors():
+            A, B = group.A.detach(), group.B.detach().mT
+            F, other = (A, B) if factor == "A" else (B, A)
+            Q, R = (stage.broadcast(part) for part in split(F, settings.how))
+            _put(stage, group.targets, factor, Q)
+            if settings.rescale:
+                opposite = "B" if factor == "A" else "A"
+                _put(stage, group.targets, opposite, R.mT @ other)
+                _map_moments(stage, group.targets, factor, R.mT)
+                _map_moments(stage, group.targets, opposite, torch.linalg.inv(R))
+    return before, _loss(stage, batch)
+
+
+def _put(stage: StageRun, targets: tuple[str, ...], factor: str, rows: Tensor) -> None:
+    """Write rows (L, r, d) as A, or as Bᵀ."""
+    values = rows if factor == "A" else rows.mT
+    stage.write({f"{target}.lora_{factor}": value for target, value in zip(targets, values, strict=True)})
+
+
+def _map_moments(stage: StageRun, targets: tuple[str, ...], factor: str, by: Tensor) -> None:
+    """Adam's moments of a factor, read as rows (r, d), times ``by`` (L, r, r), and its entries' squares."""
+    for target, matrix in zip(targets, by, strict=True):
+        name = f"{target}.lora_{factor}"
+        moments = stage.moments(name)
+        if moments is None:
+            continue
+        first, second = moments["exp_avg"], moments["exp_avg_sq"]
+        if factor == "A":
+            new = {"exp_avg": matrix @ first, "exp_avg_sq": matrix.square() @ second}
+        else:
+            new = {"exp_avg": first @ matrix.mT, "exp_avg_sq": second @ matrix.square().mT}
+        stage.set_moments(name, new)
+
+
+def _loss(stage: StageRun, batch: Batch) -> float:
+    with evaluating(stage.adapters.model):
+        losses = token_loss(stage.forward(batch), batch.labels)
+    counts = batch.token_weights != 0
+    total, tokens = stage.sum(torch.stack([(losses * counts).sum(), counts.sum().to(losses.dtype)])).tolist()
+    return float(total / max(tokens, 1))
