@@ -230,6 +230,9 @@ class Method:
     growth: ClassVar[str] = ""
     task_id: ClassVar[bool] = False
     trains: ClassVar[str] = "a LoRA pair"
+    factors: ClassVar[str] = "A (r × n, reads the input) is PEFT's lora_A, B (m × r) its lora_B; ΔW = alpha/r · B A"
+    frozen: ClassVar[str] = "the base and all past updates"
+    forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else

@@ -64,6 +64,8 @@ class CoSO(Method):
     carried = "past updates, folded into the weight; M"
     growth = "M: up to sketch columns a task for each target, never more than its side"
     trains = "ΔW of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
+    factors = "none: ΔW (m × n) itself; on disk A = I, B = ΔW"
+    frozen = "the base and all past updates"
     dense = True
 
     def __init__(self, config: Section) -> None:

@@ -45,6 +45,7 @@ class InfLoRA(Method):
     equation = "A_t = top-r left singular vectors of (I − M Mᵀ) Σ x xᵀ, over √3;  W_t = W_{t−1} + s·B_t A_t, B_t trains"
     paper = "2404.00228 (InfLoRA: interference-free low-rank adaptation for continual learning)"
     trains = "B of a LoRA pair"
+    frozen = "the base, all past updates, and A"
     carried = "past updates, folded into the weight; M, or its complement where that is smaller"
     growth = "at most n / 2 columns of length n for each input that layers share"
     by_shape = True

@@ -20,6 +20,7 @@ class MultiTask(Method):
     carried = "A, B (full: the weights)"
     growth = "constant"
     any_rank = True
+    frozen = "the base"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan("mtl", tuple(order))]

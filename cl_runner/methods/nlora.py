@@ -61,6 +61,7 @@ class NLoRA(Method):
     growth = "constant in a step"
     by_shape = True
     any_rank = True
+    forms = "paper (default): ‖B A‖₁, the mean over entries; reference: ‖A B‖₁ (r × r), where m = n"
 
     @property
     def form(self) -> str:

@@ -48,6 +48,7 @@ class OLoRA(Method):
     carried = "past updates folded into the weight, and their factors for the penalty"
     growth = "r rows a task in the penalty; squared, never more than Σ A_iᵀ A_i"
     any_rank = True
+    forms = "reference (default): Σ |entry|, over all layers; paper: mean of squares"
 
     def reads_past(self) -> Mapping[str, str]:
         how = "rows" if self.config.reference else "gram"

@@ -47,6 +47,8 @@ class OSFT(Method):
     carried = "past updates, folded into the weight"
     growth = "constant; the held rank grows from preserve_first to preserve_last over the stages"
     trains = "U, S, V of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
+    factors = "none: U (m × k), S (k), V (k × n); on disk A = I, B = ΔW"
+    frozen = "the base, past updates, and U_h, S_h, V_h, the high end of their sum"
     dense = True
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:

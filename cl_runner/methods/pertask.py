@@ -25,6 +25,7 @@ class PerTask(Method):
     growth = "one pair (full: one model on disk) a task"
     any_rank = True
     task_id = True
+    frozen = "the base; other tasks have no part in a task's answer"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan(task, (task,), start="base") for task in order]

@@ -47,6 +47,7 @@ class ProgressivePrompts(Prompting):
     carried = "all prompts"
     growth = "one prompt a task"
     task_id = True
+    frozen = "the base and the prompts of past tasks"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

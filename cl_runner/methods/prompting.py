@@ -27,6 +27,8 @@ class Prompting(Method):
 
     prompts = True
     trains = "soft prompts (no LoRA: adapter.* is not used)"
+    factors = "none; a prompt is PEFT's prompt_embeddings"
+    frozen = "the base"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -19,6 +19,8 @@ class SeqFT(SeqLoRA):
     carried = "the weights"
     growth = "constant"
     trains = "all weights of the model"
+    factors = "none"
+    frozen = "nothing"
 
     @property
     def full(self) -> bool:

@@ -20,6 +20,7 @@ class SeqLoRA(Method):
     title = "SeqLoRA: one LoRA for all tasks"
     equation = "W_t = W0 + s·B A;  A, B train on at every task"
     paper = "2310.14152 (baseline of O-LoRA)"
+    frozen = "the base"
     carried = "A, B"
     growth = "constant"
 

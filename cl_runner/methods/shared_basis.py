@@ -62,6 +62,8 @@ class SharedBasisMethod(Method):
         "β_ij = Sim(i,j) / Σ_{k≠i} Sim(i,k),  Sim = 1 − d_chordal(span A_i, span A_j) / √r"
     )
     paper = "2602.06043 (Shared LoRA Subspaces) is near; the equations are ours"
+    trains = "A_t (r × n), B_t (m × r) and α_t of each task; U (m × r), slowly"
+    factors = "lora_A is A_t, lora_B is alpha/r · (α_t U + B_t); in blocks both one under, and beside, the other"
     carried = "U (and C, mask); past updates: folded, or under similarity the pairs of all tasks"
     growth = "constant; similarity (which also needs the task id): r rows a task in the forward"
 
