@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.config import Section
-from cl_runner.methods.base import PairSettings
+from cl_runner.methods.base import LoraOrFull
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class MIGU(SeqLoRA):
     """Rows of B are chosen by the whole layer's output W x + s·B A x, rows of A by A's own output A x.
 
-    That is the rule the official code means for LoRA (it is not wired up there). Padding does not count, nor dropout
-    in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as in the official code.
+    That is the rule the official code means for LoRA (it is not wired up there). In full, rows of every linear layer's
+    weight are chosen by its output; biases, norms and embeddings (a head tied to one too) all learn. Padding does not
+    count, nor dropout in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as in the
+    official code.
     """
 
-    class Config(PairSettings):
+    class Config(LoraOrFull):
         """Settings of MIGU."""
 
         quantile: float = Field(
@@ -32,10 +34,10 @@ class MIGU(SeqLoRA):
         )
 
     name = "migu"
-    title = "MIGU: one LoRA, of which only rows with large outputs learn"
+    title = "MIGU: one LoRA (or all weights), of which only rows with large outputs learn"
     equation = "from task 2 on:  g_j ← 1[n_j ≥ q-quantile(n)] · g_j,  n_j = mean |output j| over the step's tokens"
     paper = "2406.17245 (Unlocking Continual Learning Abilities in Language Models)"
-    carried = "A, B"
+    carried = "A, B (full: the weights)"
     growth = "constant"
 
     def __init__(self, config: Section) -> None:
@@ -70,10 +72,17 @@ class MIGU(SeqLoRA):
             return None
         import torch
 
+        from cl_runner.adapters.lora import is_transposed
+
         names = sorted(self.sizes)
         whole = stage.sum(torch.cat([self.sizes[name] for name in names]))
         sizes = zip(names, torch.split(whole, [len(self.sizes[name]) for name in names]), strict=True)
-        edited = {name: learning(size, self.config.quantile)[:, None] * gradients[name] for name, size in sizes}
+        layers, edited = stage.adapters.layers, {}
+        for name, size in sizes:
+            mask = learning(size, self.config.quantile)
+            # A whole weight of GPT-2's is (in, out): its rows stand upright.
+            upright = name.endswith(".weight") and is_transposed(layers[name.removesuffix(".weight")])
+            edited[name] = (mask if upright else mask[:, None]) * gradients[name]
         self.sizes = {}
         return edited
 

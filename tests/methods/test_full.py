@@ -30,6 +30,7 @@ FULL: dict[str, dict[str, Any]] = {
     "seqft": {},
     "replay": {"method__train": "full", "method__memory_per_task": 3},
     "ewc": {"method__train": "full", "method__lambda1": 1e4, "method__fisher_samples": 4},
+    "migu": {"method__train": "full"},
     "pertask": {"method__train": "full"},
     "mtl": {"method__train": "full"},
 }
@@ -190,7 +191,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
 
 
-@pytest.mark.parametrize("name", ["seqft", "replay", "ewc", "pertask"])
+@pytest.mark.parametrize("name", ["seqft", "replay", "ewc", "migu", "pertask"])
 def test_each_stage_goes_on_from_the_one_on_disk_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 

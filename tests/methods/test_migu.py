@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,75 @@ def _rows(place: Place, kind: Kind, quantile: float) -> None:
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_rows_that_learn_at_accumulation_3(kind: Kind) -> None:
     on_ranks(1, _rows, kind, 0.7)
+
+
+def sizes_in_full(room: Any, kind: Kind, at: Values, examples: Any) -> dict[str, NDArray[np.float64]]:
+    """The same of every linear layer's weight; of a head tied to the embedding too."""
+    put(room, at)
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    model, positions = room.adapters.model, slice(None)
+
+    def note(name: str) -> Any:
+        head = name == "lm_head"  # asked for the label's positions alone
+        return lambda _, given, out: seen[f"{name}.weight"].append(out.detach()[0, positions if head else slice(None)])
+
+    hooks = [
+        layer.register_forward_hook(note(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    for example in examples:
+        positions = slice(len(example.source) - 1, None) if kind == "llama" else slice(None)
+        label_logits(model, kind, example)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows).double().abs().mean(0).numpy() for name, rows in seen.items()}
+
+
+def _in_full(place: Place, kind: Kind) -> None:
+    settings = {**THREE, "training__lr": 5e-3}
+    room, config = order_room(place, "migu", kind=kind, **settings, method__train="full")
+    probe, _ = order_room(place, "seqft", kind=kind)
+    steps = watch(room)
+    sources = [opposed(0), some_rows(6, seed=1)]
+    for index in range(2):
+        learn(room, config, index, sources[index])
+    assert all(torch.equal(vector(step.edited), vector(step.given)) for step in steps[:STEPS])
+    for step in steps[STEPS:]:
+        sizes = sizes_in_full(probe, kind, step.before, sources[1].examples)
+        masked = 0
+        for name, given in step.given.items():
+            if name not in sizes:  # embeddings, norms, a tied head: as they were
+                assert torch.equal(step.edited[name], given), name
+                continue
+            size, edge = sizes[name], np.quantile(sizes[name], 0.7)
+            clear = torch.from_numpy(abs(size - edge) > 1e-5 * abs(edge))  # no row at the edge but for rounding
+            learn_these = torch.from_numpy(size >= edge)
+            wanted = given * learn_these[:, None]
+            assert torch.equal(step.edited[name][clear], wanted[clear]) and int(clear.sum()) > 0.9 * len(clear), name
+            masked += 1
+        assert masked == len(sizes) - (kind == "t5") and ("lm_head.weight" in step.given) == (kind == "llama")
+        assert not torch.equal(vector(step.after), vector(step.before))
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), ("t5", 2)])
+def test_rows_of_all_weights(kind: Kind, ranks: int) -> None:
+    on_ranks(ranks, _in_full, kind)
+
+
+def test_rows_that_stand_upright_are_columns_of_the_weight() -> None:
+    """GPT-2's Conv1D has its weight (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    from cl_runner.methods.migu import MIGU
+
+    method = MIGU(MIGU.Config(train="full", quantile=0.5))
+    method.sizes = {"c.weight": torch.tensor([3.0, 1.0, 2.0]), "l.weight": torch.tensor([1.0, 2.0, 3.0])}
+    stage: Any = SimpleNamespace(
+        sum=lambda tensor: tensor,
+        adapters=SimpleNamespace(layers={"c": Conv1D(3, 3), "l": torch.nn.Linear(3, 3)}),
+    )
+    found = method.edit_gradients(stage, {name: torch.ones(3, 3) for name in method.sizes})
+    assert found is not None
+    assert found["c.weight"].tolist() == [[1.0, 0.0, 1.0]] * 3
+    assert found["l.weight"].tolist() == [[0.0] * 3, [1.0] * 3, [1.0] * 3]
