@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
@@ -27,31 +27,37 @@ class NLoRA(Method):
         reference: bool = Field(
             False, strict=True, description="The official code's form and scale: short for of: reference."
         )
-        of: Literal["product", "reference", "factors"] = Field(
-            "product", description="‖B A‖₁ (paper), ‖A B‖₁ (code, only where m = n), or ‖A‖₁ + ‖B‖₁."
+        of: Literal["product", "reference", "factors"] | None = Field(
+            None,
+            description="product: ‖B A‖₁ (paper); reference: ‖A B‖₁ (code, only where m = n); factors: ‖A‖₁ + ‖B‖₁. "
+            "null: product, or reference where that is true.",
         )
-        lambda1: float = Field(
-            300.0,
+        lambda1: float | None = Field(
+            None,
             ge=0,
-            description="Weight. Of product and factors: on the mean over entries and layers, so that it carries over "
-            "sizes (ours, not published). Of reference: on the sum of all entries, where 0.4 is published.",
+            description="Weight; null: the form's own. Of product and factors: on the mean over entries and layers, so "
+            "that it carries over sizes (300, ours, not published). Of reference: on the sum of all entries (0.4, "
+            "published).",
         )
-
-        @model_validator(mode="before")
-        @classmethod
-        def _reference_is_of_reference(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("reference") is True:
-                values = {"of": "reference", **values}
-            if isinstance(values, dict) and values.get("of") == "reference":
-                return {"lambda1": 0.4, **values}
-            return values
 
         @field_validator("of")
         @classmethod
-        def _one_form(cls, of: str, info: ValidationInfo) -> str:
-            if info.data.get("reference") and of != "reference":
+        def _one_form(cls, of: str | None, info: ValidationInfo) -> str | None:
+            if info.data.get("reference") and of not in (None, "reference"):
                 raise ValueError(f"does not fit: of: {of} contradicts reference: true; leave one of them out")
             return of
+
+        @property
+        def what(self) -> str:
+            """``of``, as set or by ``reference``. A task of another form then has another weight."""
+            return self.of or ("reference" if self.reference else "product")
+
+        @property
+        def weight(self) -> float:
+            """λ: as set, or the form's own."""
+            if self.lambda1 is not None:
+                return self.lambda1
+            return 0.4 if self.what == "reference" else 300.0
 
     name = "nlora"
     title = "N-LoRA: sparse new pairs that do not collide with past ones"
@@ -65,10 +71,11 @@ class NLoRA(Method):
 
     @property
     def form(self) -> str:
-        return "reference" if self.config.of == "reference" else "paper" if self.config.of == "product" else "factors"
+        what: str = self.config.what
+        return "paper" if what == "product" else what
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        if self.config.of == "reference":
+        if self.config.what == "reference":
             for m, n in shapes or ():
                 if m != n:
                     key = "method.reference" if self.config.reference else "method.of"
@@ -81,20 +88,20 @@ class NLoRA(Method):
         return {}
 
     def penalty(self, stage: Stage) -> Tensor | None:
-        if not self.config.lambda1:
+        if not self.config.weight:
             return None
         groups = stage.factors()
         sizes = [self._size(group) for group in groups]
-        total: Tensor = self.config.lambda1 * sum(sizes[1:], sizes[0])
+        total: Tensor = self.config.weight * sum(sizes[1:], sizes[0])
         layers = sum(len(group.targets) for group in groups)
-        return total if self.config.of == "reference" else total / layers
+        return total if self.config.what == "reference" else total / layers
 
     def _size(self, group: FactorGroup) -> Tensor:
         """Summed over the layers of the group."""
         A, B = group.A, group.B
-        if self.config.of == "product":
+        if self.config.what == "product":
             return product_size(group)
-        if self.config.of == "reference":
+        if self.config.what == "reference":
             return (A @ B).abs().sum()
         return (A.abs().mean((1, 2)) + B.abs().mean((1, 2))).sum()
 

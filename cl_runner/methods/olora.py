@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cl_runner.methods.base import Method, PairSettings
 
@@ -23,21 +23,21 @@ class OLoRA(Method):
         """Settings of O-LoRA."""
 
         reference: bool = Field(True, description="The official code's |·|; false: the paper's squares.")
-        lambda1: float = Field(
-            0.5,
+        lambda1: float | None = Field(
+            None,
             ge=0,
-            description="Weight of the penalty. Reference: on the sum over entries and layers (published). "
-            "Paper: on the mean over them, so that it carries over sizes (2e4 unless given, ours, not published).",
+            description="Weight of the penalty; null: the form's own. Reference: on the sum over entries and layers "
+            "(0.5, published). Paper: on the mean over them, so that it carries over sizes (2e4, ours, not published).",
         )
         lambda2: float = Field(0.0, ge=0, description="Weight of Σ ‖A_t‖ + ‖B_t‖ (not squared, as the code).")
         on: Literal["A", "B", "both"] = Field("A", description="Which factor is kept orthogonal.")
 
-        @model_validator(mode="before")
-        @classmethod
-        def _weight_of_the_form(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("reference") is False:
-                return {"lambda1": 2e4, **values}
-            return values
+        @property
+        def weight(self) -> float:
+            """λ1: as set, or the form's own. A task of another form then has another weight."""
+            if self.lambda1 is not None:
+                return self.lambda1
+            return 0.5 if self.reference else 2e4
 
     name = "olora"
     title = "O-LoRA: new pairs orthogonal to past ones"
@@ -52,7 +52,7 @@ class OLoRA(Method):
 
     def reads_past(self) -> Mapping[str, str]:
         how = "rows" if self.config.reference else "gram"
-        return {factor: how for factor in ("A", "B") if self.config.lambda1 and self.config.on in (factor, "both")}
+        return {factor: how for factor in ("A", "B") if self.config.weight and self.config.on in (factor, "both")}
 
     def penalty(self, stage: Stage) -> Tensor | None:
         terms: list[Tensor] = []
@@ -60,9 +60,9 @@ class OLoRA(Method):
         layers = sum(len(group.targets) for group in groups)
         for group in groups:
             # The paper's form is a mean over layers and the r × r entries of each past stage, the reference's a sum.
-            weight = self.config.lambda1 / (1 if self.config.reference else layers * group.A.shape[1] ** 2)
+            weight = self.config.weight / (1 if self.config.reference else layers * group.A.shape[1] ** 2)
             for factor, now in (("A", group.A), ("B", group.B.mT)):  # (L, r, d)
-                if self.config.lambda1 and group.past and self.config.on in (factor, "both"):
+                if self.config.weight and group.past and self.config.on in (factor, "both"):
                     terms.append(weight * self._overlap(group.past, factor, now))
                 if self.config.lambda2:
                     # One norm a matrix. B is zero at the start, where ‖·‖ has no gradient.

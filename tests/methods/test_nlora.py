@@ -96,11 +96,11 @@ def test_the_gradient_of_a_fresh_pair_is_finite() -> None:
 
 
 def test_reference_is_short_for_of_reference() -> None:
-    assert NLoRA.Config(reference=True).of == "reference"
-    assert NLoRA.Config(reference=True, of="reference").of == "reference"
-    assert NLoRA.Config().of == "product" and NLoRA.Config(reference=False, of="reference").of == "reference"
+    assert NLoRA.Config(reference=True).what == "reference"
+    assert NLoRA.Config(reference=True, of="reference").what == "reference"
+    assert NLoRA.Config().what == "product" and NLoRA.Config(reference=False, of="reference").what == "reference"
     again = NLoRA.Config.model_validate(NLoRA.Config(reference=True).model_dump())
-    assert (again.reference, again.of) == (True, "reference")
+    assert (again.reference, again.what) == (True, "reference")
     forms = {of: NLoRA(NLoRA.Config(of=of)).form for of in ("product", "reference", "factors")}
     assert forms == {"product": "paper", "reference": "reference", "factors": "factors"}
 
@@ -122,8 +122,10 @@ def test_contradicting_forms_are_refused_in_one_line(of: str) -> None:
 
 
 def test_the_resolved_settings_say_the_form() -> None:
-    assert settings("method.reference=true").method.own()["of"] == "reference"
-    assert settings().method.own()["of"] == "product"
+    own = settings("method.reference=true").method.own()
+    assert (own["reference"], own["of"]) == (True, None)
+    again = RunConfig.model_validate(settings("method.reference=true").model_dump(mode="json"))
+    assert make_method(again).form == "reference" and make_method(settings()).form == "paper"
 
 
 @pytest.mark.parametrize(
@@ -138,3 +140,15 @@ def test_the_reference_form_is_refused_where_a_layer_is_not_square(given: dict[s
         method.check(config, [(8, 8), (4, 8)])
     for of in ("product", "factors"):
         NLoRA(NLoRA.Config(of=of)).check(config, [(4, 8)])
+
+
+def test_a_task_of_another_form_has_that_forms_weight() -> None:
+    big = "model.name=google-t5/t5-base"
+    for run, task, wanted in (
+        ([], "method.reference=true", [("product", 300.0), ("reference", 0.4)]),
+        (["method.reference=true"], "method.reference=false", [("reference", 0.4), ("product", 300.0)]),
+        ([], "method.of=factors", [("product", 300.0), ("factors", 300.0)]),
+    ):
+        config = settings(big, *run, f"tasks.amazon.{task}")
+        made = [make_method(config.at(i, name)).config for i, name in enumerate(("dbpedia", "amazon"), 1)]
+        assert [(one.what, one.weight) for one in made] == wanted

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters import Adapters, Pair
+from cl_runner.methods import make_method, method_schema
 from cl_runner.methods.olora import OLoRA
+from cl_runner.settings import resolve
 from tests.adapters.families import adapters_of, base_model, off, random_pair
 
 Factors = dict[str, dict[str, Tensor]]  # A and B, target → factor
@@ -193,11 +195,21 @@ def test_the_paper_form_does_not_grow_with_layers_or_rank_and_the_reference_form
 
 
 def test_the_weight_of_the_paper_form_is_its_own_unless_given() -> None:
-    assert OLoRA.Config(reference=False).lambda1 == 2e4 and OLoRA.Config(reference=True).lambda1 == 0.5
-    assert OLoRA.Config(reference=False, lambda1=3).lambda1 == 3
+    assert OLoRA.Config(reference=False).weight == 2e4 and OLoRA.Config(reference=True).weight == 0.5
+    assert OLoRA.Config(reference=False, lambda1=3).weight == 3 and OLoRA.Config(lambda1=0).weight == 0
+    again = OLoRA.Config.model_validate(OLoRA.Config().model_dump())
+    assert OLoRA.Config.model_validate({**again.model_dump(), "reference": False}).weight == 2e4
+
+
+def test_a_task_of_the_other_form_has_that_forms_weight() -> None:
+    sets = ["tasks.amazon.method.reference=false"]
+    flags = {"method.name": "olora", "model.name": "google-t5/t5-base"}
+    config = resolve(order="order1", flags=flags, sets=sets, method_schema=method_schema).config
+    weights = [make_method(config.at(i, task)).config.weight for i, task in enumerate(("dbpedia", "amazon"), 1)]
+    assert weights == [0.5, 2e4]
 
 
 def test_published_defaults_and_names() -> None:
     config = OLoRA.Config()
-    assert (config.reference, config.lambda1, config.lambda2, config.on) == (True, 0.5, 0.0, "A")
+    assert (config.reference, config.weight, config.lambda2, config.on) == (True, 0.5, 0.0, "A")
     assert OLoRA(config).form == "reference" and OLoRA(OLoRA.Config(reference=False)).form == "paper"
