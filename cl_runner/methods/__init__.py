@@ -34,6 +34,7 @@ METHODS = {
     "shared-basis": "cl_runner.methods.shared_basis",
     "coso": "cl_runner.methods.coso",
     "osft": "cl_runner.methods.osft",
+    "sdlora": "cl_runner.methods.sdlora",
     "pego": "cl_runner.methods.pego",
     "hard-orth": "cl_runner.methods.hard_orth",
     "soft-orth": "cl_runner.methods.soft_orth",

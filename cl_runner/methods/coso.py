@@ -11,6 +11,7 @@ from pydantic import Field
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Fold, Method, StagePlan, State
+from cl_runner.methods.limits import refuse_too_large
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ class CoSO(Method):
     factors = "none: ΔW (m × n) itself; on disk A = I, B = ΔW"
     frozen = "the base and all past updates"
     dense = True
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -84,17 +86,24 @@ class CoSO(Method):
                 f"training.optimizer: {config.training.optimizer}: coso makes its own steps (Adam in a subspace); "
                 "leave it at adamw"
             )
-        own, floats = self.config, 0
-        for m, n in shapes or ():
-            d, w = (m, n) if own.side == "output" else (n, m)
-            rank, sketch = min(own.rank, d, w), min(own.sketch, d, w)
-            floats += d * min(self._tasks * sketch, d) + d * (rank + sketch) + 2 * rank * w
-        if floats * 4e-9 > own.max_gb:
-            raise UserError(
-                f"method.sketch: subspaces of {len(shapes or ())} layers over {self._tasks} tasks may take "
-                f"{floats * 4e-9:.3g} GB, over method.max_gb {own.max_gb:g}; set fewer adapter.target_modules, or a "
-                "larger max_gb"
-            )
+        if shapes is not None:
+            gigabytes = self._floats(shapes, self._tasks) * 4e-9
+            of = f"subspaces of {len(shapes)} layers over {self._tasks} tasks"
+            refuse_too_large(f"method.sketch: {of}", gigabytes, self.config.max_gb, "name fewer adapter.target_modules")
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        one, all_of = (self._floats(shapes, tasks, within=False) * 4e-6 for tasks in (1, self._tasks))
+        return f"carries up to {one:.3g} MB a task, {all_of:.3g} MB in all: past subspaces of {len(shapes)} layers"
+
+    def _floats(self, shapes: Sequence[tuple[int, int]], tasks: int, within: bool = True) -> int:
+        """Numbers in the largest M of so many tasks; and within a stage in Q, sketch and moments."""
+        total = 0
+        for m, n in shapes:
+            d, w = (m, n) if self.config.side == "output" else (n, m)
+            rank, sketch = min(self.config.rank, d, w), min(self.config.sketch, d, w)
+            total += d * min(tasks * sketch, d)
+            total += d * (rank + sketch) + 2 * rank * w if within else 0
+        return total
 
     def build(self, stage: Stage) -> None:
         if stage.evaluating:

@@ -11,6 +11,7 @@ from pydantic import Field
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Fold, Method
+from cl_runner.methods.limits import refuse_too_large
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ class OSFT(Method):
     factors = "none: U (m × k), S (k), V (k × n); on disk A = I, B = ΔW"
     frozen = "the base, past updates, and U_h, S_h, V_h, the high end of their sum"
     dense = True
+    by_shape = True
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.preserve_last < self.config.preserve_first:
@@ -57,12 +59,10 @@ class OSFT(Method):
                 f"method.preserve_last: {self.config.preserve_last:g} is less than method.preserve_first "
                 f"{self.config.preserve_first:g}; what is held must not shrink"
             )
-        gigabytes = sum(min(m, n) * (m + n) + m * n for m, n in shapes or ()) * 4e-9
-        if gigabytes > self.config.max_gb:
-            raise UserError(
-                f"adapter.target_modules: SVDs of {len(shapes or ())} layers take {gigabytes:.3g} GB, over "
-                f"method.max_gb {self.config.max_gb:g}; name fewer layers, or set a larger max_gb"
-            )
+        if shapes is not None:
+            gigabytes = sum(min(m, n) * (m + n) + m * n for m, n in shapes) * 4e-9
+            of = f"adapter.target_modules: SVDs of {len(shapes)} layers"
+            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
 
     def build(self, stage: Stage) -> None:
         if stage.evaluating:

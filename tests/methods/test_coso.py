@@ -206,12 +206,17 @@ def test_what_cannot_work_is_refused() -> None:
     check([(1024, 1024)] * 144)
     with pytest.raises(UserError, match=r"^training.optimizer: sgd: coso makes its own steps"):
         check(training__optimizer="sgd")
-    large = [(4096, 4096)] * 224
-    # 224 (4096 · 15 · 160 + 4096 (70 + 160) + 2 · 70 · 4096) floats
+    large = [(4096, 4096)] * 44
+    # 44 (4096 · 15 · 160 + 4096 (70 + 160) + 2 · 70 · 4096) floats
     with pytest.raises(
-        UserError, match=r"^method.sketch: .* 224 layers over 15 tasks may take 10.2 GB, over .*_gb 10;"
+        UserError, match=r"^method.sketch: .* 44 layers over 15 tasks take 2 GB, over .*_gb 1; name fewer adapter"
     ):
-        check(large, method__max_gb=10)
+        check(large, method__max_gb=1)
     check(large)
+    room, config = order_room(Place(), "coso", "abc", method__sketch=100)
+    # 1024 · 100 floats a task and layer, three of them
+    assert room.method.grows(config, [(1024, 512)] * 10) == (
+        "carries up to 4.1 MB a task, 12.3 MB in all: past subspaces of 10 layers"
+    )
     with pytest.raises(ValueError, match="threshold"):
         make_method(RunConfig.model_validate({"method": {"name": "coso", "threshold": 0}}))

@@ -34,6 +34,9 @@ OWN: dict[str, dict[str, Any]] = {
     "shared-basis mixed": {"method__mixing": "similarity", "method__every": 2},
     "shared-basis sparse": {"method__sparse": 0.1, "method__pca": 1},
     "shared-basis support": {"method__support": 0.3, "method__non_negative": True},
+    "sdlora": {},
+    "sdlora reference": {"method__reference": True},
+    "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},
 }
 PAIRS = ("shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
 DROPPED: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 3}
