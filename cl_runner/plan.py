@@ -286,5 +286,5 @@ class Plan:
         }
 
     def seen(self, index: int) -> list[str]:
-        """Tasks trained up to and with a stage."""
-        return [task for plan in self.stages[: index + 1] for task in plan.tasks]
+        """Tasks trained up to and with a stage, each once."""
+        return list(dict.fromkeys(task for plan in self.stages[: index + 1] for task in plan.tasks))

@@ -256,9 +256,10 @@ class Run:
             trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
             room.adapters.train(False)
             health = self._health(room, stage, trained)
-            commit_update(room.method, stage)
-            before = time.perf_counter()
             tests = {task: tokens.test[task] for task in self._tested(index)}
+            before = time.perf_counter()
+            unfolded = evaluate(stage, tests, self._tick_evaluation) if room.method.fold_loses else None
+            commit_update(room.method, stage)
             scored = evaluate(stage, tests, self._tick_evaluation)
             seconds = {
                 "train": round(trained.seconds, 3),
@@ -268,7 +269,13 @@ class Run:
             }
             if self.place.rank == 0:
                 write = partial(
-                    self._write_stage, stage=stage, scored=scored, trained=trained, health=health, seconds=seconds
+                    self._write_stage,
+                    stage=stage,
+                    scored=scored,
+                    unfolded=unfolded,
+                    trained=trained,
+                    health=health,
+                    seconds=seconds,
                 )
                 self.rundir.commit(index, name, write)
                 write_results(self.rundir)
@@ -278,6 +285,8 @@ class Run:
             if self.place.rank == 0 and keep != "all":
                 remove_models(self.rundir, stage, keep)
             self._let_go(room, index)
+            if unfolded is not None:
+                self._say(stage, f"mean score before the fold {_mean(unfolded)}, after it {_mean(scored)}")
             self._show_scores(scored, self.plan.seen(index))
             self.screen.stage_done()
         finally:
@@ -308,14 +317,18 @@ class Run:
         rank = None if trained.rank is None else f"rank {trained.rank}, by the spectrum of the gradient"
         for text in (rank, health.line(), health.warning()):
             if text:
-                self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
+                self._say(stage, text)
         return health
+
+    def _say(self, stage: StageRun, text: str) -> None:
+        self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
 
     def _write_stage(
         self,
         folder: Path,
         stage: StageRun,
         scored: Sequence[Scored],
+        unfolded: Sequence[Scored] | None,
         trained: Trained,
         health: Health,
         seconds: Mapping[str, float],
@@ -337,6 +350,7 @@ class Run:
                 "accumulation": trained.plan.accumulation,
                 "ranks": trained.plan.ranks,
             },
+            **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
             "megabytes": sizes,
             "synthetic": self.plan.data.synthetic,
             "seconds": dict(seconds),
@@ -381,6 +395,12 @@ def _write_scores(
             **about,
         },
     )
+
+
+def _mean(scored: Sequence[Scored]) -> str:
+    """Over the tasks that have a score, in percent."""
+    known = [one.score for one in scored if one.score is not None]
+    return f"{sum(known) / len(known):.4f} %" if known else "-"
 
 
 def environment(plan: Plan, place: Place) -> dict[str, Any]:

@@ -229,7 +229,7 @@ class StageRun:
         return next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
 
     def features(self, batch: Batch) -> Tensor:
-        with self.room.root.context():
+        with self.adapters.without_terms(), self.room.root.context():
             return features(self.adapters.model, batch)
 
     # Rows.

@@ -314,6 +314,7 @@ class Meter:
             "gradient_norm": norm,
             "examples_per_second": round(pace, 2),
             "memory_mb": memory_mb(stage.device),
+            **stage.room.method.logged(stage),
         }
         self.log(row)
         self.tick(stage.step, self.loss, pace)

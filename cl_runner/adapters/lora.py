@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -157,6 +158,7 @@ class Adapters:
     terms: Terms | None = None  # what stands in the layers in the place of the pair
     condition: Mapping[str, Tensor] = MappingProxyType({})  # a method's own rows of the batch that is being computed
     _hooks: Sequence[Any] = ()  # of the terms
+    _silent = False  # whether they add nothing
 
     def __init__(
         self,
@@ -310,10 +312,21 @@ class Adapters:
 
     def _added(self, term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._silent:
+                return output
             addition: Tensor = term(inputs[0], self.condition)
             return output + addition.to(output.dtype)
 
         return hook
+
+    @contextmanager
+    def without_terms(self) -> Iterator[None]:
+        """Inside, the layers answer as if no terms were live."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     def train(self, on: bool) -> None:
         """Whether the live pair's parameters ask for gradients."""

@@ -32,6 +32,7 @@ METHODS = {
     "clora": "cl_runner.methods.clora",
     "inflora": "cl_runner.methods.inflora",
     "shared-basis": "cl_runner.methods.shared_basis",
+    "colora": "cl_runner.methods.colora",
     "coso": "cl_runner.methods.coso",
     "osft": "cl_runner.methods.osft",
     "sdlora": "cl_runner.methods.sdlora",

@@ -157,7 +157,7 @@ class Stage(Protocol):
     def features(self, batch: Batch) -> Tensor:
         """What the frozen base makes of each source: the mean of its last hidden states, (b, d) fp32.
 
-        Without prompts, labels, dropout or gradient.
+        Without prompts, live terms, labels, dropout or gradient.
         """
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -338,6 +338,10 @@ class Method:
         """Runs once per optimizer step, the same on every rank, fp32; None adds nothing."""
         return None
 
+    def logged(self, stage: Stage) -> dict[str, Any]:
+        """Runs at every logged step, after the step, on every rank: columns of its own for ``log.jsonl``."""
+        return {}
+
     def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Runs after clipping, on whole fp32 mean gradients; returns those to replace. None leaves all."""
         return None
@@ -360,6 +364,11 @@ class Method:
         carried by the method's own state).
         """
         return "factors"
+
+    @property
+    def fold_loses(self) -> bool:
+        """Whether the fold may change the answers: the stage is scored before it too."""
+        return False
 
     def dense_update(self, stage: Stage) -> dict[str, Tensor]:
         """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""

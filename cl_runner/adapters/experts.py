@@ -1,0 +1,123 @@
+"""Rounds of experts as a live term: ``h = W x + Σ_rounds s (c_k · B_s A_s x + (1 − c_k) · B_k A_k x)``.
+
+Who answers a row is in the batch's condition. The experts of a round are stacked in one parameter and weighted, so that
+the graph is the same on every rank and micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from cl_runner.adapters.terms import Term, as_computed
+
+
+class Round(nn.Module):
+    """One round's factors at one layer.
+
+    ``A`` (K, r, n) and ``B`` (K, m, r) are those of the K experts, ``shared_A`` (r, n) and ``shared_B`` (m, r) the
+    shared pair, and ``mix`` (K) the collaboration weights before the sigmoid, ``c = sigmoid(mix)``. ``share`` (K) is
+    each task's share of the round's rows. Trains, or is frozen: buffers then.
+    """
+
+    NAMES = ("A", "B", "shared_A", "shared_B", "mix")
+    A: Tensor
+    B: Tensor
+    shared_A: Tensor
+    shared_B: Tensor
+    mix: Tensor
+    share: Tensor
+
+    def __init__(self, values: Mapping[str, Tensor], share: Tensor, scale: float, trains: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        for name in self.NAMES:
+            if trains:
+                self.register_parameter(name, nn.Parameter(values[name].clone()))
+            else:
+                self.register_buffer(name, values[name], persistent=False)
+        self.register_buffer("share", share, persistent=False)
+
+    @classmethod
+    def fresh(cls, m: int, n: int, experts: int, rank: int, scale: float, dice: torch.Generator) -> Round:
+        """As PEFT begins a pair: every A Kaiming-uniform, drawn on the CPU, every B zero; c = 1/2."""
+
+        def drawn(*shape: int) -> Tensor:
+            bound = math.sqrt(1 / n)
+            return torch.empty(*shape).uniform_(-bound, bound, generator=dice)
+
+        values = {
+            "A": drawn(experts, rank, n),
+            "B": torch.zeros(experts, m, rank),
+            "shared_A": drawn(rank, n),
+            "shared_B": torch.zeros(m, rank),
+            "mix": torch.zeros(experts),
+        }
+        return cls(values, torch.full((experts,), 1 / experts), scale, trains=True)
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of all factors, fp32."""
+        return {name: getattr(self, name).detach().clone() for name in self.NAMES}
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        """What the round adds (b, t, m) for x (b, t, n), each row's experts weighted by ``route`` (b, K)."""
+        A, B = self.stacked()
+        each = self._weights(route).repeat_interleave(self.shared_A.shape[0], dim=1)  # (b, (1 + K) r)
+        return self.scale * linear(linear(x, A) * each[:, None], B)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """A ((1 + K) r, n) and B (m, (1 + K) r): the shared pair first, then the experts."""
+        A = torch.cat([self.shared_A, self.A.flatten(0, 1)])
+        return A, torch.cat([self.shared_B, self.B.transpose(0, 1).flatten(1)], dim=1)
+
+    def _weights(self, route: Tensor) -> Tensor:
+        """What the shared pair and each expert count for (b, 1 + K): ``Σ_k w_k c_k`` and ``w_k (1 − c_k)``."""
+        c = self.mix.sigmoid()
+        return torch.cat([(route * c).sum(1, keepdim=True), route * (1 - c)], dim=1)
+
+    def factors(self, route: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, n) and B (m, R), s included, whose product is what the round adds for one route (K)."""
+        A, B = self.stacked()
+        return A, B * (self.scale * self._weights(route[None])[0].repeat_interleave(self.shared_A.shape[0]))
+
+
+class Experts(Term):
+    """All rounds at one layer, the last of which may train. ``condition[round]`` (b, K) weights a round's experts.
+
+    One matrix cannot answer as a router does: ``update`` and ``factors`` are the mean by the tasks' shares, or, while
+    ``asked`` holds a route (K) for each round, what is added for that.
+    """
+
+    def __init__(self, rounds: Mapping[str, Round], dropout: float) -> None:
+        super().__init__()
+        self.of = dict(rounds)
+        self.rounds = nn.ModuleDict(rounds)  # the same ones, as parts of this module
+        self.dropout = nn.Dropout(dropout)
+        self.asked: Mapping[str, Tensor] | None = None
+
+    def forward(self, x: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        x = as_computed(x)
+        added: list[Tensor] = [
+            each(self.dropout(x) if each.mix.requires_grad else x, condition[name]) for name, each in self.of.items()
+        ]
+        return sum(added[1:], added[0])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        parts = [each.factors(self._route(name, each)) for name, each in self.of.items()]
+        return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
+
+    def update(self) -> Tensor:
+        A, B = self.factors()
+        return B @ A
+
+    def own(self) -> Tensor:
+        name, newest = list(self.of.items())[-1]
+        A, B = newest.factors(self._route(name, newest))
+        return B @ A
+
+    def _route(self, name: str, each: Round) -> Tensor:
+        return each.share if self.asked is None else self.asked[name].to(each.share)
