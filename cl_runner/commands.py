@@ -154,7 +154,8 @@ def _tasks_of(given: str, known: Sequence[str]) -> list[str]:
 def report(wanted: Sequence[str], *, root: Path, form: str) -> None:
     """``cl-runner report``: one run, or several side by side."""
     if len(wanted) > 1:
-        _compare([runs.summary_of(runs.find(root, name)) for name in wanted], form)
+        updates = form in ("markdown", "json")  # more columns than a terminal has room for, and more to read
+        _compare([runs.summary_of(runs.find(root, name), updates=updates) for name in wanted], form)
         return
     rundir = runs.find(root, wanted[0] if wanted else None)
     summary = runs.summary_of(rundir)

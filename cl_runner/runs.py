@@ -22,6 +22,7 @@ from cl_runner.metrics.accuracy import Matrix, average_accuracy, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.rundir import RunDir, read_json, write_json, write_text
 from cl_runner.settings import Resolved, difference, differing_from_presets
+from cl_runner.updates import free_subspace, peak_megabytes, update_norm
 from cl_runner.yamlfile import load
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
@@ -234,13 +235,13 @@ def write_results(run: RunDir) -> Matrix:
     return matrix
 
 
-def summary_of(run: RunDir) -> RunSummary:
-    """What a report needs of a run. Raises UserError."""
+def summary_of(run: RunDir, *, updates: bool = False) -> RunSummary:
+    """What a report needs of a run; ``updates``: what it learned too, for which all adapters are read. UserError."""
     with readable(run):
-        return _summary(run)
+        return _summary(run, updates)
 
 
-def _summary(run: RunDir) -> RunSummary:
+def _summary(run: RunDir, updates: bool) -> RunSummary:
     about = run.about()
     matrix = _matrix(run)
     names = stage_names(about)
@@ -260,11 +261,20 @@ def _summary(run: RunDir) -> RunSummary:
         matrix=matrix,
         seconds=spent or None,
         megabytes=_megabytes(run, names[: len(matrix.stages)]),
+        learned=_learned(run, names[: len(matrix.stages)]) if updates else {},
         named_task=about["named_task"],
         notes=list(about["notes"]),
         form=about["form"],
         variant=about["variant"],
     )
+
+
+def _learned(run: RunDir, names: Sequence[str]) -> dict[str, float | None]:
+    return {
+        "free_subspace": free_subspace(run, names),
+        "update_norm": update_norm(run, names),
+        "peak_megabytes": peak_megabytes(run),
+    }
 
 
 def _megabytes(run: RunDir, names: Sequence[str]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,12 @@ MEASURES = {
     "backward_transfer": ("BWT", 1),
     "train_seconds": ("train s", 0),
     "state_megabytes": ("state MB", 2),
+}
+# In Markdown and JSON, where there is room: the mean ‖ΔW_t‖, and what is left of the input space.
+MORE = {
+    "update_norm": ("‖ΔW‖", 2),
+    "free_subspace": ("free %", 1),
+    "peak_megabytes": ("peak MB", 0),
 }
 
 
@@ -51,7 +57,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 class SeedGroup:
     """Finished runs that differ in nothing but the seed; ``measures`` by the keys of ``MEASURES``.
 
-    Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries.
+    Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries, and of its peak.
     """
 
     method: str
@@ -71,8 +77,8 @@ class Comparison:
         self.groups = groups
         self.left_out = left_out
 
-    def _head(self) -> list[str]:
-        return ["method", *self._differing(), *(column for column, _ in MEASURES.values()), "seeds"]
+    def _head(self, wanted: Mapping[str, tuple[str, int]]) -> list[str]:
+        return ["method", *self._differing(), *(column for column, _ in wanted.values()), "seeds"]
 
     def _differing(self) -> list[str]:
         """The columns that are needed to tell the rows apart."""
@@ -84,12 +90,12 @@ class Comparison:
         data = {frozenset([True]): ["synthetic data"], frozenset([True, False]): ["some on synthetic data"]}
         return ", ".join(["mean ± std over seeds, percent", *common, *data.get(frozenset(synthetic), [])])
 
-    def _rows(self) -> list[list[str]]:
+    def _rows(self, wanted: Mapping[str, tuple[str, int]]) -> list[list[str]]:
         rows = []
         for group in self.groups:
             name = named(group.method, group.form)
             name += " (synthetic)" if group.synthetic else ""
-            cells = ["-" if (s := group.measures[key]) is None else s.text(d) for key, (_, d) in MEASURES.items()]
+            cells = ["-" if (s := group.measures[key]) is None else s.text(d) for key, (_, d) in wanted.items()]
             rows.append([name, *(str(getattr(group, key)) for key in self._differing()), *cells, str(len(group.seeds))])
         return rows
 
@@ -99,9 +105,9 @@ class Comparison:
             plain = options.ascii_only
             table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
             left = 1 + len(self._differing())
-            for i, head in enumerate(self._head()):
+            for i, head in enumerate(self._head(MEASURES)):
                 table.add_column(head, justify="left" if i < left else "right", no_wrap=i >= left, overflow="fold")
-            for row in self._rows():
+            for row in self._rows(MEASURES):
                 table.add_row(*(Text(cell.replace("±", "+-") if plain else cell) for cell in row))
             yield Text(self._title().replace("±", "+-") if plain else self._title(), style="bold")
             yield table
@@ -114,7 +120,9 @@ class Comparison:
         """The same as a GitHub table."""
         blocks = []
         if self.groups:
-            blocks += [f"{self._title()}\n", markdown_table(self._head(), self._rows(), 1 + len(self._differing()))]
+            wanted = {**MEASURES, **{k: v for k, v in MORE.items() if any(group.measures[k] for group in self.groups)}}
+            head, rows = self._head(wanted), self._rows(wanted)
+            blocks += [f"{self._title()}\n", markdown_table(head, rows, 1 + len(self._differing()))]
         if self.left_out:
             blocks.append("".join(f"- {line}\n" for line in self.left_out))
         return "\n".join(blocks)
@@ -148,8 +156,8 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
         seeds[run.seed] = run
     found = []
     for key, seeds in groups.items():
-        summaries = [{**accuracy.summary(run.matrix), **cost(run)} for run in seeds.values()]
-        measures = {name: spread([summary[name] for summary in summaries]) for name in MEASURES}
+        summaries = [{**accuracy.summary(run.matrix), **cost(run), **run.learned} for run in seeds.values()]
+        measures = {name: spread([summary.get(name) for summary in summaries]) for name in (*MEASURES, *MORE)}
         found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures))
     return Comparison(found, left_out)
 

@@ -27,7 +27,8 @@ class RunSummary:
     named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all
     weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
     folder's name; without the seed), empty for presets. seconds: timings by part. megabytes (2²⁰ bytes):
-    what the last stage leaves. notes: lines to print below.
+    what the last stage leaves. learned: what was asked for of its updates (free_subspace, percent; update_norm;
+    peak_megabytes). notes: lines to print below.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunSummary:
     matrix: Matrix
     seconds: dict[str, float] | None = None
     megabytes: float | None = None
+    learned: dict[str, float | None] = field(default_factory=dict)
     named_task: bool = True
     notes: list[str] = field(default_factory=list)
     form: str = ""

@@ -1,0 +1,67 @@
+"""What the stages of a run have learned, read from its folder without model or torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_runner.metrics.subspace import free_share
+from cl_runner.rundir import RunDir, read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from cl_runner.metrics.subspace import Rows
+
+PREFIX, SUFFIX = "base_model.model.", ".lora_A.weight"
+
+
+def free_subspace(run: RunDir, names: Sequence[str]) -> float | None:
+    """Percent of the input directions, mean over target layers, that no update in the last stage's model reads.
+
+    None where an update is no product of factors: full fine-tuning, prompts, dense updates.
+    """
+    if not names:
+        return None
+    folders = {name: run.stage_dir(index, name) for index, name in enumerate(names)}
+    state = read_json(folders[names[-1]] / "state.json")
+    if not state.get("pairs") or state.get("dense_stages"):
+        return None
+    own = [_own_rows(folders[about["stage"]], about["stage"]) for about in state["pairs"]]
+    return 100 * statistics.fmean(free_share([rows[target] for rows in own]) for target in own[0])
+
+
+def _own_rows(folder: Path, name: str) -> dict[str, Rows]:
+    """Target → A (r, n) of a stage's own pair."""
+    from safetensors.numpy import load_file
+
+    state = read_json(folder / "state.json")
+    if state["own"] != "adapter":
+        tensors = load_file(folder / "state.safetensors")
+        return {key[4:-2]: tensors[key] for key in tensors if key.startswith("own.") and key.endswith(".A")}
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    start = 0
+    for about in state["pairs"]:
+        if about["stage"] == name:
+            break
+        start += about["rank"]
+    rows = slice(start, start + about["rank"])
+    return {k.removeprefix(PREFIX).removesuffix(SUFFIX): t[rows] for k, t in tensors.items() if k.endswith(SUFFIX)}
+
+
+def update_norm(run: RunDir, names: Sequence[str]) -> float | None:
+    """Mean over stages of ‖ΔW_t‖_F, all target layers together; None where a stage has none."""
+    found: list[Any] = [_training(run, index, name).get("update_norm") for index, name in enumerate(names)]
+    return statistics.fmean(found) if found and None not in found else None
+
+
+def _training(run: RunDir, index: int, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(run.stage_dir(index, name) / "metrics.json")["training"]
+    return found
+
+
+def peak_megabytes(run: RunDir) -> float | None:
+    """Peak memory of the device that the log has seen, in MB: of the GPU, or of the process."""
+    log = run.path / "log.jsonl"
+    rows = read_jsonl(log) if log.is_file() else []
+    return max((row["memory_mb"] for row in rows if "memory_mb" in row), default=None)

@@ -1,0 +1,69 @@
+"""What a run learned, read from its folder: free subspace, update norms, peak memory, against naive computations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cl_runner.metrics.subspace import free_share
+from cl_runner.rundir import RunDir
+from cl_runner.updates import free_subspace, peak_megabytes, update_norm
+from tests.command_line import ORDER, SMALL, STAGES, call
+from tests.conftest import Finished
+from tests.test_health import training
+
+
+def test_free_share() -> None:
+    e = np.eye(5, dtype=np.float32)
+    assert free_share([e[:2]]) == pytest.approx(3 / 5)
+    assert free_share([e[:2], e[1:3], 2 * e[:1]]) == pytest.approx(2 / 5)
+    assert free_share([e, e]) == 0.0
+
+
+def spanned(run: Path) -> list[float]:
+    """Percent of free input directions after each stage, by eigenvalues of Σ AᵀA."""
+    folders = [run / f"stages/{index:02d}-{name}" for index, name in enumerate(STAGES, 1)]
+    last = load_file(folders[-1] / "adapter/adapter_model.safetensors")
+    found = []
+    for index in range(3):
+        shares = []
+        for key in (key for key in last if key.endswith("lora_A.weight")):
+            A = last[key][: len(last[key]) // 3 * (index + 1)].double()  # three of equal rank, side by side
+            values = torch.linalg.eigvalsh(A.mT @ A)
+            shares.append(float((values < 1e-10 * values.max()).double().mean()))
+        found.append(100 * sum(shares) / len(shares))
+    return found
+
+
+def test_a_run_of_pairs(finished: Finished) -> None:
+    run = RunDir(finished.run)
+    assert [free_subspace(run, STAGES[: i + 1]) for i in range(3)] == pytest.approx(spanned(finished.run))
+    norms = [training(finished.run, index)["update_norm"] for index in range(3)]
+    assert update_norm(run, STAGES) == pytest.approx(sum(norms) / 3)
+    rows = [json.loads(line) for line in (finished.run / "log.jsonl").read_text().splitlines()]
+    assert peak_megabytes(run) == max(row["memory_mb"] for row in rows)
+    assert free_subspace(run, []) is None and update_norm(run, []) is None
+
+
+def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -> None:
+    """Of large pairs the sum is stored, and each stage's own pair beside it; a dense update reads everything."""
+    (tmp_path / "three.yaml").write_text(ORDER)
+    for name, sets in (
+        ("wide", ("--method", "inclora", "--set", "adapter.r=64")),
+        ("dense", ("--method", "coso", "--set", "method.lr=1e-3")),
+    ):
+        result = call("train", "--order", "three.yaml", *SMALL, *sets, "--name", name, cwd=tmp_path)
+        assert result.code == 0, result.err
+    wide = RunDir(tmp_path / "runs/wide")
+    assert [free_subspace(wide, STAGES[: i + 1]) for i in range(3)] == pytest.approx(
+        [100 * (1 - 64 * k / 192) for k in (1, 2, 3)]
+    )  # noqa: E501
+    assert free_subspace(RunDir(tmp_path / "runs/dense"), STAGES) is None
+    text = call("report", "wide", "dense", "--markdown", cwd=tmp_path).out
+    assert "‖ΔW‖ | free % | peak MB |" in text
+    assert "free" not in call("report", "wide", "dense", cwd=tmp_path).out  # no room on a terminal
