@@ -26,16 +26,14 @@ def test_free_share() -> None:
 
 
 def spanned(run: Path) -> list[float]:
-    """Percent of free input directions after each stage, by eigenvalues of Σ AᵀA."""
-    folders = [run / f"stages/{index:02d}-{name}" for index, name in enumerate(STAGES, 1)]
-    last = load_file(folders[-1] / "adapter/adapter_model.safetensors")
+    """Percent of input directions that ΔW of all stages so far does not read, by its singular values."""
     found = []
-    for index in range(3):
+    for index, name in enumerate(STAGES, 1):
+        tensors = load_file(run / f"stages/{index:02d}-{name}/adapter/adapter_model.safetensors")
         shares = []
-        for key in (key for key in last if key.endswith("lora_A.weight")):
-            A = last[key][: len(last[key]) // 3 * (index + 1)].double()  # three of equal rank, side by side
-            values = torch.linalg.eigvalsh(A.mT @ A)
-            shares.append(float((values < 1e-10 * values.max()).double().mean()))
+        for key in (key for key in tensors if key.endswith("lora_A.weight")):
+            values = torch.linalg.svdvals((tensors[key.replace("lora_A", "lora_B")] @ tensors[key]).double())
+            shares.append(float((values < 1e-5 * values.max()).double().mean()))
         found.append(100 * sum(shares) / len(shares))
     return found
 
