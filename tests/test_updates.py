@@ -60,7 +60,7 @@ def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -
     wide = RunDir(tmp_path / "runs/wide")
     assert [free_subspace(wide, STAGES[: i + 1]) for i in range(3)] == pytest.approx(
         [100 * (1 - 64 * k / 192) for k in (1, 2, 3)]
-    )  # noqa: E501
+    )
     assert free_subspace(RunDir(tmp_path / "runs/dense"), STAGES) is None
     text = call("report", "wide", "dense", "--markdown", cwd=tmp_path).out
     assert "‖ΔW‖ | free % | peak MB |" in text
