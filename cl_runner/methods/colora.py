@@ -84,7 +84,7 @@ class CoLoRA(Method):
     )
     paper = "2310.14152 (O-LoRA), 2401.04151 (Chain of LoRA); no paper has them together"
     carried = "shared pair, experts and gate of each round (fold=mean: past updates folded into the weight)"
-    factors = "of shared pair and experts, A (r × n) and B (m × r), stacked; fold=mean: one pair, PEFT's lora_A and lora_B"
+    factors = "A (r × n) and B (m × r) of shared pair and experts, stacked; fold=mean: lora_A and lora_B of one pair"
     growth = "each round: a pair for each of its tasks, and one (fold=mean: constant in a step)"
     by_shape = True
     trains = "a shared LoRA pair, a pair for each task, and how each task mixes the two at each layer"
