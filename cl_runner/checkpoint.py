@@ -74,8 +74,11 @@ def save_stage(folder: Path, stage: StageRun) -> dict[str, Any]:
     )
     if isinstance(adapters, Prompts) and method.knows_task:
         kept = [plan.name for plan in stage.order[: stage.index]]  # every stage's prompt is a folder
-    answers = _answers(stage, kept)
-    if kept and answers:
+    answers = _answers(stage, kept) if kept else {}
+    for task in method.each_answer(stage) if adapters.terms else ():
+        answers[task] = f"adapters/{task}"
+        save_adapter(folder / answers[task], adapters)
+    if answers:
         write_json(folder / "answers.json", answers)
     return sizes
 

@@ -80,9 +80,14 @@ class Round(nn.Module):
         return torch.cat([(route * c).sum(1, keepdim=True), route * (1 - c)], dim=1)
 
     def factors(self, route: Tensor) -> tuple[Tensor, Tensor]:
-        """A (R, n) and B (m, R), s included, whose product is what the round adds for one route (K)."""
+        """A (R, n) and B (m, R), s included, whose product is what the round adds for one route (K).
+
+        Without the experts that it gives no weight.
+        """
         A, B = self.stacked()
-        return A, B * (self.scale * self._weights(route[None])[0].repeat_interleave(self.shared_A.shape[0]))
+        each = self._weights(route[None])[0].repeat_interleave(self.shared_A.shape[0])
+        counts = each != 0
+        return A[counts], (B * (self.scale * each))[:, counts]
 
 
 class Experts(Term):

@@ -374,6 +374,13 @@ class Method:
         """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""
         return stage.adapters.live_update()
 
+    def each_answer(self, stage: Stage) -> Iterator[str]:
+        """Runs at commit: yields each task that live terms answer by a ΔW of its own, ``update`` being that meanwhile.
+
+        Each has an adapter folder then, which ``answers.json`` names.
+        """
+        yield from ()
+
     def state(self) -> State:
         """Runs at commit: what is carried on, beside the adapters."""
         return State()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -298,6 +298,22 @@ class CoLoRA(Method):
     @property
     def fold_loses(self) -> bool:
         return bool(self.config.fold == "mean")
+
+    def each_answer(self, stage: Stage) -> Iterator[str]:
+        import torch
+
+        rounds = self._tasks_of_rounds(stage)
+        assert stage.adapters.terms is not None
+        terms: Any = list(stage.adapters.terms.of.values())
+        for task in dict.fromkeys(task for tasks in rounds.values() for task in tasks) if self.knows_task else ():
+            if self.config.routing == "auto" and task not in next(iter(rounds.values())):
+                continue  # a gate routes it in the rounds before its own: no one matrix does
+            asked = {name: torch.tensor([float(its == task) for its in tasks]) for name, tasks in rounds.items()}
+            for term in terms:
+                term.asked = asked
+            yield task
+        for term in terms:
+            term.asked = None
 
     def fold(self, stage: Stage) -> Fold:
         return "keep" if self.config.fold == "keep" else "factors"

@@ -81,6 +81,7 @@ def test_one_matrix_stands_for_the_mean_by_share_or_for_what_is_asked() -> None:
     own = sum(second.share[k] * by_hand(second, x[0, 0], k) for k in range(K))
     assert torch.allclose(term.own() @ x[0, 0], own, atol=1e-5)
     term.asked = {"round1": torch.tensor([0.0, 1.0]), "round2": torch.tensor([1.0, 0.0, 0.0])}
+    assert term.factors()[0].shape == (4 * R, N)  # of each round the shared pair and one expert
     wanted = by_hand(first, x[0, 0], 1) + by_hand(second, x[0, 0], 0)
     assert torch.allclose(term.update() @ x[0, 0], wanted, atol=1e-5)
 

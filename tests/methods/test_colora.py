@@ -496,6 +496,39 @@ def _peft(place: Place, folder: str, variant: str, kind: Kind) -> None:
             assert off(theirs(**inputs).logits, ours) < 1e-5 < 1e-3 < off(base, ours)
 
 
+def _each_folder(place: Place, folder: str, kind: Kind) -> None:
+    """``answers.json`` names a plain PEFT folder for each task that no gate routes; it answers as the run does."""
+    for routing, known in (("auto", ["a", "b"]), ("hard", ["a", "b", "c"]), ("soft", [])):
+        room, config = opened(place, kind, method__rounds=[["a", "b"], ["b", "c"]], method__routing=routing)
+        rundir = RunDir(Path(folder) / routing)
+        for index, own in enumerate((mixed("aaabbb"), mixed("bbbccc"))):
+            stage = learn(room, config, index, own).stage
+            rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        where, stage = rundir.stage_dir(1, "round2"), StageRun(room, config, 1)
+        if not known:
+            assert not (where / "answers.json").exists()
+            continue
+        answers = json.loads((where / "answers.json").read_text())
+        assert answers == {task: f"adapters/{task}" for task in known}
+        batch = stage.padded(mixed().examples, [1.0] * 6)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if kind == "t5":
+            inputs["decoder_input_ids"] = batch.decoder_input_ids
+        for task in known:
+            room.adapters.condition = room.method.condition(stage, batch, task)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+                theirs = PeftModel.from_pretrained(tiny_model(kind), where / answers[task]).eval()
+            with torch.no_grad():
+                assert off(theirs(**inputs).logits, room.adapters.model(**inputs).logits) < 1e-5
+        assert all(term.asked is None for term in room.adapters.terms.of.values())
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_each_task_has_a_plain_peft_folder(kind: Kind, tmp_path: Path) -> None:
+    on_ranks(1, _each_folder, str(tmp_path), kind)
+
+
 @pytest.mark.parametrize(("variant", "kind"), [("keep", "llama"), ("mean", "t5")])
 def test_each_round_is_a_plain_peft_folder(variant: str, kind: Kind, tmp_path: Path) -> None:
     on_ranks(1, _peft, str(tmp_path), variant, kind)
@@ -565,6 +598,8 @@ def test_a_kept_run_is_asked_again(tmp_path: Path) -> None:
     sets = ("--set=method.rounds=[[dbpedia], [agnews, dbpedia]]", "--set=adapter.r=2", "--name=x")
     result = call("train", "--order", "two.yaml", "--method", "colora", *SMALL, *sets, cwd=tmp_path)
     assert result.code == 0 and "before the fold" not in result.err, result.err
+    answers = json.loads((tmp_path / "runs/x/stages/02-round2/answers.json").read_text())
+    assert answers == {"dbpedia": "adapters/dbpedia"}  # agnews is routed by the first round's gate
     state = load_file(tmp_path / "runs/x/stages/02-round2/state.safetensors")
     assert {key.split(".")[1] for key in state} == {"round1", "round2", "gate"}
     for stage in ("1", "2"):
