@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cl_runner.methods.base import Source
-from cl_runner.models.batch import Batch
-from cl_runner.models.forward import token_loss
 from cl_runner.stage import StageRun
 
 ROWS = 256  # drawn from the stage's own to take the gradient of
@@ -30,11 +30,7 @@ def choose_rank(stage: StageRun, own: Source) -> int:
                 parameter.data = torch.linalg.qr(parameter.data.mT)[0].mT.contiguous()
     rows = torch.randperm(len(own.examples), generator=stage.rng("rank"))[:ROWS].sort().values.tolist()
     some = Source([own.examples[i] for i in rows], [own.tasks[i] for i in rows])
-
-    def loss(batch: Batch) -> Tensor:
-        return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
-
-    [gradient] = stage.gradient(loss, stage.batches(some))
+    [gradient] = stage.gradient(partial(stage.room.method.loss, stage), stage.batches(some))
     squares = torch.zeros(probe, dtype=torch.float64)
     for name, g in gradient.items():
         if name.endswith("lora_B"):

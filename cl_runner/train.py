@@ -144,7 +144,8 @@ def train_stage(
             for rows in steps:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
-                loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, watch if meter.due() else None)
+                looking = watch if meter.due(stage.step + 1) else None
+                loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, looking)
                 if watch.waits:
                     watch.compare(engine.whole_gradients())
                 norm = engine.clip()
@@ -285,17 +286,16 @@ class Meter:
         self.penalty: float | None = None
         self.watch = PenaltyWatch()
 
-    def due(self) -> bool:
-        """Whether the coming step will be logged."""
-        coming, stage = self.stage.step + 1, self.stage
-        return coming % stage.config.output.log_every == 0 or coming == stage.steps
+    def due(self, step: int) -> bool:
+        """Whether step ``step`` (from 1) is logged."""
+        return step % self.stage.config.output.log_every == 0 or step == self.stage.steps
 
     def step(self, examples: int, loss: Tensor, penalty: Tensor | None, lr: float, norm: float) -> None:
         """Count one optimizer step, and log it if it is due."""
         stage = self.stage
         self.examples += examples
         self.since += examples
-        if stage.step % stage.config.output.log_every and stage.step != stage.steps:
+        if not self.due(stage.step):
             self.tick(stage.step, None, None)
             return
         self.loss = float(stage.mean(loss))

@@ -21,6 +21,7 @@ from cl_runner.adapters.folding import Accumulator
 from cl_runner.adapters.terms import Term, Terms
 from cl_runner.config import AdapterConfig
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.maths.directions import norm
 
 NAME = "default"
 
@@ -370,11 +371,8 @@ class Adapters:
             return math.sqrt(sum(float(term.own().square().sum()) for term in self.terms.of.values()))
         if self.live is None:
             return None
-        square = 0.0
-        for layer in self.layers.values():
-            A, B = (getattr(layer, f"lora_{factor}")[NAME].weight.double() for factor in "AB")
-            square += float(((B.mT @ B) * (A @ A.mT)).sum())
-        return self.scale * math.sqrt(max(square, 0.0))
+        pairs = [(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight) for layer in self.layers.values()]
+        return self.scale * math.sqrt(sum(float(norm(pair)) ** 2 for pair in pairs))
 
     @torch.no_grad()
     def show(self, pair: Pair | Terms | None) -> None:

@@ -12,8 +12,8 @@ from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.base import Source, StagePlan, State
+from cl_runner.methods.limits import refuse_too_large
 from cl_runner.methods.seqlora import SeqLoRA
-from cl_runner.place import here, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,12 +68,7 @@ class OGD(SeqLoRA):
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:
             raise UserError(f"method.vectors: {of} of only {parameters} trained parameters; set fewer")
-        take = f"method.vectors: {of} of {parameters} parameters take {gigabytes:.3g} GB"
-        if gigabytes > self.config.max_gb:
-            raise UserError(f"{take}, over method.max_gb {self.config.max_gb:g}; set fewer, or a larger max_gb")
-        whose, room = memory(here().device)
-        if gigabytes * 1e9 > room:
-            raise UserError(f"{take}, and {whose} has {room / 1e9:.3g} GB of memory; set fewer")
+        refuse_too_large(f"method.vectors: {of} of {parameters} parameters", gigabytes, self.config.max_gb, "set fewer")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
         megabytes = self.config.vectors * trained(config, shapes) * 4 / 1e6

@@ -74,6 +74,7 @@ class SharedBasisMethod(Method):
         self.pairs: list[dict[str, Tensor]] = []  # of each task, A.<target> and B.<target>: to mix, or for the PCA
         self.tasks: list[str] = []  # of ``pairs``
         self._mix: Tensor | None = None  # the new task's β over past ones (T)
+        self._known: dict[str, Tensor] = {}  # what ``weights`` found for the tasks there are
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         own, r = self.config, config.adapter.largest
@@ -208,11 +209,13 @@ class SharedBasisMethod(Method):
 
         from cl_runner.maths.mixing import nearness, shares
 
-        mine = self.tasks.index(task)
-        others = [i for i in range(len(self.tasks)) if i != mine]
-        found = torch.ones(len(self.tasks))
-        found[others] = shares(nearness(self.pairs[mine], [self.pairs[i] for i in others]))
-        return found
+        if task not in self._known:
+            mine = self.tasks.index(task)
+            others = [i for i in range(len(self.tasks)) if i != mine]
+            found = torch.ones(len(self.tasks))
+            found[others] = shares(nearness(self.pairs[mine], [self.pairs[i] for i in others]))
+            self._known[task] = found
+        return self._known[task]
 
     def end_task(self, stage: Stage) -> None:
         terms = stage.adapters.terms
@@ -232,6 +235,7 @@ class SharedBasisMethod(Method):
         if self.mixes or stage.index < self.config.pca:
             self.pairs.append(pair)
             self.tasks.append(stage.plan.tasks[0])
+            self._known = {}
         if stage.index + 1 == self.config.pca:
             from cl_runner.maths.mixing import principal
 
@@ -265,7 +269,7 @@ class SharedBasisMethod(Method):
 
     def load_state(self, state: State) -> None:
         self.tasks = list(state.json.get("tasks", []))
-        self.shared, self.large, self.pairs = {}, {}, [{} for _ in self.tasks]
+        self.shared, self.large, self.pairs, self._known = {}, {}, [{} for _ in self.tasks], {}
         for key, value in state.tensors.items():
             kind, _, name = key.partition(".")
             if kind == "shared":

@@ -18,15 +18,18 @@ from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
 from cl_runner.models.forward import accepted, evaluating, generate, greedy, model_inputs, unwrapped
 
+Show = Callable[[Batch], None]
+
 
 class Read(NamedTuple):
     """What is left of a pass over the prompts: what the rest is decoded from, and (b, t, V) scores at gold positions.
 
-    ``reuse`` takes the numbers of the rows to decode and gives their answers; None where nothing can be reused.
+    ``reuse`` takes the numbers of the rows to decode, and whom to tell the batch of its forwards, and gives their
+    answers; None where nothing can be reused.
     """
 
     scores: Tensor
-    reuse: Callable[[list[int]], list[list[int]]] | None
+    reuse: Callable[[list[int], Show], list[list[int]]] | None
 
 
 @torch.no_grad()
@@ -36,7 +39,7 @@ def answers(
     targets: Sequence[Sequence[int]],
     layout: Layout,
     max_new_tokens: int,
-    show: Callable[[Batch], None] = lambda _: None,
+    show: Show = lambda _: None,
 ) -> tuple[list[list[int]], list[bool]]:
     """What ``greedy`` answers to a batch of prompts, and which answers were verified instead of decoded.
 
@@ -49,18 +52,17 @@ def answers(
         return greedy(model, prompts, layout, max_new_tokens), likely
     with evaluating(model):
         read = (_encoder_decoder if layout.encoder_decoder else _decoder_only)(
-            unwrapped(model), prompts, targets, layout, max_new_tokens, show
+            unwrapped(model), prompts, targets, layout, max_new_tokens
         )
         right = _says_gold(read.scores, targets, layout)
         said = [yes and sound for yes, sound in zip(right, likely, strict=True)]
         rest = [row for row, yes in enumerate(said) if not yes]
         decoded: list[list[int]] = []
         if rest:
-            of_rest = prompts.slice(rest)
             if read.reuse:
-                decoded = read.reuse(rest)
+                decoded = read.reuse(rest, show)
             else:
-                show(of_rest)
+                show(of_rest := prompts.slice(rest))
                 decoded = greedy(model, of_rest, layout, max_new_tokens)
     found: list[list[int]] = [list(target[:-1]) for target in targets]
     for row, ids in zip(rest, decoded, strict=True):
@@ -90,12 +92,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> 
 
 
 def _encoder_decoder(
-    model: nn.Module,
-    prompts: Batch,
-    targets: Sequence[Sequence[int]],
-    layout: Layout,
-    max_new_tokens: int,
-    show: Callable[[Batch], None],
+    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
 ) -> Read:
     """Gold scores by one pass over the source; its encoder output is what the rest is decoded from."""
     from transformers.modeling_outputs import BaseModelOutput
@@ -112,7 +109,7 @@ def _encoder_decoder(
         use_cache=False,
     ).logits
 
-    def decode(rows: list[int]) -> list[list[int]]:
+    def decode(rows: list[int], show: Show) -> list[list[int]]:
         show(prompts.slice(rows))
         longest = int(mask[rows].sum(1).max())
         read = {
@@ -125,12 +122,7 @@ def _encoder_decoder(
 
 
 def _decoder_only(
-    model: nn.Module,
-    prompts: Batch,
-    targets: Sequence[Sequence[int]],
-    layout: Layout,
-    max_new_tokens: int,
-    show: Callable[[Batch], None],
+    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
 ) -> Read:
     """Gold scores by a pass over the prompts and one over the targets behind them.
 
@@ -161,7 +153,7 @@ def _decoder_only(
     if not _can_be_cut(cache):
         return Read(scores, None)
 
-    def decode(rows: list[int]) -> list[list[int]]:
+    def decode(rows: list[int], show: Show) -> list[list[int]]:
         if behind.shape[1]:
             cache.crop(-behind.shape[1])
         token = first[rows].argmax(-1)  # (rows, 1): what greedy says first is known
