@@ -1,15 +1,15 @@
 """What re-orthogonalising a factor does to the loss, on a few rows seen again and again.
 
 The embedded tiny-t5 trains one LoRA on the same synthetic rows at every step, from the same seed. Every k steps A is
-re-orthogonalised: hard or soft, with and without `rescale`; once never. The table has the loss before and after each
-time (dropout off); the curves go to CSV and, if matplotlib is installed, into a picture.
+re-orthogonalised: hard or soft, with and without `rescale`, Adam's moments mapped and not; once never. The table has
+the loss before and after each time (dropout off); the curves go to CSV and, if matplotlib is installed, into a picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from cl_runner.stage import StageRun
 from cl_runner.train import train_stage
 
 Rows = list[dict[str, Any]]
+# Named as the settings: how, whether the update stays as it was, whether Adam's moments go over.
 CURVES: dict[str, dict[str, Any] | None] = {
     "never": None,
-    "hard": {"how": "hard"},
-    "soft": {"how": "soft"},
-    "hard, rescale": {"how": "hard", "rescale": True},
-    "soft, rescale": {"how": "soft", "rescale": True},
-}
+    **{
+        f"{how}{', rescale' if rescale else ''}, moments {'mapped' if moments else 'kept'}": {
+            "how": how, "rescale": rescale, "moments": moments,
+        }
+        for rescale in (False, True) for how in ("hard", "soft") for moments in (False, True)
+    },
+}  # fmt: skip
 
 
 def logged(made: world.World, option: Mapping[str, Any] | None, given: argparse.Namespace) -> Rows:
@@ -86,16 +89,20 @@ def draw(curves: Mapping[str, Rows], file: Path, title: str) -> str:
     except ImportError:
         return "no picture: matplotlib is not installed"
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    panels: Sequence[tuple[Any, str]] = ((axes[0], "rescale: false"), (axes[1], "rescale: true"))
-    for axis, rescale in panels:
+    for axis, rescale in ((axes[0], False), (axes[1], True)):
         for name, rows in curves.items():
-            if name == "never" or name.endswith("rescale") == rescale.endswith("true"):
-                losses = [row["loss"] for row in rows if "loss" in row]
-                colour = {"n": "grey", "h": "tab:red", "s": "tab:blue"}[name[0]]
-                axis.plot(range(1, len(losses) + 1), losses, label=name.split(",")[0], linewidth=1, color=colour)
+            option = CURVES[name]
+            if option is not None and option["rescale"] != rescale:
+                continue
+            losses = [row["loss"] for row in rows if "loss" in row]
+            how = {"color": "grey"} if option is None else {
+                "color": {"hard": "tab:red", "soft": "tab:blue"}[option["how"]],
+                "linestyle": "--" if option["moments"] else "-",
+            }  # fmt: skip
+            axis.plot(range(1, len(losses) + 1), losses, label=name.replace(", rescale", ""), linewidth=1, **how)
         axis.set_yscale("log")
         axis.set_xlabel("step")
-        axis.set_title(rescale, fontsize=10)
+        axis.set_title(f"rescale: {str(rescale).lower()}", fontsize=10)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("loss of the step")
     figure.suptitle(title, fontsize=10)

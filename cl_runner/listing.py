@@ -81,11 +81,12 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A default as ``--set`` takes it where it has parts."""
-    if not isinstance(value, dict):
-        return str(value)
-    parts = (f"{key}: {str(part).lower() if isinstance(part, bool) else part}" for key, part in value.items())
-    return "{" + ", ".join(parts) + "}"
+    """A default as ``--set`` takes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(part)}" for key, part in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def show_schema() -> None:

@@ -4,10 +4,10 @@ A factor is read as rows F (r, d): A, or Bᵀ. It is split, F = R Q, and Q takes
 of the same span (QR; R lower triangular, its diagonal positive). Soft: Q has rows of norm 1, R is the diagonal of the
 norms; the rows do not become orthogonal. With ``rescale`` the other factor O (r, d') becomes Rᵀ O: ΔW stays as it was.
 
-The gradients of a model that has not changed are then Rᵀ g_F and R⁻¹ g_O, so that is how Adam's first moments go over.
-The second go over by the squares of the same numbers: for soft that is exactly what Adam would have, for hard what it
-would expect of independent entries. (Set to zero, they would make the next step 1/√(1 − β₂) ≈ 30 times too long, as
-Adam's count of steps goes on.) Without ``rescale`` the model itself changes, and Adam is left alone.
+While the layer's gradient by ΔW stays what it was, those by the new factors are Rᵀ g_F (without ``rescale`` g_F itself,
+as O is as before) and R⁻¹ g_O: so Adam's first moments go over, where they are mapped. The second go over by the
+squares of the same numbers: for soft that is exactly what Adam would have, for hard what it would expect of independent
+entries. (Set to zero, they would make the next step 1/√(1 − β₂) ≈ 30 times too long, as Adam's count of steps goes on.)
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def reorthogonalise(stage: StageRun, settings: Reorthogonalise, batch: Batch) ->
             A, B = group.A.detach(), group.B.detach().mT
             F, other = (A, B) if factor == "A" else (B, A)
             Q, R = (stage.broadcast(part) for part in split(F, settings.how))
+            opposite = "B" if factor == "A" else "A"
             _put(stage, group.targets, factor, Q)
             if settings.rescale:
-                opposite = "B" if factor == "A" else "A"
                 _put(stage, group.targets, opposite, R.mT @ other)
-                _map_moments(stage, group.targets, factor, R.mT)
+            if settings.maps_moments:
+                if settings.rescale:
+                    _map_moments(stage, group.targets, factor, R.mT)
                 _map_moments(stage, group.targets, opposite, torch.linalg.inv(R))
     return before, _loss(stage, batch)
 

@@ -60,9 +60,10 @@ def gradients(now: Values, target: str, upstream: Tensor) -> dict[str, Tensor]:
     )
 
 
-def _once(place: Place, kind: Kind, how: str, on: str, rescale: bool) -> None:
+def _once(place: Place, kind: Kind, how: str, on: str, rescale: bool, moments: bool | None = None) -> None:
     """Adam's moments are set to the gradient of a loss that hangs on ΔW alone, and to its square, just before."""
-    settings = {"how": how, "every": 2, "on": on, "rescale": rescale}
+    settings = {"how": how, "every": 2, "on": on, "rescale": rescale, "moments": moments}
+    mapped = rescale if moments is None else moments
     name = "seqlora" if on == "B" else "inclora"
     room, config = order_room(place, name, kind=kind, adapter__r=3, **THREE, method__reorthogonalise=settings)
     done, real = [], train.reorthogonalise
@@ -85,15 +86,15 @@ def _once(place: Place, kind: Kind, how: str, on: str, rescale: bool) -> None:
                 torch.testing.assert_close(gram, wanted, atol=1e-5, rtol=0)
             updates = [v[f"{target}.lora_B"] @ v[f"{target}.lora_A"] for v in (before, after)]
             assert (off(updates[1], updates[0]) < 1e-5) == rescale
-            moved, was = (gradients(v, target, upstream[target]) for v in (after if rescale else before, before))
+            moved, was = (gradients(v, target, upstream[target]) for v in (after if mapped else before, before))
             for factor in "AB":
-                moments = stage.moments(f"{target}.lora_{factor}")
-                assert off(moments["exp_avg"], moved[factor]) < 1e-3
-                if how == "soft" or not rescale:
-                    assert off(moments["exp_avg_sq"], moved[factor].square()) < 1e-3
+                adam = stage.moments(f"{target}.lora_{factor}")
+                assert off(adam["exp_avg"], moved[factor]) < 1e-3
+                if how == "soft" or not mapped or (factor in on and not rescale):
+                    assert off(adam["exp_avg_sq"], moved[factor].square()) < 1e-3
                 else:
-                    assert bool((moments["exp_avg_sq"] >= 0).all()) and moments["exp_avg_sq"].any()
-                    assert off(moments["exp_avg_sq"], was[factor].square()) > 1e-3
+                    assert bool((adam["exp_avg_sq"] >= 0).all()) and adam["exp_avg_sq"].any()
+                    assert off(adam["exp_avg_sq"], was[factor].square()) > 1e-3
         assert abs(losses[1] - losses[0]) < 1e-4 * losses[0] if rescale else losses[1] != losses[0]
         done.append(stage.step)
         return losses
@@ -113,6 +114,11 @@ def _once(place: Place, kind: Kind, how: str, on: str, rescale: bool) -> None:
 @pytest.mark.parametrize(("how", "on", "rescale"), CASES)
 def test_factors_update_and_moments(how: str, on: str, rescale: bool) -> None:
     on_ranks(1, _once, "llama" if rescale else "t5", how, on, rescale)
+
+
+@pytest.mark.parametrize(("how", "on", "rescale"), [case for case in CASES if case[1] != "both"])
+def test_moments_may_go_the_other_way(how: str, on: str, rescale: bool) -> None:
+    on_ranks(1, _once, "t5", how, on, rescale, not rescale)
 
 
 def _by_hand(place: Place, how: str, rescale: bool) -> None:
@@ -244,7 +250,12 @@ def test_what_cannot_be_orthonormal_is_refused() -> None:
 
 def test_a_user_is_shown_what_may_be_set(capsys: pytest.CaptureFixture[str]) -> None:
     show_method("soft-orth", as_json=False)
-    assert "method.reorthogonalise = {how: soft, every: 100, on: A, rescale: false}\n" in capsys.readouterr().out
+    assert (
+        "method.reorthogonalise = {how: soft, every: 100, on: A, rescale: false, moments: null}\n"
+        in capsys.readouterr().out
+    )
     show_method("hard-orth", as_json=True)
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert settings["reorthogonalise"]["default"] == {"how": "hard", "every": 100, "on": "A", "rescale": False}
+    assert settings["reorthogonalise"]["default"] == {
+        "how": "hard", "every": 100, "on": "A", "rescale": False, "moments": None,
+    }  # fmt: skip

@@ -189,6 +189,9 @@ class Reorthogonalise(Section):
     every: int = Field(default=100, ge=1, description="Optimizer steps between.")
     on: Literal["A", "B", "both"] = Field(default="A", description="Which factor; of B the columns.")
     rescale: bool = Field(default=False, description="Correct the other factor, so that the update stays as it was.")
+    moments: bool | None = Field(
+        default=None, description="Whether Adam's moments go over to the new factors; null: with rescale."
+    )
 
     @model_validator(mode="after")
     def _one_to_correct(self) -> Reorthogonalise:
@@ -196,12 +199,18 @@ class Reorthogonalise(Section):
             raise ValueError("cannot rescale on: both, as no factor is left to correct; use A or B")
         return self
 
+    @property
+    def maps_moments(self) -> bool:
+        """Whether Adam's moments go over."""
+        return self.rescale if self.moments is None else self.moments
+
 
 class PairSettings(Section):
     """Of every method that trains a LoRA pair without promising anything of its factors."""
 
     reorthogonalise: Reorthogonalise | None = Field(
-        None, description="{how: hard or soft, every: steps, on: A, B or both, rescale: true or false}; null: never."
+        None,
+        description="{how: hard or soft, every: steps, on: A, B or both, rescale: true, moments: true}; null: never.",
     )
 
 

@@ -15,7 +15,8 @@ class HardOrth(SeqLoRA):
         """Settings of hard-orth."""
 
         reorthogonalise: Reorthogonalise = Field(
-            default_factory=Reorthogonalise, description="{how, every, on, rescale}: how, and every how many steps."
+            default_factory=Reorthogonalise,
+            description="{how, every, on, rescale, moments}: how, and every how many steps.",
         )
 
     name = "hard-orth"

@@ -23,7 +23,7 @@ class SoftOrth(SeqLoRA):
         """Settings of soft-orth."""
 
         reorthogonalise: Soft = Field(
-            default_factory=Soft, description="{how, every, on, rescale}: how, and every how many steps."
+            default_factory=Soft, description="{how, every, on, rescale, moments}: how, and every how many steps."
         )
 
     name = "soft-orth"
