@@ -12,12 +12,13 @@ from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.maths.gpm import Memory, updated
 from cl_runner.methods import make_method
-from cl_runner.methods.inflora import input_moments
+from cl_runner.methods.moments import input_moments
 from cl_runner.place import Place
 from cl_runner.stage import StageRun
 from tests.distributed import on_ranks
+from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
-from tests.methods.steps import LR, STEPS, THREE, label_logits, off, put, values
+from tests.methods.steps import LR, STEPS, THREE, off, put, values
 from tests.stages import Kind, naive_loss, some_rows
 
 R = 3
@@ -26,23 +27,6 @@ R = 3
 def sources(index: int) -> Any:
     """Inputs that differ from stage to stage."""
     return some_rows(6, seed=20 + index, task="abc"[index])
-
-
-def moments_by_hand(room: Any, kind: Kind, examples: Any) -> dict[str, Tensor]:
-    """Target → mean of x xᵀ (n, n) over all tokens, each example alone; no padding anywhere. fp64."""
-    seen: dict[str, list[Tensor]] = {target: [] for target in room.adapters.layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, given, target=target: seen[target].append(given[0][0].double()))
-        for target, layer in room.adapters.layers.items()
-    ]
-    room.adapters.model.eval()
-    with torch.no_grad():
-        for example in examples:
-            label_logits(room.adapters.model, kind, example)
-    for hook in hooks:
-        hook.remove()
-    rows = {target: torch.cat(parts) for target, parts in seen.items()}
-    return {target: x.T @ x / len(x) for target, x in rows.items()}
 
 
 def used(memory: Memory) -> Tensor:

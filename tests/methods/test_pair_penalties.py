@@ -18,12 +18,13 @@ from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Progress
-from cl_runner.methods.clora import orthonormal_columns
+from cl_runner.methods.clora import leading, orthonormal_columns
 from cl_runner.place import Place
 from cl_runner.rundir import RunDir
 from cl_runner.stage import StageRun
 from tests.adapters.families import adapters_of, base_model, random_pair
 from tests.distributed import on_ranks
+from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
 from tests.stages import Kind, naive_loss
@@ -91,7 +92,10 @@ CASES: dict[str, tuple[dict[str, Any], Definition]] = {
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
 # Those without a penalty go through what is the same for all.
-OWN: dict[str, dict[str, Any]] = {**{name: own for name, (own, _) in CASES.items()}, "inflora": {"threshold": 0.9}}
+OWN: dict[str, dict[str, Any]] = {
+    **{name: own for name, (own, _) in CASES.items()},
+    "clora data": {"lambda1": 0.8, "k": 5, "subspace": "data"}, "inflora": {"threshold": 0.9},
+}  # fmt: skip
 every_method = pytest.mark.parametrize("name", list(OWN))
 
 
@@ -306,6 +310,45 @@ def test_what_clora_asks_for_is_an_update_that_leaves_the_subspace_alone() -> No
         assert float(update.norm()) > 0.1 and max(float((update @ x).norm()), float((y.T @ update).norm())) < 1e-5
 
 
+def _from_data(place: Place, kind: Kind) -> None:
+    """P at the third stage: eigenvectors of both past tasks' inputs, each example by itself, and of W0 times them."""
+    room, config = opened(place, "clora data", kind=kind)
+    bases = {target: past.base.double() for target, past in room.adapters.past.items()}
+    penalty, seen, past = room.method.penalty, [], {target: torch.zeros(()) for target in bases}
+
+    def spy(stage: Any) -> Any:
+        found = penalty(stage)
+        if found is None:
+            seen.append(None)
+            return None
+        now, wanted = values(room), torch.zeros((), dtype=torch.float64)
+        for target, moment in past.items():
+            A, B = (now[f"{target}.lora_{factor}"].double() for factor in "AB")
+            for factor, C in ((A, moment), (B.T, bases[target] @ moment @ bases[target].T)):
+                wanted += 0.4 * (factor @ torch.linalg.eigh(C)[1][:, -5:]).square().sum()
+        seen.append(off(found.detach(), wanted))
+        return found
+
+    room.method.penalty = spy
+    for index in range(3):
+        learn(room, config, index, opposed(index))
+        past = {t: past[t] + moment for t, moment in moments_by_hand(room, kind, opposed(index).examples).items()}
+    assert seen[:STEPS] == [None] * STEPS and max(seen[STEPS:]) < 1e-4
+    assert len(room.method.moments) < len(bases)  # targets that share an input share its moments
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_cloras_subspace_may_come_from_past_inputs(kind: Kind) -> None:
+    on_ranks(1, _from_data, kind)
+
+
+def test_leading_directions_without_energy_are_zero() -> None:
+    x = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    P = leading((x.T @ x)[None], 5)[0]
+    torch.testing.assert_close(P.T @ P, torch.diag(torch.tensor([1.0, 1, 1, 0, 0])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x @ P @ P.T, x, atol=1e-5, rtol=1e-5)
+
+
 def _stiefel(place: Place) -> None:
     room, config = opened(place, "grassmann", method__stiefel=True)
     seen = []
@@ -352,6 +395,12 @@ SHAPES = [(32, 32), (16, 24)]
             "method.k: 17 orthonormal columns do not fit into a layer's 16 dimensions; set k to 15 or less",
         ),
         (
+            "clora",
+            {"method": {"k": 4, "subspace": "data", "max_gb": 7e-6}},
+            "method.subspace: moments and P of 2 layers take 8.06e-06 GB, over method.max_gb 7e-06; name fewer "
+            "adapter.target_modules, or set a larger max_gb",
+        ),
+        (
             "pego",
             {"adapter": {"r": 6}},
             "method.group: 4 LoRAs of equal rank need an adapter.r that is a multiple of 4, not 6",
@@ -383,7 +432,7 @@ def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[st
     [
         ("sparse-orth", {"lambda1": -1}), ("sparse-orth", {"lambda2": -1}),
         ("grassmann", {"lambda1": -1}), ("grassmann", {"goal": "apart"}), ("grassmann", {"stiefel": 3}),
-        ("clora", {"k": 0}), ("clora", {"lambda1": -1}),
+        ("clora", {"k": 0}), ("clora", {"lambda1": -1}), ("clora", {"subspace": "both"}), ("clora", {"max_gb": 0}),
         ("inflora", {"threshold": 0}), ("inflora", {"threshold": 1.1}), ("inflora", {"last_threshold": 0}),
         ("inflora", {"max_gb": 0}), ("pego", {"group": 0}), ("pego", {"lambda1": -1}),
     ],
