@@ -183,7 +183,10 @@ class Run:
         predictions = sum(300 * len(self.plan.data.test[task]) for index in to_come for task in self._tested(index))
         if isinstance(room.adapters, FullWeights):
             return predictions + self._model_bytes(room.adapters, done)
-        return predictions + sum(self._adapter_bytes(room.adapters, index) for index in to_come)
+        shapes = [(m, n) for past in room.adapters.past.values() for m, n in [past.base.shape]]
+        trained = self.plan.config.adapter.largest * sum(map(sum, shapes))
+        states = sum(self.plan.method.state_bytes(shapes, trained, index + 1) for index in to_come)
+        return predictions + states + sum(self._adapter_bytes(room.adapters, index) for index in to_come)
 
     def _adapter_bytes(self, adapters: Adapters, index: int) -> int:
         """Each adapter holds all pairs before it."""
@@ -202,7 +205,7 @@ class Run:
         if keep != "all" and self.plan.stages[0].start != "base":  # who begins anew needs all of them
             models = min(models, keep + 1 - min(done, keep))
         parameters = sum(p.numel() for p in weights.parameters().values())
-        return models * (4 * parameters + self.plan.method.state_bytes(parameters))
+        return models * (4 * parameters + self.plan.method.state_bytes((), parameters, len(self.names)))
 
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""

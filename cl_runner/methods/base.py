@@ -394,8 +394,11 @@ class Method:
         """Runs at commit: what is carried on, beside the adapters."""
         return State()
 
-    def state_bytes(self, parameters: int) -> int:
-        """About how large the state is, if that grows with the parameters: for the room on disk."""
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        """About how large this method's own files are after so many stages: for the room on disk.
+
+        ``shapes`` are the target layers' (m, n), ``trained`` the parameters of a stage. Token ids do not count.
+        """
         return 0
 
     def load_state(self, state: State) -> None:

@@ -118,6 +118,9 @@ class CLoRA(SeqLoRA):
                 past = self.moments.get(targets[0])
                 self.moments[targets[0]] = moment.cpu() if past is None else past + moment.cpu()
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * sum(n * n for _, n in shapes) if self.config.subspace == "data" else 0
+
     def state(self) -> State:
         return State({f"moment.{name}": moment for name, moment in self.moments.items()}, {"inputs": self.inputs})
 

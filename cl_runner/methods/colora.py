@@ -96,7 +96,7 @@ class CoLoRA(Method):
         self.history: dict[str, Any] = {}  # by stage: rows, losses and collaboration weights of each task
         self._own: Source | None = None
         self._counts: list[int] = []
-        self._pairs = 0  # of all rounds
+        self._rounds: list[list[str]] = []  # the tasks of each
         self._losses: Tensor | None = None  # (3, 2, K): sums and tokens since the last log, and at both ends
         self._parts: dict[str, Tensor] = {}
 
@@ -120,14 +120,15 @@ class CoLoRA(Method):
                 raise UserError(f"method.rounds: round {number} {'has a task twice' if tasks else 'has no task'}")
         if missing := [task for task in order if not any(task in tasks for tasks in rounds)]:
             raise UserError(f"method.rounds: no round has {', '.join(missing)}")
-        self._pairs = sum(1 + len(tasks) for tasks in rounds)
+        self._rounds = rounds
         return [StagePlan(f"round{number}", tuple(tasks)) for number, tasks in enumerate(rounds, 1)]
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
         if self.config.fold == "mean":
             return ""
-        megabytes = 4e-6 * self._pairs * config.adapter.largest * sum(m + n for m, n in shapes)
-        return f"carries {megabytes:.3g} MB after the last round: {self._pairs} LoRA pairs, shared ones and experts"
+        pairs = sum(1 + len(tasks) for tasks in self._rounds)
+        megabytes = 4e-6 * pairs * config.adapter.largest * sum(m + n for m, n in shapes)
+        return f"carries {megabytes:.3g} MB after the last round: {pairs} LoRA pairs, shared ones and experts"
 
     @property
     def knows_task(self) -> bool:
@@ -317,6 +318,14 @@ class CoLoRA(Method):
 
     def fold(self, stage: Stage) -> Fold:
         return "keep" if self.config.fold == "keep" else "factors"
+
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        rounds = self._rounds[:stages]
+        if self.config.fold == "mean":
+            return 0
+        pairs = sum(1 + len(tasks) for tasks in rounds)  # in the state; and an adapter for each task, two pairs a round
+        answers = len({task for tasks in rounds for task in tasks}) if self.knows_task else 0
+        return 4 * trained * (pairs + answers * 2 * stages)
 
     def state(self) -> State:
         tensors = {}

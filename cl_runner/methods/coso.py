@@ -172,6 +172,9 @@ class CoSO(Method):
     def fold(self, stage: Stage) -> Fold:
         return "dense"
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * self._floats(shapes, stages, within=False)
+
     def state(self) -> State:
         return State(dict(self.past), {"columns": {target: M.shape[1] for target, M in self.past.items()}})
 

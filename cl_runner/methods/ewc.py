@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -88,8 +89,8 @@ class EWC(SeqLoRA):
             return State()
         return State({"fisher": self.fisher, "centre": self.centre}, {"least": self.least})
 
-    def state_bytes(self, parameters: int) -> int:
-        return 8 * parameters
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 8 * trained
 
     def load_state(self, state: State) -> None:
         self.fisher, self.centre = state.tensors.get("fisher"), state.tensors.get("centre")

@@ -109,6 +109,9 @@ class InfLoRA(Method):
         found = self.memories.get(name)
         return None if found is None else Memory(found.basis.to(like.device), found.free)
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * sum(n * n // 2 for _, n in shapes)
+
     def state(self) -> State:
         tensors = {f"memory.{name}": memory.basis for name, memory in self.memories.items()}
         return State(tensors, {"free": [name for name, memory in self.memories.items() if memory.free]})

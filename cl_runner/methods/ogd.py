@@ -126,6 +126,9 @@ class OGD(SeqLoRA):
             each = [flat(gradient, gradient) for gradient in islice(gradients, size)]
             yield from [torch.stack(each).mean(0)] if variant == "ave" else each
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * int(self.config.vectors) * trained * stages
+
     def state(self) -> State:
         return State() if self.basis is None else State({"basis": self.basis})
 

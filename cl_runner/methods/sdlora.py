@@ -184,6 +184,9 @@ class SDLoRA(Method):
         stage.adapters.begin_terms(stage.plan.name, terms)
         stage.adapters.train(False)
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * trained * stages
+
     def state(self) -> State:
         parts = {target: {"A": past.A, "B": past.B, "alpha": past.alpha} for target, past in self.past.items()}
         tensors = {f"{target}.{name}": part for target, each in parts.items() for name, part in each.items()}

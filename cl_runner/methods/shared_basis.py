@@ -260,6 +260,9 @@ class SharedBasisMethod(Method):
     def _factors(self, target: str) -> tuple[list[Tensor], list[Tensor]]:
         return [pair[f"A.{target}"] for pair in self.pairs], [pair[f"B.{target}"] for pair in self.pairs]
 
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * trained * (1 + (stages if self.mixes else 0))
+
     def state(self) -> State:
         tensors = {f"shared.{name}": value for name, value in self.shared.items()}
         tensors |= {f"large.{target}": value for target, value in self.large.items()}

@@ -230,7 +230,7 @@ def _sizes(place: Place, folder: str) -> None:
     sizes = save_stage(Path(folder) / "draft", stage)
     assert sizes["model"] == pytest.approx(4 * parameters / 2**20, rel=0.1)
     assert sizes["method"] == pytest.approx(8 * parameters / 2**20, rel=0.1)
-    assert room.method.state_bytes(parameters) == 8 * parameters
+    assert room.method.state_bytes((), parameters, 2) == 8 * parameters
 
 
 def test_ewc_carries_two_vectors_of_all_weights(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What a method says of the size of its files, to see whether there is room for a run, against what it carries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cl_runner.place import Place
+from tests.distributed import on_ranks
+from tests.methods.orders import learn, order_room
+from tests.methods.steps import opposed
+
+CASES: dict[str, dict[str, Any]] = {
+    "ewc": {}, "ogd": {"vectors": 3}, "sdlora": {}, "shared-basis": {"mixing": "similarity"}, "coso": {"sketch": 4},
+    "inflora": {}, "clora": {"k": 4, "subspace": "data"}, "colora": {"routing": "soft", "rounds": 2},
+}  # fmt: skip
+PLAIN = ("seqlora", "olora", "clora")
+
+
+def _sizes(place: Place, name: str, own: dict[str, Any]) -> tuple[int, int]:
+    settings = {f"method__{key}": value for key, value in own.items()}
+    room, config = order_room(place, name, training__epochs=1, **settings)
+    shapes = [(m, n) for past in room.adapters.past.values() for m, n in [past.base.shape]]
+    for index in range(2):
+        learn(room, config, index, opposed(index))
+    told = room.method.state_bytes(shapes, config.adapter.largest * sum(map(sum, shapes)), 2)
+    return told, sum(tensor.nbytes for tensor in room.method.state().tensors.values())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_what_grows_is_told_about_right(name: str) -> None:
+    ((told, carried),) = on_ranks(1, _sizes, name, CASES[name])
+    most = 10 if name == "inflora" else 2.5  # how many directions a task takes is for its rows to say
+    assert carried > 0 and 0.85 * carried < told < most * carried, (told, carried)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_carries_adapters_alone_says_so(name: str) -> None:
+    assert on_ranks(1, _sizes, name, {"k": 4} if name == "clora" else {}) == [(0, 0)]
