@@ -1,6 +1,7 @@
-"""The health of a penalty: whether it pulls at all, and whether it was met by shrinking what was to be learned.
+"""The health of a stage: whether its penalty pulls at all, and whether anything was learned.
 
-Both have cost users of the published codes whole runs, and neither shows in a falling loss.
+A penalty may be met by shrinking what was to be learned, and a method that keeps past subspaces free may have none
+left. All of these have cost users of the published codes whole runs, and none shows in a falling loss.
 """
 
 from __future__ import annotations
@@ -89,15 +90,15 @@ class Health:
         return ", ".join(said)
 
     def warning(self) -> str | None:
-        """One clear line if the penalty did nothing, or left nothing to be learned."""
-        if self.first or self.penalty is None:
+        """One clear line if the penalty did nothing, or if next to nothing was learned."""
+        if self.first:
             return None
         if self.idle:
             return "warning: the penalty was exactly 0 at every logged step; it had no effect on this stage"
         if self.update is not None and self.earlier and self.update < NOTHING * self.earlier:
             share = 100 * self.update / self.earlier
-            return (
-                f"warning: the new update is {share:.2g} % as large as the largest one before: the penalty was met by "
-                "learning nothing; lower its coefficient"
-            )
+            why = "this stage has learned next to nothing"
+            if self.penalty is not None:
+                why = "the penalty was met by learning nothing; lower its coefficient"
+            return f"warning: the new update is {share:.2g} % as large as the largest one before: {why}"
         return None

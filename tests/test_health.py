@@ -93,7 +93,9 @@ def test_warnings() -> None:
     assert health().warning() is None
     assert "exactly 0" in str(health(penalty=0.0, idle=True).warning())
     assert health(penalty=0.0, idle=True, first=True).warning() is None  # nothing to be orthogonal to
-    assert "learning nothing" in str(health(update=0.03).warning())
+    assert "met by learning nothing; lower" in str(health(update=0.03).warning())
+    assert str(health(update=0.03, penalty=None).warning()).endswith("before: this stage has learned next to nothing")
+    assert health(update=0.0, penalty=None).warning() and not health(update=None, penalty=None).warning()
     assert health(update=0.05).warning() is None
     assert health(update=0.03, earlier=None).warning() is None
 
