@@ -56,10 +56,11 @@ class World:
         return self.room.place.torch_device
 
     def stage(self, method: str, position: int) -> StageRun:
-        """The stage at ``position`` (from 1), built and ready to train."""
-        values = {**self.config.model_dump(), "method": METHODS[method]}
+        """The stage at ``position`` (from 1), built and ready to train; ``method`` is a key of METHODS, or a name."""
+        values = {**self.config.model_dump(), "method": METHODS.get(method, {"name": method})}
         config = RunConfig.model_validate(values)
         self.room.method = make_method(config)
+        self.room.method.plan([stage.name for stage in self.room.order])
         self.room.adapters.restore(self.pairs[: position - 1], {}, None)
         stage = StageRun(self.room, config, position - 1)
         self.room.method.build(stage)
