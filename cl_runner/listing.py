@@ -61,7 +61,7 @@ def show_method(name: str, *, as_json: bool) -> None:
         **({"forms": method.forms} if method.forms else {}),
         "carried": method.carried,
         "growth": method.growth,
-        "task id at inference": "needed" if method.task_id else "not needed",
+        "task id at inference": {"yes": "needed", "no": "not needed"}.get(method.task_id, "as the settings have it"),
         "settings": settings,
     }
     if as_json:

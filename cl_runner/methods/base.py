@@ -237,7 +237,7 @@ class Method:
     paper: ClassVar[str] = ""  # arXiv id and short title
     carried: ClassVar[str] = ""
     growth: ClassVar[str] = ""
-    task_id: ClassVar[bool] = False
+    task_id: ClassVar[Literal["no", "yes", "optional"]] = "no"  # at inference; optional: as the settings have it
     trains: ClassVar[str] = "a LoRA pair"
     factors: ClassVar[str] = "A (r × n, reads the input) is PEFT's lora_A, B (m × r) its lora_B; ΔW = alpha/r · B A"
     frozen: ClassVar[str] = "the base and all past updates"
@@ -271,8 +271,8 @@ class Method:
 
     @property
     def knows_task(self) -> bool:
-        """Whether a row's task is known where it is answered: always, never, or as the settings have it."""
-        return type(self).task_id
+        """Whether a row's task is known where it is answered: always, never, or (optional) as settings have it."""
+        return type(self).task_id == "yes"
 
     def configure(self, config: Section) -> None:
         """Take the settings of one stage (per-task and per-position ones included), before ``build``."""

@@ -86,6 +86,7 @@ class CoLoRA(Method):
     carried = "shared pair, experts and gate of each round (fold=mean: past updates folded into the weight)"
     factors = "A (r × n) and B (m × r) of shared pair and experts, stacked; fold=mean: lora_A and lora_B of one pair"
     growth = "each round: a pair for each of its tasks, and one (fold=mean: constant in a step)"
+    task_id = "optional"
     by_shape = True
     trains = "a shared LoRA pair, a pair for each task, and how each task mixes the two at each layer"
 

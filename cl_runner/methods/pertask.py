@@ -24,7 +24,7 @@ class PerTask(Method):
     carried = "all pairs (full: each task's model, on disk)"
     growth = "one pair (full: one model on disk) a task"
     any_rank = True
-    task_id = True
+    task_id = "yes"
     frozen = "the base; other tasks have no part in a task's answer"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:

@@ -46,7 +46,7 @@ class ProgressivePrompts(Prompting):
     paper = "2301.12314 (Progressive Prompts)"
     carried = "all prompts"
     growth = "one prompt a task"
-    task_id = True
+    task_id = "yes"
     frozen = "the base and the prompts of past tasks"
 
     def __init__(self, config: Section) -> None:

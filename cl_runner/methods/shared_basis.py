@@ -66,6 +66,7 @@ class SharedBasisMethod(Method):
     factors = "lora_A is A_t, lora_B is alpha/r · (α_t U + B_t); in blocks both one under, and beside, the other"
     carried = "U (and C, mask); past updates: folded, or under similarity the pairs of all tasks"
     growth = "constant; similarity (which also needs the task id): r rows a task in the forward"
+    task_id = "optional"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -188,7 +188,7 @@ def test_what_each_baseline_says_of_itself() -> None:
         method: type[Method] = method_class(name)
         assert method.name == name
         assert all((method.title, method.equation, method.paper, method.carried, method.growth))
-        assert method.task_id == (name in ("pertask", "progprompt"))
+        assert (method.task_id == "yes") == (name in ("pertask", "progprompt"))
 
 
 def _losses(place: Place) -> None:
