@@ -55,7 +55,7 @@ class CLoRA(SeqLoRA):
         super().__init__(config)
         self.inputs: dict[str, list[str]] = {}  # first of the targets that share an input → all of them
         self.moments: dict[str, Tensor] = {}  # the same → sum over past tasks of the mean of x xᵀ (n, n)
-        self._made: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         least = min((min(shape) for shape in shapes or ()), default=self.config.k)
@@ -71,7 +71,7 @@ class CLoRA(SeqLoRA):
 
     def build(self, stage: Stage) -> None:
         super().build(stage)
-        self._made = {}
+        self._made = {key: both for key, both in self._made.items() if key[0] == "random"}
 
     def penalty(self, stage: Stage) -> Tensor | None:
         from_data = self.config.subspace == "data"
@@ -79,10 +79,11 @@ class CLoRA(SeqLoRA):
             return None
         terms: list[Tensor] = []
         for group in stage.factors():
-            if group.targets not in self._made:
+            key = (self.config.subspace, self.config.k, *group.targets)
+            if key not in self._made:
                 make = self._of_data if from_data else self._random
-                self._made[group.targets] = make(stage, group.targets, group.A.shape[2], group.B.shape[1])
-            P_in, P_out = self._made[group.targets]
+                self._made[key] = make(stage, group.targets, group.A.shape[2], group.B.shape[1])
+            P_in, P_out = self._made[key]
             terms += [(group.A @ P_in).square().sum(), (group.B.mT @ P_out).square().sum()]
         total: Tensor = self.config.lambda1 / 2 * sum(terms[1:], terms[0])
         return total
