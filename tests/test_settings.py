@@ -438,6 +438,10 @@ def test_config_files_refused_with_their_place(text: str, message: str) -> None:
         ("training.lr", "--set training.lr: write --set section.key=value"),
         ("=1", "--set =1: write --set section.key=value"),
         ("training.lr.x=1", "training is a section; write training.key=value"),
+        (
+            "method.reorthogonalise.every=5",
+            "what is inside a setting goes in braces: method.reorthogonalise={every: VALUE}",
+        ),
         ("seed.x=1", "seed has no parts"),
         ("foo.bar=1", "foo.bar is not a setting; there are presets, order"),
         ("presets=[tiny]", "choose presets with --preset"),

@@ -177,6 +177,8 @@ def _set_path(key: str, where: str) -> Key:
         if len(parts) > 1:
             raise refuse(where, f"{section} has no parts")
         return (section,)
+    if section == "method" and len(parts) == 3 and all(parts):
+        raise refuse(where, f"what is inside a setting goes in braces: method.{parts[1]}={{{parts[2]}: VALUE}}")
     if len(parts) != 2 or not parts[1]:
         raise refuse(where, f"{section} is a section; write {section}.key=value")
     if section != "method" and parts[1] not in kind.model_fields:
