@@ -13,7 +13,7 @@ from cl_runner.console import aligned, print_json
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import METHODS, method_class, method_schema
 from cl_runner.report.tables import number
-from cl_runner.settings import schema
+from cl_runner.settings import as_yaml, schema
 
 KINDS = ("orders", "tasks", "methods", "adapters", "models", "presets", "runs")
 
@@ -72,21 +72,12 @@ def show_method(name: str, *, as_json: bool) -> None:
             print(f"{key + ':':<22}{value}")
     print("settings:" if settings else "settings: none of its own")
     for key, setting in settings.items():
-        print(f"  method.{key} = {_shown(setting['default'])}\n      {setting['what']}")
+        print(f"  method.{key} = {as_yaml(setting['default'])}\n      {setting['what']}")
 
 
 def _plain(value: Any) -> Any:
     """A default as JSON has it."""
     return value.model_dump(mode="json") if isinstance(value, Section) else value
-
-
-def _shown(value: Any) -> str:
-    """A default as ``--set`` takes it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(part)}" for key, part in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def show_schema() -> None:

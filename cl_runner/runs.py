@@ -21,7 +21,7 @@ from cl_runner.lookup import is_name
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.rundir import RunDir, read_json, write_json, write_text
-from cl_runner.settings import Resolved, difference, differing_from_presets
+from cl_runner.settings import Resolved, as_yaml, difference, differing_from_presets
 from cl_runner.updates import free_subspace, peak_megabytes, update_norm
 from cl_runner.yamlfile import load
 
@@ -45,6 +45,11 @@ def variant(resolved: Resolved) -> str:
         return ""
     text = json.dumps(changed, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def changed(resolved: Resolved) -> list[str]:
+    """The settings behind ``variant``, each as ``--set`` takes it."""
+    return [f"{key}={as_yaml(value)}" for key, value in sorted(differing_from_presets(resolved).items())]
 
 
 def model_label(name: str) -> str:
@@ -266,6 +271,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         notes=list(about["notes"]),
         form=about["form"],
         variant=about["variant"],
+        changed=tuple(about.get("changed", ())),
     )
 
 

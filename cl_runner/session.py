@@ -218,6 +218,7 @@ class Session:
             "named_task": config.data.add_task_name or config.data.add_dataset_name,
             "form": plan.method.form,
             "variant": runs.variant(self.resolved),
+            "changed": runs.changed(self.resolved),
             "notes": notes,
             "tasks": list(plan.data.tasks),
             "stages": [{"name": stage.name, "tasks": list(stage.tasks)} for stage in plan.stages],

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from cl_runner.errors import UserError
+from cl_runner.methods import method_schema
 from cl_runner.metrics.accuracy import to_csv
 from cl_runner.rundir import RunDir
+from cl_runner.runs import changed as settings_changed
 from cl_runner.runs import folder_name, model_label, read_matrix, recorded, variant
 from cl_runner.settings import resolve
 from tests.command_line import ORDER, SMALL, STAGES, call, finish, logged, results, start, times, tree, variables
@@ -246,7 +248,8 @@ def test_restart_begins_beside(stopped: Finished) -> None:
     assert f"run folder: {beside}\n" in second.out
     cwd = stopped.cwd
     assert results(cwd / beside) == results(cwd / made)
-    assert json.loads((cwd / beside / "run.json").read_text())["variant"] == made.name[-6:]
+    about = json.loads((cwd / beside / "run.json").read_text())
+    assert about["variant"] == made.name[-6:] and "training.epochs=0" in about["changed"]
     again = call("train", "--config", f"{beside}/run.yaml", cwd=cwd)
     assert f"the run {beside} is done already" in again.err
     assert tree(stopped.run) == before
@@ -324,6 +327,11 @@ def test_names_of_folders() -> None:
     assert name(data__dir="somewhere") == name(data__dir="elsewhere") != plain
     lr = resolve(order="order1", sets=["training.lr=0.5"]), resolve(order="order1", sets=["training.lr=0.5", "seed=3"])
     assert variant(lr[0]) == variant(lr[1]) == changed[-6:]
+    sets = ["method.reorthogonalise={how: soft}", "adapter.target_modules=[q, o]", "training.lr=0.5"]
+    given = resolve(order="order1", sets=sets, method_schema=method_schema)
+    told = settings_changed(given)
+    assert variant(resolve(order="order1", sets=told, method_schema=method_schema)) == variant(given)
+    assert "training.lr=0.5" in told and "adapter.target_modules=[q, o]" in told
     assert model_label("/models/t5 large/") == "t5_large"
     assert model_label("google/t5-v1_1-xl") == "t5-v1_1-xl"
     assert len(model_label("x" * 300)) == 60

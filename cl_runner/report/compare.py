@@ -57,6 +57,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 class SeedGroup:
     """Finished runs that differ in nothing but the seed; ``measures`` by the keys of ``MEASURES``.
 
+    ``changed``: the settings behind ``variant``, ``key=value``.
     Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries, and of its peak.
     """
 
@@ -68,6 +69,7 @@ class SeedGroup:
     synthetic: bool
     seeds: tuple[int, ...]
     measures: dict[str, Spread | None]
+    changed: tuple[str, ...] = ()
 
 
 class Comparison:
@@ -83,6 +85,12 @@ class Comparison:
     def _differing(self) -> list[str]:
         """The columns that are needed to tell the rows apart."""
         return [key for key in ("order", "model", "variant") if len({getattr(g, key) for g in self.groups}) > 1]
+
+    def _variants(self) -> list[str]:
+        """What stands behind each variant, where the table has that column."""
+        if "variant" not in self._differing():
+            return []
+        return list(dict.fromkeys(f"{g.variant}: {', '.join(g.changed)}" for g in self.groups if g.changed))
 
     def _title(self) -> str:
         common = [getattr(self.groups[0], key) for key in ("order", "model") if key not in self._differing()]
@@ -113,7 +121,7 @@ class Comparison:
             yield table
         else:
             yield Text("no finished run to compare")
-        for line in self.left_out:
+        for line in (*self._variants(), *self.left_out):
             yield Text(line, style="dim")
 
     def markdown(self) -> str:
@@ -123,8 +131,8 @@ class Comparison:
             wanted = {**MEASURES, **{k: v for k, v in MORE.items() if any(group.measures[k] for group in self.groups)}}
             head, rows = self._head(wanted), self._rows(wanted)
             blocks += [f"{self._title()}\n", markdown_table(head, rows, 1 + len(self._differing()))]
-        if self.left_out:
-            blocks.append("".join(f"- {line}\n" for line in self.left_out))
+        if lines := [*self._variants(), *self.left_out]:
+            blocks.append("".join(f"- {line}\n" for line in lines))
         return "\n".join(blocks)
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +141,7 @@ class Comparison:
         for group in self.groups:
             entry = asdict(group)
             measures = entry.pop("measures")
-            groups.append({**entry, "seeds": list(group.seeds), **measures})
+            groups.append({**entry, "seeds": list(group.seeds), "changed": list(group.changed), **measures})
         return {"groups": groups, "left_out": list(self.left_out)}
 
 
@@ -158,7 +166,8 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
     for key, seeds in groups.items():
         summaries = [{**accuracy.summary(run.matrix), **cost(run), **run.learned} for run in seeds.values()]
         measures = {name: spread([summary.get(name) for summary in summaries]) for name in (*MEASURES, *MORE)}
-        found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures))
+        changed = next(iter(seeds.values())).changed
+        found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures, changed=changed))
     return Comparison(found, left_out)
 
 

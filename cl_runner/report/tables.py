@@ -26,9 +26,9 @@ class RunSummary:
     stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
     named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all
     weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
-    folder's name; without the seed), empty for presets. seconds: timings by part. megabytes (2²⁰ bytes):
-    what the last stage leaves. learned: what was asked for of its updates (free_subspace, percent; update_norm;
-    peak_megabytes). notes: lines to print below.
+    folder's name; without the seed), empty for presets; changed: those settings. seconds: timings by part. megabytes
+    (2²⁰ bytes): what the last stage leaves. learned: what was asked for of its updates (free_subspace, percent;
+    update_norm; peak_megabytes). notes: lines to print below.
     """
 
     name: str
@@ -47,6 +47,7 @@ class RunSummary:
     notes: list[str] = field(default_factory=list)
     form: str = ""
     variant: str = ""
+    changed: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:

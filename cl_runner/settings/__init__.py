@@ -1,6 +1,16 @@
 """Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
 
 from cl_runner.settings.resolve import Resolved, difference, differing_from_presets, resolve, settings_of
-from cl_runner.settings.text import dump, schema, show
+from cl_runner.settings.text import as_yaml, dump, schema, show
 
-__all__ = ["Resolved", "difference", "differing_from_presets", "dump", "resolve", "schema", "settings_of", "show"]
+__all__ = [
+    "Resolved",
+    "as_yaml",
+    "difference",
+    "differing_from_presets",
+    "dump",
+    "resolve",
+    "schema",
+    "settings_of",
+    "show",
+]

@@ -37,31 +37,31 @@ def _lines(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Lines of YAML, each with the dotted key it sets ("" for the line of a section)."""
     for name, value in config.model_dump(mode="json").items():
         if not isinstance(value, dict):
-            yield f"{name}: {_yaml(value)}", name
+            yield f"{name}: {as_yaml(value)}", name
         elif not value:
             yield f"{name}: {{}}", name
         elif name in SETTABLE:
             yield f"{name}:", ""
             for key, entry in getattr(config, name).items():
-                yield f"  {_yaml(key)}:", ""
+                yield f"  {as_yaml(key)}:", ""
                 for inner, given in entry.items():
-                    yield f"    {_yaml(inner)}: {_yaml(given)}", f"{name}.{key}.{inner}"
+                    yield f"    {as_yaml(inner)}: {as_yaml(given)}", f"{name}.{key}.{inner}"
         else:
             yield f"{name}:", ""
             for key, given in value.items():
-                yield f"  {_yaml(key)}: {_yaml(given)}", f"{name}.{key}"
+                yield f"  {as_yaml(key)}: {as_yaml(given)}", f"{name}.{key}"
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """One value on one line, as ``yamlfile`` reads it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
+        return f"[{', '.join(as_yaml(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_yaml(key)}: {_yaml(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{as_yaml(key)}: {as_yaml(item)}' for key, item in value.items())}}}"
     text = str(value)
     if _SAFE.fullmatch(text) and text.lower() not in _WORDS:
         return text

@@ -244,6 +244,15 @@ def test_runs_that_are_not_alike_are_not_averaged() -> None:
     assert "3fa91c" in compare(runs).markdown()
 
 
+def test_a_variant_says_what_it_changed() -> None:
+    tuned = a_run(variant="3fa91c", changed=("training.lr=0.001", "training.optimizer=muon"))
+    line = "3fa91c: training.lr=0.001, training.optimizer=muon"
+    both = compare([a_run(), tuned])
+    assert both.markdown().endswith(f"- {line}\n") and line in shown(both)
+    assert line not in compare([tuned]).markdown()  # nothing to tell apart
+    assert both.to_json()["groups"][1]["changed"] == list(tuned.changed)
+
+
 def test_unfinished_and_repeated_runs_are_left_out_by_name() -> None:
     runs = [a_run(name="old"), a_run(name="new", shift=2.0), a_run(name="half", done=2, seed=7)]
     result = compare(runs)
