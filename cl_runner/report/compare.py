@@ -23,8 +23,9 @@ MEASURES = {
     "train_seconds": ("train s", 0),
     "state_megabytes": ("state MB", 2),
 }
-# In Markdown and JSON, where there is room: the mean ‖ΔW_t‖, and what is left of the input space.
+# In Markdown and JSON, where there is room: right after learning, the mean ‖ΔW_t‖, what is left of the input space.
 MORE = {
+    "learning_accuracy": ("learned", 1),
     "update_norm": ("‖ΔW‖", 2),
     "free_subspace": ("free %", 1),
     "peak_megabytes": ("peak MB", 0),

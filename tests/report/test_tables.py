@@ -223,16 +223,16 @@ def test_mean_and_std_over_seeds() -> None:
     assert aa is not None and aa.std is not None
     assert aa.mean == pytest.approx(mean)
     assert aa.std == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
-    assert "| olora (reference) | 64.2 ± 2.6 | 0.0 ± 0.0 | 0.5 ± 0.0 | - | - | 3 |" in compare(runs).markdown()
-    assert "| seqlora | 42.2 | 0.0 | 0.5 | - | - | 1 |" in compare([one]).markdown()
+    assert "| olora (reference) | 64.2 ± 2.6 | 0.0 ± 0.0 | 0.5 ± 0.0 | - | - | 63.9 ± 2.6 | 3 |" in compare(runs).markdown()
+    assert "| seqlora | 42.2 | 0.0 | 0.5 | - | - | 41.9 | 1 |" in compare([one]).markdown()
 
 
 def test_what_it_cost_stands_beside_what_it_scored() -> None:
     costs = [(90.0, 1.25), (110.0, 1.5)]
     runs = [a_run(seed=s, seconds={"train": t, "stage": 999.0}, megabytes=m) for s, (t, m) in enumerate(costs)]
     text = compare(runs).markdown()
-    assert "| BWT | train s | state MB | seeds |" in text
-    assert "| 100 ± 14 | 1.38 ± 0.18 | 2 |" in text
+    assert "| BWT | train s | state MB | learned | seeds |" in text
+    assert "| 100 ± 14 | 1.38 ± 0.18 | 61.9 ± 0.0 | 2 |" in text
     found = compare(runs).to_json()["groups"][0]
     assert found["train_seconds"]["mean"] == pytest.approx(100.0) and found["state_megabytes"]["n"] == 2
     assert max(len(line) for line in shown(compare(runs)).splitlines()) <= 80
