@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
-from cl_runner.settings.text import _yaml
+from cl_runner.settings.text import as_yaml
 from cl_runner.yamlfile import load, parse, parse_value
 
 
@@ -162,13 +162,13 @@ values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(values)
 def test_what_we_write_we_read(value: Any) -> None:
-    assert parse(f"a: {_yaml(value)}", "f").data["a"] == value
+    assert parse(f"a: {as_yaml(value)}", "f").data["a"] == value
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_what_we_write_as_text_is_text_to_other_readers(text: str) -> None:
-    assert yaml.safe_load(_yaml(text)) == text
+    assert yaml.safe_load(as_yaml(text)) == text
 
 
 @settings(max_examples=100, deadline=None)
