@@ -183,7 +183,7 @@ class Run:
         predictions = sum(300 * len(self.plan.data.test[task]) for index in to_come for task in self._tested(index))
         if isinstance(room.adapters, FullWeights):
             return predictions + self._model_bytes(room.adapters, done)
-        shapes = [(m, n) for past in room.adapters.past.values() for m, n in [past.base.shape]]
+        shapes = room.adapters.shapes()
         trained = self.plan.config.adapter.largest * sum(map(sum, shapes))
         states = sum(self.plan.method.state_bytes(shapes, trained, index + 1) for index in to_come)
         return predictions + states + sum(self._adapter_bytes(room.adapters, index) for index in to_come)

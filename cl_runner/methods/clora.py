@@ -18,6 +18,7 @@ from cl_runner.methods.seqlora import SeqLoRA
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cl_runner.adapters import FactorGroup
     from cl_runner.methods.base import Stage
 
 
@@ -82,30 +83,31 @@ class CLoRA(SeqLoRA):
             key = (self.config.subspace, self.config.k, *group.targets)
             if key not in self._made:
                 make = self._of_data if from_data else self._random
-                self._made[key] = make(stage, group.targets, group.A.shape[2], group.B.shape[1])
+                self._made[key] = make(stage, group)
             P_in, P_out = self._made[key]
             terms += [(group.A @ P_in).square().sum(), (group.B.mT @ P_out).square().sum()]
         total: Tensor = self.config.lambda1 / 2 * sum(terms[1:], terms[0])
         return total
 
-    def _random(self, stage: Stage, targets: Sequence[str], n: int, m: int) -> tuple[Tensor, Tensor]:
+    def _random(self, stage: Stage, group: FactorGroup) -> tuple[Tensor, Tensor]:
         """P_in (L, n, k) and P_out (L, m, k) of layers of one shape, fp32."""
         import torch
 
+        seed, k = stage.config.seed, self.config.k
         both = (
-            torch.stack([orthonormal_columns(d, self.config.k, f"{stage.config.seed}/{t}/{side}") for t in targets])
-            for side, d in (("in", n), ("out", m))
+            torch.stack([orthonormal_columns(d, k, f"{seed}/{target}/{side}") for target in group.targets])
+            for side, d in (("in", group.A.shape[2]), ("out", group.B.shape[1]))
         )
         P_in, P_out = (P.to(stage.device) for P in both)
         return P_in, P_out
 
-    def _of_data(self, stage: Stage, targets: Sequence[str], n: int, m: int) -> tuple[Tensor, Tensor]:
+    def _of_data(self, stage: Stage, group: FactorGroup) -> tuple[Tensor, Tensor]:
         """The same from past inputs. *Collective*."""
         import torch
 
-        first = {target: group for group, members in self.inputs.items() for target in members}
-        moments = [self.moments[first[target]].to(stage.device) for target in targets]
-        weights = [stage.base_weight(target).detach().float() for target in targets]
+        first = {target: name for name, members in self.inputs.items() for target in members}
+        moments = [self.moments[first[target]].to(stage.device) for target in group.targets]
+        weights = [stage.base_weight(target).detach().float() for target in group.targets]
         with torch.no_grad():
             P_in = leading(torch.stack(moments), self.config.k)
             P_out = leading(torch.stack([W @ C @ W.mT for W, C in zip(weights, moments, strict=True)]), self.config.k)

@@ -64,14 +64,14 @@ class OGD(SeqLoRA):
         if shapes is None:
             return
         tasks, parameters = self._tasks, trained(config, shapes)
-        vectors, gigabytes = self.config.vectors * tasks, self.config.vectors * tasks * parameters * 4 / 1e9
+        vectors, gigabytes = self.config.vectors * tasks, self.state_bytes(shapes, parameters, tasks) / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:
             raise UserError(f"method.vectors: {of} of only {parameters} trained parameters; set fewer")
         refuse_too_large(f"method.vectors: {of} of {parameters} parameters", gigabytes, self.config.max_gb, "set fewer")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        megabytes = self.config.vectors * trained(config, shapes) * 4 / 1e6
+        megabytes = self.state_bytes(shapes, trained(config, shapes), 1) / 1e6
         return (
             f"carries up to {megabytes:.3g} MB a task, {megabytes * self._tasks:.3g} MB in all: {self.config.vectors} "
             f"directions of {trained(config, shapes)} parameters for each of {self._tasks} tasks"

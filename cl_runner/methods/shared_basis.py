@@ -262,7 +262,8 @@ class SharedBasisMethod(Method):
         return [pair[f"A.{target}"] for pair in self.pairs], [pair[f"B.{target}"] for pair in self.pairs]
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
-        return 4 * trained * (1 + (stages if self.mixes else 0))
+        large = 0 if self.config.support is None else sum(m * n for m, n in shapes)
+        return 4 * (trained * (1 + (stages if self.mixes else 0)) + large)
 
     def state(self) -> State:
         tensors = {f"shared.{name}": value for name, value in self.shared.items()}

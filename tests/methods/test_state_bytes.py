@@ -11,8 +11,10 @@ from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import opposed
 
+# What stands after a space tells variants apart.
 CASES: dict[str, dict[str, Any]] = {
-    "ewc": {}, "ogd": {"vectors": 3}, "sdlora": {}, "shared-basis": {"mixing": "similarity"}, "coso": {"sketch": 4},
+    "ewc": {}, "ogd": {"vectors": 3}, "sdlora": {}, "shared-basis": {"mixing": "similarity"},
+    "shared-basis support": {"support": 0.5}, "coso": {"sketch": 4},
     "inflora": {}, "clora": {"k": 4, "subspace": "data"}, "colora": {"routing": "soft", "rounds": 2},
 }  # fmt: skip
 PLAIN = ("seqlora", "olora", "clora")
@@ -20,8 +22,8 @@ PLAIN = ("seqlora", "olora", "clora")
 
 def _sizes(place: Place, name: str, own: dict[str, Any]) -> tuple[int, int]:
     settings = {f"method__{key}": value for key, value in own.items()}
-    room, config = order_room(place, name, training__epochs=1, **settings)
-    shapes = [(m, n) for past in room.adapters.past.values() for m, n in [past.base.shape]]
+    room, config = order_room(place, name.split()[0], training__epochs=1, **settings)
+    shapes = room.adapters.shapes()
     for index in range(2):
         learn(room, config, index, opposed(index))
     told = room.method.state_bytes(shapes, config.adapter.largest * sum(map(sum, shapes)), 2)
