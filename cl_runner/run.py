@@ -346,6 +346,7 @@ class Run:
                 "penalty": trained.penalty,
                 "penalty_gradient_ratio": health.ratio,
                 "update_norm": health.update,
+                "free_share": stage.room.method.free_share(stage),
                 "rank": trained.rank,
                 "skipped_steps": trained.skipped,
                 "global_batch": trained.plan.global_batch,

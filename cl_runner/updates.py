@@ -17,12 +17,16 @@ PREFIX, SUFFIX = "base_model.model.", ".lora_A.weight"
 
 
 def free_subspace(run: RunDir, names: Sequence[str]) -> float | None:
-    """Percent of the input directions, mean over target layers, that no update in the last stage's model reads.
+    """Percent of directions, mean over target layers, that the last stage leaves to later ones.
 
-    None where an update is no product of factors: full fine-tuning, prompts, dense updates.
+    What the method itself says is left (``Method.free_share``), else the input directions that no folded pair reads.
+    None where there are neither: full fine-tuning, prompts.
     """
     if not names:
         return None
+    said = _training(run, len(names) - 1, names[-1]).get("free_share")
+    if said is not None:
+        return 100 * float(said)
     folders = {name: run.stage_dir(index, name) for index, name in enumerate(names)}
     state = read_json(folders[names[-1]] / "state.json")
     if not state.get("pairs") or state.get("dense_stages"):

@@ -49,7 +49,7 @@ def test_a_run_of_pairs(finished: Finished) -> None:
 
 
 def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -> None:
-    """Of large pairs the sum is stored, and each stage's own pair beside it; a dense update reads everything."""
+    """Of large pairs the sum is stored, and each stage's own pair beside it; of dense updates the method says it."""
     (tmp_path / "three.yaml").write_text(ORDER)
     for name, sets in (
         ("wide", ("--method", "inclora", "--set", "adapter.r=64")),
@@ -61,7 +61,11 @@ def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -
     assert [free_subspace(wide, STAGES[: i + 1]) for i in range(3)] == pytest.approx(
         [100 * (1 - 64 * k / 192) for k in (1, 2, 3)]
     )
-    assert free_subspace(RunDir(tmp_path / "runs/dense"), STAGES) is None
+    dense = RunDir(tmp_path / "runs/dense")
+    state = load_file(dense.stage_dir(2, STAGES[2]) / "state.safetensors")
+    taken = [float(torch.linalg.matrix_rank(state[key])) / len(state[key]) for key in state if key.startswith("method.")]
+    assert 0 < sum(taken) < len(taken)
+    assert free_subspace(dense, STAGES) == pytest.approx(100 * (1 - sum(taken) / len(taken)))
     text = call("report", "wide", "dense", "--markdown", cwd=tmp_path).out
     assert "‖ΔW‖ | free % | peak MB |" in text
     assert "free" not in call("report", "wide", "dense", cwd=tmp_path).out  # no room on a terminal

@@ -390,6 +390,13 @@ class Method:
         """
         yield from ()
 
+    def free_share(self, stage: Stage) -> float | None:
+        """Runs at commit: the share of directions that this method leaves to later stages, mean over layers.
+
+        None: they are the input directions that no pair in the sum reads, and reports see those in the folders.
+        """
+        return None
+
     def state(self) -> State:
         """Runs at commit: what is carried on, beside the adapters."""
         return State()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods.base import Fold, Method, Source, StagePlan, State
 from cl_runner.methods.gating import Gates, one_hot
+from cl_runner.metrics.subspace import free_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,6 +321,15 @@ class CoLoRA(Method):
 
     def fold(self, stage: Stage) -> Fold:
         return "keep" if self.config.fold == "keep" else "factors"
+
+    def free_share(self, stage: Stage) -> float | None:
+        if self.config.fold == "mean":
+            return None
+        rounds: dict[str, list[Tensor]] = {}  # the rows of A of each layer
+        for learned in self.rounds.values():
+            for target, factors in learned.factors.items():
+                rounds.setdefault(target, []).extend([factors["shared_A"], factors["A"].flatten(0, 1)])
+        return statistics.fmean(free_share([A.cpu().numpy() for A in rows]) for rows in rounds.values())
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         rounds = self._rounds[:stages]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -171,6 +172,9 @@ class CoSO(Method):
 
     def fold(self, stage: Stage) -> Fold:
         return "dense"
+
+    def free_share(self, stage: Stage) -> float:
+        return statistics.fmean(1 - M.shape[1] / M.shape[0] for M in self.past.values())
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * self._floats(shapes, stages, within=False)

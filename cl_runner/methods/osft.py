@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -71,19 +72,23 @@ class OSFT(Method):
 
         from cl_runner.adapters.spectral import Spectral
 
-        share = self._share(stage)
         terms = {}
         for target, past in stage.adapters.past.items():
             # Of the unrounded sum; one rank's, in case another's arithmetic chose other signs.
             found = torch.linalg.svd(past.whole.contiguous(), full_matrices=False)
             U, S, V = (stage.broadcast(part) for part in found)
-            terms[target] = Spectral(U, S, V, high=min(int(share * len(S) + 1e-9), len(S) - 1))
+            terms[target] = Spectral(U, S, V, high=self._held(stage, len(S)))
         stage.adapters.begin_terms(stage.plan.name, terms)
 
-    def _share(self, stage: Stage) -> float:
-        """Of the rank, held at this stage."""
+    def _held(self, stage: Stage, rank: int) -> int:
+        """Singular directions, of ``rank``, that this stage holds."""
         first, last = self.config.preserve_first, self.config.preserve_last
-        return float(first + (last - first) * stage.index / max(len(stage.order) - 1, 1))
+        share = first + (last - first) * stage.index / max(len(stage.order) - 1, 1)
+        return min(int(share * rank + 1e-9), rank - 1)
+
+    def free_share(self, stage: Stage) -> float:
+        ranks = [min(layer.base.shape) for layer in stage.adapters.past.values()]
+        return statistics.fmean(1 - self._held(stage, rank) / rank for rank in ranks)
 
     def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
         scale = self.config.lr / stage.config.training.lr

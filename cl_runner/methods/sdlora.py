@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Fold, Method, StagePlan, State
 from cl_runner.methods.limits import refuse_too_large
+from cl_runner.metrics.subspace import free_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,6 +185,9 @@ class SDLoRA(Method):
         }
         stage.adapters.begin_terms(stage.plan.name, terms)
         stage.adapters.train(False)
+
+    def free_share(self, stage: Stage) -> float:
+        return statistics.fmean(free_share([past.A.cpu().numpy()]) for past in self.past.values())
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * trained * stages
