@@ -63,7 +63,9 @@ def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -
     )
     dense = RunDir(tmp_path / "runs/dense")
     state = load_file(dense.stage_dir(2, STAGES[2]) / "state.safetensors")
-    taken = [float(torch.linalg.matrix_rank(state[key])) / len(state[key]) for key in state if key.startswith("method.")]
+    taken = [
+        float(torch.linalg.matrix_rank(state[key])) / len(state[key]) for key in state if key.startswith("method.")
+    ]
     assert 0 < sum(taken) < len(taken)
     assert free_subspace(dense, STAGES) == pytest.approx(100 * (1 - sum(taken) / len(taken)))
     text = call("report", "wide", "dense", "--markdown", cwd=tmp_path).out
