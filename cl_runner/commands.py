@@ -12,7 +12,7 @@ from typing import Any
 from cl_runner import runs
 from cl_runner.console import print_json
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.methods import method_schema
+from cl_runner.methods import method_schema, stage_names
 from cl_runner.models.catalog import EMBEDDED
 from cl_runner.report import tables
 from cl_runner.report.compare import compare
@@ -41,6 +41,7 @@ class Request:
             flags=self.flags,
             sets=self.sets,
             method_schema=method_schema,
+            stage_names=stage_names,
         )
         data_dir = os.environ.get("CL_RUNNER_DATA")
         if data_dir and resolved.config.data.dir is None and resolved.config.data.source in ("auto", "folder"):
@@ -114,6 +115,7 @@ def evaluate(
         sets=sets,
         flags={"data.dir": data_dir} if data_dir else None,
         method_schema=method_schema,
+        stage_names=stage_names,
     )
     if data_dir and resolved.config.data.source == "synthetic":
         raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")

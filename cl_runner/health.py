@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 # Of the largest update of an earlier stage: less than this and the stage has learned next to nothing.
 NOTHING = 0.02
+# Gradient of the penalty beside the task loss's: less than this and the penalty is not what held the update down.
+WEAK = 0.1
 
 
 class PenaltyWatch:
@@ -75,12 +77,13 @@ class Health:
     update: float | None
     earlier: float | None
     first: bool  # the first stage: nothing to be orthogonal to yet
+    expected: bool  # the method has a penalty, if not at this stage
 
     def line(self) -> str | None:
-        """What the screen says; None of a stage without a penalty."""
-        if self.penalty is None:
+        """What the screen says; None where the method has no penalty."""
+        if self.penalty is None and not self.expected:
             return None
-        said = [f"penalty {self.penalty:.4g}"]
+        said = ["no penalty yet" if self.penalty is None else f"penalty {self.penalty:.4g}"]
         if self.loss is not None:
             said.append(f"task loss {self.loss:.4g}")
         if self.ratio is not None:
@@ -98,7 +101,7 @@ class Health:
         if self.update is not None and self.earlier and self.update < NOTHING * self.earlier:
             share = 100 * self.update / self.earlier
             why = "this stage has learned next to nothing"
-            if self.penalty is not None:
+            if self.penalty is not None and (self.ratio is None or self.ratio >= WEAK):
                 why = "the penalty was met by learning nothing; lower its coefficient"
             return f"warning: the new update is {share:.2g} % as large as the largest one before: {why}"
         return None

@@ -114,7 +114,7 @@ class Data:
 
         training: false reads the test rows alone; those to train on are left empty.
         """
-        settings = {task.name: _config_of_task(config, plans, task.name).data for task in tasks}
+        settings = {task.name: _data_settings(config, plans, task.name) for task in tasks}
         train = {
             task.name: load_rows(task, settings[task.name], "train") if training else Rows([], "train", "not read")
             for task in tasks
@@ -165,12 +165,21 @@ class Data:
         }
 
 
-def _config_of_task(config: RunConfig, plans: Sequence[StagePlan], task: str) -> RunConfig:
-    """The config of the stage that trains a task."""
-    for index, plan in enumerate(plans):
-        if task in plan.tasks:
-            return stage_config(config, index, plan)
-    return config
+def _data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> DataConfig:
+    """The data settings of a task, at the first stage that trains it: rows are a task's own, whoever it trains with."""
+    first = next((index for index, plan in enumerate(plans) if task in plan.tasks), -1)
+    return config.at(first + 1, task).data
+
+
+def unused_settings(config: RunConfig, plans: Sequence[StagePlan]) -> list[str]:
+    """A line for each setting of a task that no stage can follow."""
+    found = []
+    for task, changes in config.tasks.items():
+        if any(plan.tasks == (task,) for plan in plans):
+            continue
+        keys = [key for key in changes if not key.startswith("data.")]
+        found += [f"tasks.{task}.{key} is not used: {task} trains together with others" for key in keys]
+    return found
 
 
 def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
@@ -234,11 +243,10 @@ class Plan:
                 "(training.precision=bf16 computes in bf16)"
             )
         stages = tuple(method.plan([task.name for task in tasks]))
+        check_method(config, stages)
         for index, plan in enumerate(stages):
             of_stage = stage_config(config, index, plan)
-            of_method = make_method(of_stage)
-            of_method.check(of_stage)
-            if of_method.full != method.full:
+            if make_method(of_stage).full != method.full:
                 raise UserError(
                     f"method.train: stage {index + 1} ({plan.name}) trains otherwise; set it for all stages"
                 )
@@ -252,7 +260,8 @@ class Plan:
 
     def check_shapes(self) -> None:
         """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
-        if not self.method.by_shape:
+        methods = [make_method(stage_config(self.config, i, stage)) for i, stage in enumerate(self.stages)]
+        if not any(method.by_shape or method.reorthogonalise for method in methods):
             return
         from cl_runner.adapters.lora import target_shapes
         from cl_runner.models.base import outline
@@ -262,6 +271,10 @@ class Plan:
             shapes = target_shapes(model, self.config.adapter)
             check_method(self.config, self.stages, shapes)
             self.grows = self.method.grows(self.config, shapes)
+
+    def notes(self) -> list[str]:
+        """Lines on what is left out: settings that no stage can follow, rows of other labels."""
+        return [*unused_settings(self.config, self.stages), *self.data.left_out()]
 
     @property
     def names(self) -> list[str]:

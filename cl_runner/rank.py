@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -17,33 +18,80 @@ def choose_rank(stage: StageRun, own: Source) -> int:
     """Begin the stage's pair anew with the rank that its task needs; returns it. *Collective*.
 
     The rank is the smallest r with Σ_layers Σ_{i≤r} σ_i² ≥ energy · Σ_layers ‖G‖_F², at most ``max_r``, where G (m, n)
-    is the gradient of the mean token loss with respect to a layer's weight and σ its singular values. It is read off
-    the gradient of B at B = 0 under an A of k orthonormal rows, s G Aᵀ: exact where k = n, else (k = 2 max_r) as a
-    random projection, in which leading singular values of a steep spectrum survive.
+    is the gradient of the mean token loss with respect to a layer's weight and σ its singular values.
     """
     adapter, adapters = stage.config.adapter, stage.adapters
-    probe = min(2 * adapter.max_r, min(n for _, n in adapters.shapes()))
-    adapters.begin(stage.plan.name, stage.rng("probe"), rank=probe)
-    with torch.no_grad():
-        for name, parameter in adapters.parameters().items():
-            if name.endswith("lora_A"):
-                parameter.data = torch.linalg.qr(parameter.data.mT)[0].mT.contiguous()
+    shapes = adapters.shapes()
     rows = torch.randperm(len(own.examples), generator=stage.rng("rank"))[:ROWS].sort().values.tolist()
     some = Source([own.examples[i] for i in rows], [own.tasks[i] for i in rows])
-    [gradient] = stage.gradient(partial(stage.room.method.loss, stage), stage.batches(some))
-    squares = torch.zeros(probe, dtype=torch.float64)
-    for name, g in gradient.items():
-        if name.endswith("lora_B"):
-            found = torch.linalg.svdvals(g.double()).square().cpu()
-            squares[: len(found)] += found
-    rank = smallest_rank(squares, adapter.energy, min(adapter.max_r, *map(min, adapters.shapes())))
+    squares, rest = spectrum(stage, some, min(2 * adapter.max_r, min(n for _, n in shapes)))
+    rank = smallest_rank(squares, rest, adapter.energy, min(adapter.max_r, *map(min, shapes)))
     adapters.begin(stage.plan.name, stage.rng("adapter"), rank=rank)
     return rank
 
 
-def smallest_rank(squares: Tensor, energy: float, most: int) -> int:
-    """How many of the leading squares (k), largest first, hold ``energy`` of their sum: from 1 to ``most``."""
-    total = squares.sum()
+def spectrum(stage: StageRun, source: Source, k: int) -> tuple[Tensor, float]:
+    """The k leading squared singular values of G, added up over layers, and all the energy that is beside them.
+
+    G itself is never made. Of a pair that adds nothing the gradients are products of it: s G Aᵀ by B where B is zero,
+    s Bᵀ G by A where A is. So k random rows of A find columns Q that hold most of G, and B = Q then gives Qᵀ G (Halko,
+    Martinsson and Tropp, arXiv 0909.4061); what Q misses is measured along as many other random rows. Where every layer
+    has n = k the first look has all of G.
+    """
+    adapters = stage.adapters
+    adapters.begin(stage.plan.name, stage.rng("probe"), rank=k)
+    stage.write({f"{target}.lora_A": rows for target, rows in _orthonormal(stage).items()})
+    _, by_B = _gradients(stage, source)
+    if all(n == k for _, n in adapters.shapes()):
+        return _squares(by_B.values(), k), 0.0
+    found = {target: torch.linalg.qr(g)[0] for target, g in by_B.items()}  # Q (m, k), or (m, m) where m < k
+
+    adapters.begin(stage.plan.name, stage.rng("probe again"), rank=k)
+    other = _orthonormal(stage)
+    adapters.begin(stage.plan.name, rank=2 * k)  # Q beside zeros, zeros above the other rows: still nothing is added
+    for target, Q in found.items():
+        B = Q.new_zeros(len(Q), 2 * k)
+        B[:, : Q.shape[1]] = Q
+        A = torch.cat([torch.zeros_like(other[target]), other[target]])
+        stage.write({f"{target}.lora_A": A, f"{target}.lora_B": B.float()})
+    by_A, by_B = _gradients(stage, source)
+    rest = 0.0
+    for target, Q in found.items():
+        seen, n = by_B[target][:, k:], other[target].shape[1]
+        rest += n / k * float((seen - Q @ (Q.mT @ seen)).square().sum())
+    return _squares((g[:k] for g in by_A.values()), k), rest
+
+
+def _orthonormal(stage: StageRun) -> dict[str, Tensor]:
+    """Target → its A (k, n) as it was drawn, with orthonormal rows instead."""
+    parameters = stage.parameters().items()
+    drawn = {name.removesuffix(".lora_A"): p.detach() for name, p in parameters if name.endswith(".lora_A")}
+    return {target: torch.linalg.qr(A.mT)[0].mT.contiguous() for target, A in drawn.items()}
+
+
+def _gradients(stage: StageRun, source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Target → gradient by its A, and by its B, fp64."""
+    [found] = stage.gradient(partial(stage.room.method.loss, stage), stage.batches(source))
+    by_A, by_B = (
+        {name.removesuffix(suffix): g.double() for name, g in found.items() if name.endswith(suffix)}
+        for suffix in (".lora_A", ".lora_B")
+    )
+    return by_A, by_B
+
+
+def _squares(matrices: Iterable[Tensor], k: int) -> Tensor:
+    """Squared singular values (k) of matrices of at most k, added up, on the CPU."""
+    total = torch.zeros(k, dtype=torch.float64)
+    for matrix in matrices:
+        found = torch.linalg.svdvals(matrix).square().cpu()
+        total[: len(found)] += found
+    return total
+
+
+def smallest_rank(squares: Tensor, rest: float, energy: float, most: int) -> int:
+    """How many of the leading squares (k), largest first, hold ``energy`` of their sum and the rest: 1 to ``most``."""
+    total = squares.sum() + rest
     reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)  # 1.0 is the last that adds anything, not rounding
-    first = int(reached.int().argmax()) + 1 if total > 0 else 1
-    return min(first, most)
+    if not bool(reached.any()):
+        return most
+    return min(int(reached.int().argmax()) + 1, most) if total > 0 else 1

@@ -25,7 +25,7 @@ from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, TestSet, evaluate
 from cl_runner.health import Health
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source, StagePlan, commit_update
+from cl_runner.methods.base import Source, StagePlan, commit_update, overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
@@ -316,6 +316,7 @@ class Run:
             update=room.adapters.update_norm(),
             earlier=max((norm for norm in norms if norm), default=None),
             first=stage.index == 0,
+            expected=overrides(room.method, "penalty"),
         )
         rank = None if trained.rank is None else f"rank {trained.rank}, by the spectrum of the gradient"
         for text in (rank, health.line(), health.warning()):

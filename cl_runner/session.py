@@ -199,7 +199,7 @@ class Session:
         return str(engine.broadcast_object(self.place, path))
 
     def _introduce(self, screen: Screen) -> None:
-        notes = [*self.resolved.notes, *self.plan.data.left_out(), *([self.plan.grows] if self.plan.grows else [])]
+        notes = [*self.resolved.notes, *self.plan.notes(), *([self.plan.grows] if self.plan.grows else [])]
         for line in [self.located.note, *notes, *free_devices(self.place)]:
             screen.line(line)
 
@@ -411,7 +411,7 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
     if as_json:
         print_json(about)
         return
-    for note in [*resolved.notes, *plan.data.left_out()]:
+    for note in [*resolved.notes, *plan.notes()]:
         print(note)
     mark = " (synthetic data)" if plan.data.synthetic else ""
     print(f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}")

@@ -137,6 +137,8 @@ def train_stage(
     stage.engine = engine
     meter = Meter(stage, log, tick)
     watch = meter.watch
+    scales = {group.lr_scale for group in engine.groups}
+    scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
     try:
         checkpoint_activations(stage.adapters.model, training.activation_checkpointing)
         stage.adapters.model.train()
@@ -163,7 +165,7 @@ def train_stage(
                 if again is not None and due(again, stage.step):
                     with hooks:
                         meter.reorthogonalised(again.how, reorthogonalise(stage, again, batch))
-                meter.step(len(rows), loss, penalty, lr, norm)
+                meter.step(len(rows), loss, penalty, lr * scale, norm)
         stage.adapters.model.eval()
         _seed(stage, "end")
         with hooks:

@@ -126,10 +126,20 @@ def check_override(config: type[Section], key: str, sections: tuple[str, ...], w
     return ""
 
 
+# What other libraries, and the papers, call a setting of ours.
+ALSO_CALLED = {
+    "rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "targets": "target_modules",
+    "learning_rate": "lr", "num_train_epochs": "epochs", "batch_size": "global_batch",
+    "lambda": "lambda1", "lamda_1": "lambda1", "lamda_2": "lambda2",
+}  # fmt: skip
+
+
 def unknown(label: str, name: str, kind: type[BaseModel], whose: str = "") -> str:
     """``training.epoch is not a setting; did you mean 'epochs'?``, or else what there is."""
     known = [known for known in kind.model_fields if not (whose and known == "name")]
-    hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "; it has none")
+    other = ALSO_CALLED.get(name)
+    hint = f"; did you mean '{other}'?" if other in known else did_you_mean(name, known)
+    hint = hint or (f"; there are {', '.join(known)}" if known else "; it has none")
     return f"{printable(label)} is not a setting{f' of {whose}' if whose else ''}{hint}"
 
 

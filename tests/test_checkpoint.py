@@ -219,8 +219,9 @@ def test_olora_sees_every_past_factor_of_a_run_that_has_turned_dense(tmp_path: P
     straight = Order(LONG["olora"], FIFTEEN[:10], tmp_path).run()
     seen = Order(LONG["olora"], FIFTEEN[:10], tmp_path).restore(9)
     for group, wanted in zip(seen.adapters.groups(), straight.adapters.groups(), strict=True):
-        assert group.past.rank == 20 and torch.equal(group.past_A, wanted.past_A)
-        assert torch.equal(group.past_A[0], torch.cat([p.A[group.targets[0]] for p in straight.adapters.folded]))
+        assert group.past.rank == 20 and torch.equal(group.past.rows("A"), wanted.past.rows("A"))
+        first = [pair.A[group.targets[0]] for pair in straight.adapters.folded]
+        assert torch.equal(group.past.rows("A")[0], torch.cat(first))
 
 
 @pytest.mark.parametrize("name", ["inclora", "olora paper", "olora"])
@@ -255,7 +256,7 @@ def test_what_no_stage_reads_is_let_go_of_and_nothing_changes(name: str, tmp_pat
     assert same({**again.bits(), "folded": 0, "live": None, "shown": 0}, theirs)
     if first < 99:
         with pytest.raises(RuntimeError, match="reads_past"):
-            _ = letting.adapters.groups()[0].past_A
+            _ = letting.adapters.groups()[0].past.rows("A")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

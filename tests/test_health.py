@@ -78,6 +78,7 @@ def test_a_penalty_out_of_reach_has_no_ratio() -> None:
 
 def health(**given: Any) -> Health:
     values = {"loss": 0.1, "penalty": 0.02, "ratio": 0.3, "idle": False, "update": 1.0, "earlier": 2.0, "first": False}
+    values["expected"] = True
     return Health(**{**values, **given})
 
 
@@ -86,7 +87,8 @@ def test_the_line_names_every_figure() -> None:
     assert line is not None
     for part in ("penalty 0.02", "task loss 0.1", "0.3 ×", "‖ΔW‖ 1"):
         assert part in line
-    assert health(penalty=None).line() is None and health(penalty=None).warning() is None
+    assert health(penalty=None, ratio=None).line() == "no penalty yet, task loss 0.1, new update ‖ΔW‖ 1"
+    assert health(penalty=None, expected=False).line() is None and health(penalty=None).warning() is None
 
 
 def test_warnings() -> None:
@@ -94,6 +96,8 @@ def test_warnings() -> None:
     assert "exactly 0" in str(health(penalty=0.0, idle=True).warning())
     assert health(penalty=0.0, idle=True, first=True).warning() is None  # nothing to be orthogonal to
     assert "met by learning nothing; lower" in str(health(update=0.03).warning())
+    assert "met by learning nothing; lower" in str(health(update=0.03, ratio=None).warning())
+    assert str(health(update=0.03, ratio=0.05).warning()).endswith("has learned next to nothing")  # it hardly pulls
     assert str(health(update=0.03, penalty=None).warning()).endswith("before: this stage has learned next to nothing")
     assert health(update=0.0, penalty=None).warning() and not health(update=None, penalty=None).warning()
     assert health(update=0.05).warning() is None
@@ -118,6 +122,8 @@ def test_a_run_says_it_of_every_stage_and_keeps_it(finished: Finished) -> None:
             update = pair[name.replace("lora_A", "lora_B")] @ A * config["lora_alpha"] / config["r"]
             square += float(update.double().square().sum())
     assert training(finished.run, 0)["update_norm"] == pytest.approx(square**0.5, rel=1e-5)
+    [first] = [line for line in finished.result.err.splitlines() if "no penalty yet" in line]
+    assert first.startswith("stage 1 of 3 dbpedia: no penalty yet, task loss")
     said = [line for line in finished.result.err.splitlines() if "gradient of the penalty" in line]
     assert [line.split(":")[0] for line in said] == ["stage 2 of 3 amazon", "stage 3 of 3 agnews"]
     ratio = training(finished.run, 1)["penalty_gradient_ratio"]
@@ -126,8 +132,19 @@ def test_a_run_says_it_of_every_stage_and_keeps_it(finished: Finished) -> None:
 
 def test_a_penalty_that_leaves_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "three.yaml").write_text(ORDER)
-    sets = ("--set", "stages.2.method.lambda1=1e9", "--set", "stages.2.training.lr=1e-5")
+    sets = ("--set", "training.epochs=20", "--set", "stages.2.method.lambda1=1e9")
     result = call("train", "--order", "three.yaml", "--method", "nlora", *SMALL, *sets, cwd=tmp_path)
     assert result.code == 0, result.err
     [told] = [line for line in result.err.splitlines() if "warning" in line]
     assert told.startswith("stage 2 of 3 amazon: warning: the new update is 0.")
+    assert told.endswith("the penalty was met by learning nothing; lower its coefficient")
+
+
+def test_a_penalty_of_zero_is_told(tmp_path: Path) -> None:
+    """A weight that fp32 has no number for; the first stage has no past, and nothing to be told."""
+    (tmp_path / "three.yaml").write_text(ORDER)
+    result = call("train", "--order", "three.yaml", *SMALL, "--set", "method.lambda1=1e-60", cwd=tmp_path)
+    assert result.code == 0, result.err
+    told = [line for line in result.err.splitlines() if "warning" in line]
+    assert [line.partition(": warning: ")[0] for line in told] == ["stage 2 of 3 amazon", "stage 3 of 3 agnews"]
+    assert all("the penalty was exactly 0" in line for line in told)

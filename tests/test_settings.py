@@ -360,6 +360,8 @@ def test_published_refuses_where_nothing_was(method: str, model: str | None, ord
     ("text", "message"),
     [
         ("training:\n  epoch: 1", "c.yaml:2:3: training.epoch is not a setting; did you mean 'epochs'?"),
+        ("adapter: {rank: auto}", "c.yaml:1:11: adapter.rank is not a setting; did you mean 'r'?"),
+        ("training: {learning_rate: 1}", "c.yaml:1:12: training.learning_rate is not a setting; did you mean 'lr'?"),
         ("trainin: {lr: 1}", "c.yaml:1:1: trainin is not a setting; did you mean 'training'?"),
         ("lr: 1", "c.yaml:1:1: lr is not a setting; did you mean 'training.lr'?"),
         ("training.lr: 1", "c.yaml:1:1: training.lr is not a setting; write training: {lr: …}"),

@@ -409,7 +409,7 @@ def test_factors_in_groups_of_equal_shape(kind: Kind) -> None:
     assert sorted(t for group in groups for t in group.targets) == sorted(stage.adapters.layers)
     live = stage.parameters()
     for group in groups:
-        assert group.past_A is None and group.past_B is None
+        assert group.past is None
         for at, target in enumerate(group.targets):
             assert torch.equal(group.A[at], live[f"{target}.lora_A"])
             assert torch.equal(group.B[at], live[f"{target}.lora_B"])

@@ -62,6 +62,8 @@ def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -
         [100 * (1 - 64 * k / 192) for k in (1, 2, 3)]
     )
     dense = RunDir(tmp_path / "runs/dense")
+    logged = [json.loads(line) for line in (dense.path / "log.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in logged] == pytest.approx([1e-3] * len(logged))  # the method's own, not training.lr
     state = load_file(dense.stage_dir(2, STAGES[2]) / "state.safetensors")
     taken = [
         float(torch.linalg.matrix_rank(state[key])) / len(state[key]) for key in state if key.startswith("method.")

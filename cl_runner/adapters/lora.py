@@ -75,8 +75,14 @@ class PastFactors:
         return self._rows_A if factor == "A" else self._rows_B
 
     def gram(self, factor: str) -> Tensor:
-        """``Σ A_iᵀ A_i`` (L, n, n), or ``Σ B_i B_iᵀ`` (L, m, m): the same size at every stage."""
+        """``Σ A_iᵀ A_i / r_i`` (L, n, n), or ``Σ B_i B_iᵀ / r_i`` (L, m, m): the same size at every stage."""
         return self._gram_A if factor == "A" else self._gram_B
+
+    @cached_property
+    def row_weights(self) -> Tensor:
+        """``1 / r_i`` of each of the R rows: every pair counts alike, whatever its rank."""
+        ranks = torch.tensor([pair.rank for pair in self.pairs], device=self.device)
+        return (1 / ranks).repeat_interleave(ranks)
 
     @cached_property
     def _rows_A(self) -> Tensor:
@@ -106,10 +112,8 @@ class PastFactors:
         total = self.grams[factor].clone() if factor in self.grams else None
         for pair in held:
             rows = self._rows_of(pair, factor)
-            if total is None:
-                total = rows.mT @ rows
-            else:
-                total += rows.mT @ rows
+            mean = rows.mT @ rows / pair.rank
+            total = mean if total is None else total.add_(mean)
         assert total is not None, "there are no past pairs"
         return total
 
@@ -130,16 +134,6 @@ class FactorGroup:
     A: Tensor
     B: Tensor
     past: PastFactors | None
-
-    @property
-    def past_A(self) -> Tensor | None:
-        """A of past stages one under the other, (L, R, n)."""
-        return self.past.rows("A") if self.past else None
-
-    @property
-    def past_B(self) -> Tensor | None:
-        """B of past stages one beside the other, (L, m, R)."""
-        return self.past.rows("B").mT if self.past else None
 
 
 class Adapters:
@@ -213,6 +207,7 @@ class Adapters:
         self.dense: list[str] = []  # stages that folded an update without factors
         self.kept: dict[str, Pair] = {}  # by stage: pairs that stay outside the weight
         self.live: str | None = None  # the stage whose pair the layers hold
+        self._start: Pair | None = None  # as its stage began, where a pair trains on
         self._past_factors: dict[tuple[str, ...], PastFactors] = {}
         self._grams: dict[tuple[str, ...], dict[str, Tensor]] = {}  # of the pairs that were let go of
         for parameter in self.model.parameters():
@@ -245,6 +240,7 @@ class Adapters:
 
         ``rank``: another than the last pair's.
         """
+        self._start = None
         self._resize(rank or self.rank)
         for layer in self.layers.values():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
@@ -268,6 +264,7 @@ class Adapters:
 
     def rename(self, stage: str) -> None:
         """Go on training the live pair, as the pair of ``stage``."""
+        self._start = self.pair()
         self.kept.pop(self.live or "", None)
         self._live(stage)
         self.train(True)
@@ -366,13 +363,22 @@ class Adapters:
 
     @torch.no_grad()
     def update_norm(self) -> float | None:
-        """‖ΔW‖_F of what is live over all targets, of a pair from r × r Gram matrices; None where nothing is."""
+        """‖ΔW‖_F of what the stage has learned, over all targets, of a pair from r × r Gram matrices.
+
+        Of a pair that trains on it is what changed since the stage began. None where nothing is live.
+        """
         if self.terms:
             return math.sqrt(sum(float(term.own().square().sum()) for term in self.terms.of.values()))
         if self.live is None:
             return None
-        pairs = [(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight) for layer in self.layers.values()]
-        return self.scale * math.sqrt(sum(float(norm(pair)) ** 2 for pair in pairs))
+        square = 0.0
+        for target, layer in self.layers.items():
+            A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+            if self._start is not None:
+                A = torch.cat([A, self._start.A[target].to(A)])
+                B = torch.cat([B, -self._start.B[target].to(B)], dim=1)
+            square += float(norm((A, B))) ** 2
+        return self.scale * math.sqrt(square)
 
     @torch.no_grad()
     def show(self, pair: Pair | Terms | None) -> None:

@@ -14,6 +14,8 @@ from cl_runner.adapters.terms import Term, as_computed
 class Mixture(Term):
     """``h = Σ_i w_i B_i A_i x`` of finished tasks, constants; w is each row's ``condition["mix"]`` (b, T), else 1.
 
+    ``update`` and ``factors`` are the plain sum, or, while ``asked`` holds weights (T), what those add up to.
+
     Args:
         A, B: each task's factors, (r, n) and (m, r), the scale in B.
     """
@@ -21,6 +23,7 @@ class Mixture(Term):
     A: Tensor  # (R, n)
     B: Tensor  # (m, R)
     owner: Tensor  # (R), the number of each row's task
+    asked: Tensor | None = None
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         super().__init__()
@@ -35,10 +38,11 @@ class Mixture(Term):
         return linear(inner, self.B)
 
     def update(self) -> Tensor:
-        return self.B @ self.A
+        A, B = self.factors()
+        return B @ A
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.A, self.B
+        return self.A, self.B if self.asked is None else self.B * self.asked.to(self.B)[self.owner]
 
 
 class SharedBasis(Term):

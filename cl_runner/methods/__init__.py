@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from cl_runner.config import RunConfig, Section
@@ -65,3 +66,8 @@ def make_method(config: RunConfig) -> Method:
     """The method of a config, with its settings validated."""
     found = method_class(config.method.name)
     return found(found.Config.model_validate(config.method.own()))
+
+
+def stage_names(config: RunConfig, tasks: Sequence[str]) -> list[str]:
+    """The stages that a config's method makes of an order of tasks. Raises UserError where it cannot."""
+    return [stage.name for stage in make_method(config).plan(tasks)]

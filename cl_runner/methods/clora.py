@@ -18,7 +18,7 @@ from cl_runner.methods.seqlora import SeqLoRA
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.adapters import FactorGroup
+    from cl_runner.adapters import FactorGroup, Pair
     from cl_runner.methods.base import Stage
 
 
@@ -28,7 +28,8 @@ class CLoRA(SeqLoRA):
     Random, P is the same at every stage. It is not stored: its numbers are drawn again from the seed and the layer's
     name, the same everywhere, and made orthonormal on the CPU in fp32, the same to the bit with the same library and
     threads (elsewhere to rounding). From data, P spans the leading directions of past tasks' inputs, each task counting
-    alike, and of what W0 makes of them; the first task, which has no past, then has no penalty.
+    alike, and of what W0 makes of them; the first task, which has no past, then has no penalty. What past tasks learned
+    lies in these directions, in the same pair: so what is penalised there is how A and B change in the stage.
     """
 
     class Config(PairSettings):
@@ -39,13 +40,15 @@ class CLoRA(SeqLoRA):
         subspace: Literal["random", "data"] = Field(
             "random", description="P: random (published), or leading directions of past inputs and outputs (ours)."
         )
-        max_gb: float = Field(8.0, gt=0, description="data: most that second moments and P may take, 10⁹ bytes.")
+        max_gb: float = Field(
+            32.0, gt=0, description="Most that P, and second moments (data), of all layers may take, 10⁹ bytes."
+        )
 
     name = "clora"
     title = "CLoRA: one LoRA, whose null space keeps a chosen subspace"
     equation = (
         "loss + λ/2 Σ_layers (‖A P_in‖_F² + ‖Bᵀ P_out‖_F²),  P_in (n × k), P_out (m × k) orthonormal: random, or top "
-        "eigenvectors of Σ x xᵀ and of W0 Σ x xᵀ W0ᵀ over past tasks"
+        "eigenvectors of Σ x xᵀ and of W0 Σ x xᵀ W0ᵀ over past tasks, and A, B less what they were as the stage began"
     )
     paper = "2410.16801 (CLoRA: controlled low-rank adaptation of large language models)"
     carried = "A, B; P from the seed, or (subspace=data) past inputs' second moments"
@@ -56,36 +59,46 @@ class CLoRA(SeqLoRA):
         super().__init__(config)
         self.inputs: dict[str, list[str]] = {}  # first of the targets that share an input → all of them
         self.moments: dict[str, Tensor] = {}  # the same → sum over past tasks of the mean of x xᵀ (n, n)
-        self._made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._start: Pair | None = None  # data: the live pair as the stage began
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        least = min((min(shape) for shape in shapes or ()), default=self.config.k)
-        if self.config.k > least:
+        k, data = self.config.k, self.config.subspace == "data"
+        least = min((min(shape) for shape in shapes or ()), default=k + 1)
+        if k >= least:
             raise UserError(
-                f"method.k: {self.config.k} orthonormal columns do not fit into a layer's {least} dimensions; set k to "
-                f"{least - 1} or less"
+                f"method.k: {k} orthonormal columns leave nothing of a layer's {least} dimensions to learn in; set k "
+                f"to {least - 1} or less"
             )
-        if self.config.subspace == "data" and shapes is not None:
-            gigabytes = sum(n * n + self.config.k * (m + n) for m, n in shapes) * 4e-9
-            of = f"method.subspace: moments and P of {len(shapes)} layers"
-            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer adapter.target_modules")
+        if data and self.config.reorthogonalise is not None:
+            raise UserError(
+                "method.reorthogonalise: puts other factors in the place of those that method.subspace=data keeps near "
+                "their start; leave it out, or set subspace=random"
+            )
+        if shapes is not None:
+            gigabytes = sum((n * n if data else 0) + k * (m + n) for m, n in shapes) * 4e-9
+            of = f"method.{'subspace: moments and' if data else 'k:'} P of {len(shapes)} layers"
+            instead = "name fewer adapter.target_modules" if data else "set k smaller"
+            refuse_too_large(of, gigabytes, self.config.max_gb, instead)
 
     def build(self, stage: Stage) -> None:
         super().build(stage)
-        self._made = {key: both for key, both in self._made.items() if key[0] == "random"}
+        self._made = {key: made for key, made in self._made.items() if key[0] == "random"}
+        self._start = stage.adapters.pair() if self.config.subspace == "data" else None
 
     def penalty(self, stage: Stage) -> Tensor | None:
         from_data = self.config.subspace == "data"
         if not self.config.lambda1 or (from_data and not self.moments):
             return None
         terms: list[Tensor] = []
+        of_inputs: dict[str, Tensor] = {}
         for group in stage.factors():
             key = (self.config.subspace, self.config.k, *group.targets)
             if key not in self._made:
-                make = self._of_data if from_data else self._random
-                self._made[key] = make(stage, group)
-            P_in, P_out = self._made[key]
-            terms += [(group.A @ P_in).square().sum(), (group.B.mT @ P_out).square().sum()]
+                self._made[key] = self._of_data(stage, group, of_inputs) if from_data else self._random(stage, group)
+            P_in, P_out, *start = self._made[key]
+            A, B = (group.A - start[0], group.B - start[1]) if start else (group.A, group.B)
+            terms += [(A @ P_in).square().sum(), (B.mT @ P_out).square().sum()]
         total: Tensor = self.config.lambda1 / 2 * sum(terms[1:], terms[0])
         return total
 
@@ -101,17 +114,27 @@ class CLoRA(SeqLoRA):
         P_in, P_out = (P.to(stage.device) for P in both)
         return P_in, P_out
 
-    def _of_data(self, stage: Stage, group: FactorGroup) -> tuple[Tensor, Tensor]:
-        """The same from past inputs. *Collective*."""
+    def _of_data(self, stage: Stage, group: FactorGroup, of_inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The same from past inputs, and A (L, r, n) and B (L, m, r) as the stage began. *Collective*.
+
+        ``of_inputs`` takes up, and gives, P_in of each input that layers share.
+        """
         import torch
 
+        assert self._start is not None, "no stage has begun"
         first = {target: name for name, members in self.inputs.items() for target in members}
-        moments = [self.moments[first[target]].to(stage.device) for target in group.targets]
-        weights = [stage.base_weight(target).detach().float() for target in group.targets]
-        with torch.no_grad():
-            P_in = leading(torch.stack(moments), self.config.k)
-            P_out = leading(torch.stack([W @ C @ W.mT for W, C in zip(weights, moments, strict=True)]), self.config.k)
-            return stage.broadcast(P_in), stage.broadcast(P_out)  # another rank may turn directions of equal energy
+        P_in, P_out = [], []
+        with torch.no_grad():  # layer by layer: the matrices of all of them at once would be several times the model
+            for target in group.targets:
+                C = self.moments[first[target]].to(stage.device)
+                if first[target] not in of_inputs:
+                    # Rank 0's: another rank may turn directions of equal energy.
+                    of_inputs[first[target]] = stage.broadcast(leading(C, self.config.k))
+                P_in.append(of_inputs[first[target]])
+                W = stage.base_weight(target).float()
+                P_out.append(stage.broadcast(leading(W @ C @ W.mT, self.config.k)))
+            A, B = ([of[target].to(stage.device) for target in group.targets] for of in (self._start.A, self._start.B))
+            return torch.stack(P_in), torch.stack(P_out), torch.stack(A), torch.stack(B)
 
     def end_task(self, stage: Stage) -> None:
         super().end_task(stage)
@@ -133,14 +156,14 @@ class CLoRA(SeqLoRA):
 
 
 def leading(moments: Tensor, k: int) -> Tensor:
-    """(L, d, k) orthonormal eigenvectors of symmetric (L, d, d), largest first; zero where there is no energy left.
+    """(…, d, k) orthonormal eigenvectors of symmetric (…, d, d), largest first; zero where there is no energy left.
 
     None left: less than 1e-6 of the largest. Such directions would lie anywhere.
     """
     import torch
 
     energy, vectors = torch.linalg.eigh(moments)
-    found: Tensor = vectors[..., -k:] * (energy[..., -k:] > 1e-6 * energy[..., -1:])[:, None, :]
+    found: Tensor = vectors[..., -k:] * (energy[..., -k:] > 1e-6 * energy[..., -1:])[..., None, :]
     return found.flip(-1).contiguous()
 
 

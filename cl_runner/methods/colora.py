@@ -14,12 +14,13 @@ from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods.base import Fold, Method, Source, StagePlan, State
 from cl_runner.methods.gating import Gates, one_hot
+from cl_runner.methods.limits import size
 from cl_runner.metrics.subspace import free_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.adapters.experts import Round
+    from cl_runner.adapters.experts import LiveRound, Round
     from cl_runner.methods.base import Stage
     from cl_runner.models.batch import Batch
     from cl_runner.optim import ParameterGroup
@@ -130,8 +131,8 @@ class CoLoRA(Method):
         if self.config.fold == "mean":
             return ""
         pairs = sum(1 + len(tasks) for tasks in self._rounds)
-        megabytes = 4e-6 * pairs * config.adapter.largest * sum(m + n for m, n in shapes)
-        return f"carries {megabytes:.3g} MB after the last round: {pairs} LoRA pairs, shared ones and experts"
+        carried = size(4 * pairs * config.adapter.largest * sum(m + n for m, n in shapes))
+        return f"carries {carried} after the last round: {pairs} LoRA pairs, shared ones and experts"
 
     @property
     def knows_task(self) -> bool:
@@ -143,22 +144,33 @@ class CoLoRA(Method):
     # Structure.
 
     def build(self, stage: Stage) -> None:
-        from cl_runner.adapters.experts import Experts, Round
+        from cl_runner.adapters.experts import LiveRound
 
-        adapters, name, dice = stage.adapters, stage.plan.name, stage.rng("adapter")
-        if stage.evaluating and not self.rounds:
-            return  # all is folded
+        if not stage.evaluating:
+            adapters, dice, experts = stage.adapters, stage.rng("adapter"), len(stage.plan.tasks)
+            new: dict[str, Round] = {}
+            for target, past in adapters.past.items():
+                m, n = past.base.shape
+                new[target] = LiveRound.fresh(m, n, experts, adapters.rank, adapters.scale, dice)
+            self._begin(stage, new)
+        elif self.rounds:  # else all is folded
+            self._begin(stage, {})
+
+    def _begin(self, stage: Stage, new: Mapping[str, Round]) -> None:
+        """The rounds that stay as live terms, and the one that is to train, if any."""
+        from cl_runner.adapters.experts import Experts, PastRound
+
         terms = {}
-        for target, past in adapters.past.items():
-            rounds = {
-                kept: Round(learned.factors[target], learned.share, adapters.scale, trains=False)
-                for kept, learned in self.rounds.items()
-            }
-            if not stage.evaluating:
-                shape, experts = past.base.shape, len(stage.plan.tasks)
-                rounds[name] = Round.fresh(shape[0], shape[1], experts, adapters.rank, adapters.scale, dice)
+        for target in stage.adapters.past:
+            rounds: dict[str, Round] = {}
+            for name, learned in self.rounds.items():
+                past = PastRound(learned.factors[target], learned.share, stage.adapters.scale)
+                learned.factors[target] = past.values()  # held once
+                rounds[name] = past
+            if target in new:
+                rounds[stage.plan.name] = new[target]
             terms[target] = Experts(rounds, stage.config.adapter.dropout)
-        adapters.begin_terms(name, terms)
+        stage.adapters.begin_terms(stage.plan.name, terms)
 
     def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
         from cl_runner.optim import ordinary_groups
@@ -175,7 +187,7 @@ class CoLoRA(Method):
             ),
         ]
 
-    def _live(self, stage: Stage) -> list[Round]:
+    def _live(self, stage: Stage) -> list[LiveRound]:
         """The stage's own round at every layer."""
         assert stage.adapters.terms is not None
         terms: Any = stage.adapters.terms.of.values()
@@ -203,8 +215,10 @@ class CoLoRA(Method):
             return None  # the base, or all is folded
         rows: list[str | None] = list(batch.tasks) or [task] * batch.size
         features = cache(lambda: stage.features(batch))
-        found, before = {}, set[str]()
-        for name, tasks in self._tasks_of_rounds(stage).items():
+        found, rounds = {}, self._tasks_of_rounds(stage)
+        # A round that was folded has in the weight what its tasks learned: as where it is kept, later ones add nothing.
+        before = {task for name, of in self.history.items() if name not in rounds for task in of["rows"]}
+        for name, tasks in rounds.items():
             unknown = [task not in tasks and task not in before for task in rows]
             route = one_hot([tasks.index(task) if task in tasks else -1 for task in rows], len(tasks), batch)
             if any(unknown) and name in self.gates.of:
@@ -232,7 +246,7 @@ class CoLoRA(Method):
 
         from cl_runner.maths.experts import likeness, orthonormality_gap
 
-        by_shape: dict[Any, list[Round]] = {}
+        by_shape: dict[Any, list[LiveRound]] = {}
         for each in self._live(stage):
             by_shape.setdefault(each.A.shape, []).append(each)
         gaps, alike = [], []  # of every layer
@@ -320,7 +334,10 @@ class CoLoRA(Method):
             term.asked = None
 
     def fold(self, stage: Stage) -> Fold:
-        return "keep" if self.config.fold == "keep" else "factors"
+        if self.config.fold == "mean":
+            return "factors"
+        self._begin(stage, {})  # what trained answers as one of the finished rounds from now on
+        return "keep"
 
     def free_share(self, stage: Stage) -> float | None:
         if self.config.fold == "mean":

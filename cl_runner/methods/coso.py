@@ -12,7 +12,7 @@ from pydantic import Field
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Fold, Method, StagePlan, State
-from cl_runner.methods.limits import refuse_too_large
+from cl_runner.methods.limits import refuse_too_large, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,9 @@ class CoSO(Method):
         rank: int = Field(70, ge=1, description="r: directions of Q (at most as many as the matrix has).")
         sketch: int = Field(160, ge=1, description="Columns of the sketch of a task's gradients.")
         every: int = Field(20, ge=1, description="K: steps between two looks at the gradient, for Q and the sketch.")
+        looks: int = Field(
+            10, ge=0, description="At least so many looks a stage, where it has the steps (ours); 0: by every alone."
+        )
         threshold: float = Field(0.98, gt=0, le=1, description="Share of the sketch's energy that goes into M.")
         decay: float = Field(1.0, ge=0, le=1, description="Weight of the sketch so far beside a new gradient.")
         lr: float = Field(1e-4, gt=0, description="Learning rate, in place of training.lr.")
@@ -54,7 +57,9 @@ class CoSO(Method):
             "output", description="What M spans: the rows of ΔW (output, as the code) or its columns (input)."
         )
         rotate: bool = Field(False, description="Turn Adam's moments into the new Q (ours).")
-        max_gb: float = Field(16.0, gt=0, description="Most that M, Q, sketch and moments may take, 10⁹ bytes.")
+        max_gb: float = Field(
+            64.0, gt=0, description="Most that ΔW, what its steps need of it, M and sketch may take, 10⁹ bytes."
+        )
 
     name = "coso"
     title = "CoSO: dense updates in a moving subspace, orthogonal to past ones"
@@ -89,21 +94,24 @@ class CoSO(Method):
             )
         if shapes is not None:
             gigabytes = self._floats(shapes, self._tasks) * 4e-9
-            of = f"subspaces of {len(shapes)} layers over {self._tasks} tasks"
-            refuse_too_large(f"method.sketch: {of}", gigabytes, self.config.max_gb, "name fewer adapter.target_modules")
+            of = f"adapter.target_modules: dense updates and subspaces of {len(shapes)} layers over {self._tasks} tasks"
+            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        one, all_of = (self._floats(shapes, tasks, within=False) * 4e-6 for tasks in (1, self._tasks))
-        return f"carries up to {one:.3g} MB a task, {all_of:.3g} MB in all: past subspaces of {len(shapes)} layers"
+        one, all_of = (size(4 * self._floats(shapes, tasks, within=False)) for tasks in (1, self._tasks))
+        return f"carries up to {one} a task, {all_of} in all: past subspaces of {len(shapes)} layers"
 
     def _floats(self, shapes: Sequence[tuple[int, int]], tasks: int, within: bool = True) -> int:
-        """Numbers in the largest M of so many tasks; and within a stage in Q, sketch and moments."""
+        """Numbers in the largest M of so many tasks; and within a stage in Q, sketch and moments, and in ΔW.
+
+        Of ΔW a device holds the parameter, its gradient, the engine's master copy, the step's update, and both added.
+        """
         total = 0
         for m, n in shapes:
             d, w = (m, n) if self.config.side == "output" else (n, m)
             rank, sketch = min(self.config.rank, d, w), min(self.config.sketch, d, w)
             total += d * min(tasks * sketch, d)
-            total += d * (rank + sketch) + 2 * rank * w if within else 0
+            total += d * (rank + sketch) + 2 * rank * w + 5 * m * n if within else 0
         return total
 
     def build(self, stage: Stage) -> None:
@@ -128,27 +136,40 @@ class CoSO(Method):
         whole = gradient if output else gradient.mT  # (d, w)
         G = without(whole, self.past.get(target))
         step = stage.progress.step
-        if step % self.config.every == 0:
-            self._look(target, G, NOISE * float(whole.norm()))
+        if step % self._between(stage.progress.steps) == 0:
+            self._look(stage, target, G, NOISE * float(whole.norm()))
         now = self.running[target]
         g = now.Q.mT @ G
         b1, b2 = BETAS
         now.mean.lerp_(g, 1 - b1)
         now.square.lerp_(g.square(), 1 - b2)
-        size = lr * (1 - b2 ** (step + 1)) ** 0.5 / (1 - b1 ** (step + 1))
-        update: Tensor = -size * (now.Q @ (now.mean / (now.square.sqrt() + EPSILON)))
-        decay: Tensor = lr * stage.config.training.weight_decay * stage.parameters()[name].detach()
-        return (update if output else update.mT) - decay
+        length = lr * (1 - b2 ** (step + 1)) ** 0.5 / (1 - b1 ** (step + 1))
+        update: Tensor = -length * (now.Q @ (now.mean / (now.square.sqrt() + EPSILON)))
+        update = update if output else update.mT
+        decay = stage.config.training.weight_decay
+        return update - lr * decay * self._delta(stage, target) if decay else update
 
-    def _look(self, target: str, G: Tensor, noise: float) -> None:
+    def _between(self, steps: int) -> int:
+        """Steps between two looks, of a stage of so many."""
+        every, looks = int(self.config.every), int(self.config.looks)
+        return min(every, max(1, steps // looks)) if looks else every
+
+    def _delta(self, stage: Stage, target: str) -> Tensor:
+        assert stage.adapters.terms is not None
+        return stage.adapters.terms.of[target].update().detach()
+
+    def _look(self, stage: Stage, target: str, G: Tensor, noise: float) -> None:
         """Q anew from the gradient of this step, which also goes into the sketch."""
         import torch
 
         from cl_runner.maths.sketch import sketched, without
 
         U, singular, _ = torch.linalg.svd(G, full_matrices=False)
+        U = U[:, : max(self.config.rank, self.config.sketch)]  # the sketch wants one more singular value
         # Where G has too few directions, what the SVD fills up with may lie in M, and Adam would make much of it.
-        U = without(U * (singular > noise), self.past.get(target))
+        U = without(U * (singular[: U.shape[1]] > noise), self.past.get(target))
+        # Rank 0's: another library on another rank may turn directions of equal singular values.
+        U, singular = stage.broadcast(U), stage.broadcast(singular)
         Q, old = U[:, : self.config.rank], self.running.get(target)
         sketch = sketched(old.sketch if old else None, U, singular, self.config.sketch, self.config.decay)
         if old is None:
@@ -167,14 +188,18 @@ class CoSO(Method):
         from cl_runner.maths.sketch import merged
 
         for target, now in self.running.items():
-            self.past[target] = merged(self.past.get(target), now.sketch, self.config.threshold)
+            M = merged(self.past.get(target), now.sketch, self.config.threshold)
+            columns = int(stage.broadcast(M.new_tensor(M.shape[1])))
+            # Rank 0's; the sketch, like its SVDs, is each rank's own.
+            self.past[target] = stage.broadcast(M if stage.rank == 0 else M.new_empty(len(M), columns))
         self.running = {}
 
     def fold(self, stage: Stage) -> Fold:
         return "dense"
 
     def free_share(self, stage: Stage) -> float:
-        return statistics.fmean(1 - M.shape[1] / M.shape[0] for M in self.past.values())
+        taken = {target: M.shape[1] / M.shape[0] for target, M in self.past.items()}  # a layer that took no step: none
+        return statistics.fmean(1 - taken.get(target, 0.0) for target in stage.adapters.past)
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * self._floats(shapes, stages, within=False)

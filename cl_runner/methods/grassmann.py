@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Method
+from cl_runner.methods.base import Method, PairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class Grassmann(Method):
     The chordal distance: the gradient of the angles themselves is infinite at equal spans.
     """
 
-    class Config(Section):
+    class Config(PairSettings):
         """Settings of grassmann."""
 
         goal: Literal["separate", "align"] = Field(
@@ -52,6 +52,8 @@ class Grassmann(Method):
         self._bases: dict[tuple[str, ...], tuple[PastFactors, list[Tensor]]] = {}
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if self.config.stiefel and self.config.reorthogonalise:
+            raise UserError("method.reorthogonalise: method.stiefel=true puts A back after each step; leave one out")
         n = min((n for _, n in shapes or ()), default=config.adapter.largest)
         if config.adapter.largest >= n and shapes:
             raise UserError(
@@ -97,6 +99,22 @@ class Grassmann(Method):
             rows = torch.split(past.rows("A"), [pair.rank for pair in past.pairs], dim=1)
             known = self._bases[group.targets] = (past, [orthonormal_rows(A)[0] for A in rows])
         return known[1]
+
+    def logged(self, stage: Stage) -> dict[str, Any]:
+        """The least and the mean of the principal angles between span A_t and past spans, all layers', in degrees."""
+        import torch
+
+        from cl_runner.maths.subspace import orthonormal_rows, principal_angles
+
+        angles: list[Tensor] = []
+        for group in stage.factors() if self.config.lambda1 else ():  # without it past factors may be gone
+            if group.past:
+                Q, _ = orthonormal_rows(group.A.detach())
+                angles += [principal_angles(P, Q).flatten() for P in self._spans(group)]
+        if not angles:
+            return {}
+        degrees = torch.cat(angles).rad2deg()
+        return {"smallest_angle": float(degrees.min()), "mean_angle": float(degrees.mean())}
 
     def after_step(self, stage: Stage) -> None:
         if not self.config.stiefel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ from pydantic import Field
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Method, State
+from cl_runner.methods.limits import refuse_too_large
 from cl_runner.methods.moments import input_moments
-from cl_runner.place import here, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,14 +62,10 @@ class InfLoRA(Method):
                 f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
                 f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
             )
-        gigabytes = sum(1.5 * n * n for _, n in shapes or ()) * 4 / 1e9
-        take = f"second moments and bases of {len(shapes or ())} layers may take {gigabytes:.3g} GB"
-        if gigabytes > self.config.max_gb:
-            most = f"{self.config.max_gb:g}"
-            raise UserError(f"method.max_gb: {take}, over {most}; set fewer adapter.target_modules, or a larger max_gb")
-        whose, room = memory(here().device) if shapes else ("", 0)
-        if gigabytes * 1e9 > room:
-            raise UserError(f"adapter.target_modules: {take}, and {whose} has {room / 1e9:.3g} GB of memory; set fewer")
+        if shapes is not None:
+            gigabytes = sum(1.5 * n * n for _, n in shapes) * 4e-9
+            of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
+            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
         r = config.adapter.largest
         least = min((n for _, n in shapes or ()), default=r)
         if r > least:
@@ -101,13 +98,17 @@ class InfLoRA(Method):
             basis = memory.basis if stage.rank == 0 else moment.new_empty(len(moment), columns)
             free = bool(stage.broadcast(moment.new_tensor(float(memory.free))))
             # Rank 0's, and laid out as it will be read from disk: products of another layout add up in another order.
-            self.memories[targets[0]] = Memory(stage.broadcast(basis), free)
+            self.memories[targets[0]] = Memory(stage.broadcast(basis).cpu(), free)  # not needed until the next stage
 
     def _memory(self, name: str, like: Tensor) -> Memory | None:
         from cl_runner.maths.gpm import Memory
 
         found = self.memories.get(name)
         return None if found is None else Memory(found.basis.to(like.device), found.free)
+
+    def free_share(self, stage: Stage) -> float:
+        each = {name: memory.free_share for name, memory in self.memories.items()}
+        return statistics.fmean(each.get(targets[0], 1.0) for targets in stage.input_groups() for _ in targets)
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * sum(n * n // 2 for _, n in shapes)

@@ -36,4 +36,5 @@ def input_moments(stage: Stage) -> dict[tuple[str, ...], Tensor]:
         for batch in stage.batches():
             real = (batch.token_weights != 0).any(1)  # a rank without rows sees one that does not count
             stage.forward(batch)
-    return {groups[name]: stage.sum(moments[name]) / stage.sum(counts[name]) for name in sorted(moments)}
+    # One by one out of the dictionary, so that none is held beside its sum.
+    return {groups[name]: stage.sum(moments.pop(name)).div_(stage.sum(counts[name])) for name in sorted(moments)}

@@ -12,7 +12,7 @@ from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.base import Source, StagePlan, State
-from cl_runner.methods.limits import refuse_too_large
+from cl_runner.methods.limits import refuse_too_large, size
 from cl_runner.methods.seqlora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ class OGD(SeqLoRA):
         refuse_too_large(f"method.vectors: {of} of {parameters} parameters", gigabytes, self.config.max_gb, "set fewer")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        megabytes = self.state_bytes(shapes, trained(config, shapes), 1) / 1e6
+        one = self.state_bytes(shapes, trained(config, shapes), 1)
         return (
-            f"carries up to {megabytes:.3g} MB a task, {megabytes * self._tasks:.3g} MB in all: {self.config.vectors} "
+            f"carries up to {size(one)} a task, {size(one * self._tasks)} in all: {self.config.vectors} "
             f"directions of {trained(config, shapes)} parameters for each of {self._tasks} tasks"
         )
 
@@ -112,18 +112,18 @@ class OGD(SeqLoRA):
         assert self._own is not None, "no stage has begun"
         own, variant = self._own, self.config.variant
         labels = {} if variant == "gtl" else labels_of(own)
-        rows, tasks, sizes = [], [], []
+        rows, tasks, counts = [], [], []
         order = torch.randperm(len(own.examples), generator=stage.rng("directions")).tolist()
         for i in order[: self.config.vectors]:
             targets = [tuple(own.examples[i].target)] if variant == "gtl" else labels[own.tasks[i]]
             rows += [own.examples[i]._replace(target=[*target]) for target in targets]
             tasks += [own.tasks[i]] * len(targets)
-            sizes.append(len(targets))
+            counts.append(len(targets))
             if variant == "all" and len(rows) >= self.config.vectors:
                 break
         gradients = stage.gradient(label_score(stage), stage.batches(Source(rows, tasks)), per_example=True)
-        for size in sizes:
-            each = [flat(gradient, gradient) for gradient in islice(gradients, size)]
+        for count in counts:
+            each = [flat(gradient, gradient) for gradient in islice(gradients, count)]
             yield from [torch.stack(each).mean(0)] if variant == "ave" else each
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:

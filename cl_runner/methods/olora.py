@@ -59,8 +59,8 @@ class OLoRA(Method):
         groups = stage.factors()
         layers = sum(len(group.targets) for group in groups)
         for group in groups:
-            # The paper's form is a mean over layers and the r × r entries of each past stage, the reference's a sum.
-            weight = self.config.weight / (1 if self.config.reference else layers * group.A.shape[1] ** 2)
+            # The paper's form is a mean over layers and the entries of each A_i A_tᵀ, the reference's a sum.
+            weight = self.config.weight / (1 if self.config.reference else layers)
             for factor, now in (("A", group.A), ("B", group.B.mT)):  # (L, r, d)
                 if self.config.weight and group.past and self.config.on in (factor, "both"):
                     terms.append(weight * self._overlap(group.past, factor, now))
@@ -71,17 +71,18 @@ class OLoRA(Method):
         return sum(terms[1:], terms[0]) if terms else None
 
     def _overlap(self, past: PastFactors, factor: str, now: Tensor) -> Tensor:
-        """Sum over layers, past stages and entries of |A_i A_tᵀ|, or of its square (of B: |B_iᵀ B_t|)."""
+        """Sum over layers and past stages of the sum of |A_i A_tᵀ|, or of its mean square (of B: B_iᵀ B_t)."""
         if not self.config.reference:
-            return squared_overlap(past, factor, now)
+            return mean_squared_overlap(past, factor, now)
         return (past.rows(factor) @ now.mT).abs().sum()  # (L, R, r)
 
 
-def squared_overlap(past: PastFactors, factor: str, now: Tensor) -> Tensor:
-    """``Σ_{i<t} ‖A_i A_tᵀ‖_F²`` summed over layers, of ``now`` = A_t (L, r, n); of B, ``now`` is B_tᵀ (L, r, m)."""
-    if past.rank > now.shape[-1]:
-        return ((now @ past.gram(factor)) * now).sum()  # from d × d instead of R × d
-    return (past.rows(factor) @ now.mT).square().sum()
+def mean_squared_overlap(past: PastFactors, factor: str, now: Tensor) -> Tensor:
+    """``Σ_{i<t} ‖A_i A_tᵀ‖_F² / (r_i r_t)`` summed over layers; ``now`` is A_t (L, r, n), of B it is B_tᵀ (L, r, m)."""
+    rank, d = now.shape[1:]
+    if past.rank > d:
+        return ((now @ past.gram(factor)) * now).sum() / rank  # from d × d instead of R × d
+    return ((past.rows(factor) @ now.mT).square().sum(2) @ past.row_weights).sum() / rank
 
 
 METHOD = OLoRA

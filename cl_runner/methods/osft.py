@@ -37,7 +37,9 @@ class OSFT(Method):
             0.7, ge=0, lt=1, description="The same at the last stage; in between it grows evenly (PEFT's example)."
         )
         lr: float = Field(5e-5, gt=0, description="Learning rate, in place of training.lr (published for T5-large).")
-        max_gb: float = Field(16.0, gt=0, description="Most that the SVDs of all target layers may take, 10⁹ bytes.")
+        max_gb: float = Field(
+            64.0, gt=0, description="Most that the SVDs of all target layers and their training may take, 10⁹ bytes."
+        )
 
     name = "osft"
     title = "OSFT: the low end of each weight's spectrum learns, the high end is held"
@@ -61,8 +63,11 @@ class OSFT(Method):
                 f"{self.config.preserve_first:g}; what is held must not shrink"
             )
         if shapes is not None:
-            gigabytes = sum(min(m, n) * (m + n) + m * n for m, n in shapes) * 4e-9
-            of = f"adapter.target_modules: SVDs of {len(shapes)} layers"
+            # What trains has a gradient, the engine's master copy and Adam's two moments beside it; ΔW stands beside
+            # the sum that it began with.
+            copies = 1 + 4 * (1 - self.config.preserve_first)
+            gigabytes = sum(copies * min(m, n) * (m + n) + 2 * m * n for m, n in shapes) * 4e-9
+            of = f"adapter.target_modules: SVDs of {len(shapes)} layers, and what their training needs"
             refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
 
     def build(self, stage: Stage) -> None:

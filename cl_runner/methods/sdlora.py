@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.base import Fold, Method, StagePlan, State
-from cl_runner.methods.limits import refuse_too_large
+from cl_runner.methods.limits import refuse_too_large, size
 from cl_runner.metrics.subspace import free_share
 
 if TYPE_CHECKING:
@@ -102,17 +102,17 @@ class SDLoRA(Method):
             )
         if shapes is not None:
             of = f"adapter.r: directions of {len(shapes)} layers over {self._tasks} tasks"
-            gigabytes = sum(self._megabytes(config, shapes)) / 1e3
+            gigabytes = sum(self._bytes(config, shapes)) / 1e9
             refuse_too_large(of, gigabytes, self.config.max_gb, "set a smaller rank")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        each = self._megabytes(config, shapes)
-        return f"carries {each[0]:.3g} MB a task, {sum(each):.3g} MB in all: directions of {len(shapes)} layers"
+        each = self._bytes(config, shapes)
+        return f"carries {size(each[0])} a task, {size(sum(each))} in all: directions of {len(shapes)} layers"
 
-    def _megabytes(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> list[float]:
-        """Of each task's direction, 10⁶ bytes."""
+    def _bytes(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> list[int]:
+        """Of each task's direction."""
         sides = sum(m + n for m, n in shapes)
-        return [self._rank(config, index) * sides * 4e-6 for index in range(self._tasks)]
+        return [4 * self._rank(config, index) * sides for index in range(self._tasks)]
 
     def _rank(self, config: RunConfig, index: int) -> int:
         ranks = [config.adapter.largest, *self.config.rank_decay]
@@ -160,18 +160,20 @@ class SDLoRA(Method):
 
         assert term.A is not None and term.B is not None
         A, B, alpha = term.A.detach(), term.B.detach(), term.alpha.detach()
-        size = (A.double().norm() * B.double().norm() if self.config.reference else norm((A, B))).float()
-        old = self.past.get(target)
-        if old and self.config.reuse:
+        # Past directions as the layer has them, which is where A and B are; those of the state may be on the CPU.
+        old = Past(term.past_A, term.past_B, self.past[target].ranks if target in self.past else [], alpha[:-1])
+        length = (A.double().norm() * B.double().norm() if self.config.reference else norm((A, B))).float()
+        if old.ranks and self.config.reuse:
             c, left = fitted(old.each(), (A, B))
             if left < self.config.reuse:
-                return Past(old.A, old.B, old.ranks, alpha[:-1] + alpha[-1] * c.float())
-        new = B / size if size else B  # nothing was learned: a direction of zeros
-        magnitude = torch.cat([alpha[:-1], alpha[-1:] * size])
-        if old is None:
-            return Past(A.clone(), new.clone(), [len(A)], magnitude)
-        B = torch.cat([term.past_B, new], dim=1)
-        return Past(torch.cat([term.past_A, A]), B, [*old.ranks, len(A)], magnitude)
+                return replace(old, alpha=old.alpha + alpha[-1] * c.float())
+        new = B / length if length else B  # nothing was learned: a direction of zeros
+        return Past(
+            torch.cat([old.A, A]),
+            torch.cat([old.B, new], dim=1),
+            [*old.ranks, len(A)],
+            torch.cat([old.alpha, alpha[-1:] * length]),
+        )
 
     def _keep(self, stage: Stage) -> None:
         """What the stage has learned, as it answers and as a later process will build it again."""

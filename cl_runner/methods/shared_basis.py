@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Fold, Method, State
+from cl_runner.methods.base import Fold, Method, StagePlan, State
+from cl_runner.methods.limits import refuse_too_large, size
+from cl_runner.metrics.subspace import free_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +27,8 @@ class SharedBasisMethod(Method):
     """U (m, r) learns at the first task and slowly, or not at all, later. A task begins with ΔW = 0.
 
     ``similarity`` keeps every task's update apart and weighs the others' by how near their row spaces are; a row whose
-    task is unknown is answered by their plain sum. Without it updates are folded.
+    task is unknown is answered by their plain sum. Without it updates are folded. C learns at the first task as U does,
+    also where U is made later, by ``pca``.
     """
 
     class Config(Section):
@@ -54,6 +58,9 @@ class SharedBasisMethod(Method):
         )
         pca: int = Field(0, ge=0, description="U by the principal components of the B of the first so many tasks.")
         non_negative: bool = Field(False, description="A, B, U (and S, C) are kept at 0 or above.")
+        max_gb: float = Field(
+            16.0, gt=0, description="support: most that masks and updates as whole matrices may take, 10⁹ bytes."
+        )
 
     name = "shared-basis"
     title = "Shared basis: new pairs that share output directions, and mix by similarity"
@@ -65,8 +72,11 @@ class SharedBasisMethod(Method):
     trains = "A_t (r × n), B_t (m × r) and α_t of each task; U (m × r), slowly"
     factors = "lora_A is A_t, lora_B is alpha/r · (α_t U + B_t); in blocks both one under, and beside, the other"
     carried = "U (and C, mask); past updates: folded, or under similarity the pairs of all tasks"
-    growth = "constant; similarity (which also needs the task id): r rows a task in the forward"
+    growth = (
+        "constant (support: a matrix a layer); similarity (which also needs the task id): r rows a task in the forward"
+    )
     task_id = "optional"
+    by_shape = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -76,6 +86,18 @@ class SharedBasisMethod(Method):
         self.tasks: list[str] = []  # of ``pairs``
         self._mix: Tensor | None = None  # the new task's β over past ones (T)
         self._known: dict[str, Tensor] = {}  # what ``weights`` found for the tasks there are
+        self._spans: list[dict[str, Tensor]] = []  # of ``pairs``, as far as they were asked for
+        self._tasks = 1
+        self.dense = self.config.support is not None  # type: ignore[misc]  # a mask leaves no factors
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        self._tasks = len(order)
+        if self.config.pca >= max(self._tasks, 1):
+            raise UserError(
+                f"method.pca: a basis by {self.config.pca} tasks would come after the last of {self._tasks}; set it to "
+                f"{self._tasks - 1} or less"
+            )
+        return super().plan(order)
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         own, r = self.config, config.adapter.largest
@@ -86,6 +108,24 @@ class SharedBasisMethod(Method):
         small = min((min(shape) for shape in shapes or ()), default=r)
         if r > small:
             raise UserError(f"adapter.r: {r} is more than the {small} rows or columns of a target layer; set it lower")
+        if own.support is not None and shapes is not None:
+            gigabytes = 2 * sum(m * n for m, n in shapes) * 4e-9  # the mask, and ΔW in the graph of a step
+            of = f"method.support: masks and updates of {len(shapes)} layers"
+            refuse_too_large(of, gigabytes, own.max_gb, "name fewer adapter.target_modules")
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        if self.config.support is not None:
+            least = size(4 * sum(m * n for m, n in shapes))
+            return f"carries {least}: the least share that past updates have in each entry of {len(shapes)} layers"
+        if not self.mixes:
+            return ""
+        pair = 4 * self._blocks * config.adapter.largest * sum(m + n for m, n in shapes)
+        return f"carries {size(pair)} a task, {size(self._tasks * pair)} in all: pairs of {len(shapes)} layers"
+
+    @property
+    def _blocks(self) -> int:
+        """How many times the rank a task's pair has rows."""
+        return 2 if self.config.form == "block" else 1
 
     @property
     def mixes(self) -> bool:
@@ -94,6 +134,9 @@ class SharedBasisMethod(Method):
     @property
     def knows_task(self) -> bool:
         return self.mixes
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}  # what it needs of past pairs it keeps itself
 
     def build(self, stage: Stage) -> None:
         from cl_runner.adapters.shared import Mixture
@@ -134,7 +177,7 @@ class SharedBasisMethod(Method):
             stage.adapters.scale,
             basis=U,
             dictionary=C,
-            shared_trains=first or own.shared_lr > 0,
+            shared_trains=not self.shared or own.shared_lr > 0,
             own=not first,
             mixing=own.mixing == "learned" and U is not None and not first,
             mask=self._mask(target) if U is not None and not first else None,
@@ -151,12 +194,16 @@ class SharedBasisMethod(Method):
         return made.abs() if self.config.non_negative else made
 
     def _mask(self, target: str) -> Tensor | None:
-        """Where every past update is among its largest entries: the share ``support`` of them."""
+        """Where every past update is among its largest entries: the share ``support`` of them, equal ones or not."""
+        import torch
+
         large = self.large.get(target)
         if self.config.support is None or large is None:
             return None
-        kept = max(1, round(self.config.support * large.numel()))
-        return (large >= large.flatten().topk(kept).values[-1]).float()
+        kept = large.flatten().topk(max(1, round(self.config.support * large.numel()))).indices
+        mask = torch.zeros(large.numel())
+        mask[kept] = 1.0
+        return mask.view_as(large)
 
     def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
         from cl_runner.optim import ordinary_groups
@@ -184,13 +231,21 @@ class SharedBasisMethod(Method):
         if self.config.non_negative:
             signed = {name: p for name, p in stage.parameters().items() if not name.endswith(".alpha")}
             stage.write({name: p.detach().clamp(min=0) for name, p in signed.items()})
-        from cl_runner.maths.mixing import nearness, shares
+        from cl_runner.maths.mixing import nearness, shares, spans
 
         if self.mixes and self.pairs and stage.progress.step % self.config.every == 0:
             terms = stage.adapters.terms
             assert terms is not None
             now = {f"A.{target}": cast("SharedBasis", term).rows().detach() for target, term in terms.of.items()}
-            self._mix = stage.broadcast(shares(nearness(now, self.pairs)))
+            # A process group of GPUs has no way for tensors of the CPU.
+            self._mix = stage.broadcast(shares(nearness(spans(now), self._past_spans())).to(stage.device))
+
+    def _past_spans(self) -> list[dict[str, Tensor]]:
+        """``spans`` of each finished task's pair. Pairs do not change: each one's are made once."""
+        from cl_runner.maths.mixing import spans
+
+        self._spans += [spans(pair) for pair in self.pairs[len(self._spans) :]]
+        return self._spans
 
     def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
         if not self.mixes or not self.pairs:
@@ -212,9 +267,9 @@ class SharedBasisMethod(Method):
 
         if task not in self._known:
             mine = self.tasks.index(task)
-            others = [i for i in range(len(self.tasks)) if i != mine]
+            others, of = [i for i in range(len(self.tasks)) if i != mine], self._past_spans()
             found = torch.ones(len(self.tasks))
-            found[others] = shares(nearness(self.pairs[mine], [self.pairs[i] for i in others]))
+            found[others] = shares(nearness(of[mine], [of[i] for i in others]))
             self._known[task] = found
         return self._known[task]
 
@@ -242,7 +297,8 @@ class SharedBasisMethod(Method):
 
             rank = stage.adapters.rank
             for target in terms.of:
-                self.shared[f"U.{target}"] = principal([one[f"B.{target}"] for one in self.pairs], rank)
+                U = principal([one[f"B.{target}"] for one in self.pairs], rank)
+                self.shared[f"U.{target}"] = U.clamp(min=0) if self.config.non_negative else U
             if not self.mixes:
                 self.pairs, self.tasks = [], []
 
@@ -261,9 +317,29 @@ class SharedBasisMethod(Method):
     def _factors(self, target: str) -> tuple[list[Tensor], list[Tensor]]:
         return [pair[f"A.{target}"] for pair in self.pairs], [pair[f"B.{target}"] for pair in self.pairs]
 
+    def each_answer(self, stage: Stage) -> Iterator[str]:
+        if not self.mixes:
+            return
+        assert stage.adapters.terms is not None
+        terms: Any = list(stage.adapters.terms.of.values())
+        for task in self.tasks:
+            for term in terms:
+                term.asked = self.weights(task)
+            yield task
+        for term in terms:
+            term.asked = None
+
+    def free_share(self, stage: Stage) -> float | None:
+        if not self.mixes:
+            return None
+        rows = ([pair[f"A.{target}"].numpy() for pair in self.pairs] for target in stage.adapters.past)
+        return statistics.fmean(map(free_share, rows))
+
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         large = 0 if self.config.support is None else sum(m * n for m, n in shapes)
-        return 4 * (trained * (1 + (stages if self.mixes else 0)) + large)
+        # All pairs in the state, and again in the folder of each task.
+        pairs = stages * (1 + stages) * self._blocks if self.mixes else 0
+        return 4 * (trained * (1 + pairs) + large)
 
     def state(self) -> State:
         tensors = {f"shared.{name}": value for name, value in self.shared.items()}
@@ -274,7 +350,8 @@ class SharedBasisMethod(Method):
 
     def load_state(self, state: State) -> None:
         self.tasks = list(state.json.get("tasks", []))
-        self.shared, self.large, self.pairs, self._known = {}, {}, [{} for _ in self.tasks], {}
+        self.shared, self.large, self.pairs = {}, {}, [{} for _ in self.tasks]
+        self._known, self._spans = {}, []
         for key, value in state.tensors.items():
             kind, _, name = key.partition(".")
             if kind == "shared":

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cl_runner.methods.base import Method, PairSettings
 from cl_runner.methods.nlora import product_size
-from cl_runner.methods.olora import squared_overlap
+from cl_runner.methods.olora import mean_squared_overlap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,10 @@ class SparseOrth(Method):
         layers = sum(len(group.targets) for group in groups)
         terms: list[Tensor] = []
         for group in groups:
-            r = group.A.shape[1]
             if sparse:
                 terms.append(sparse / layers * product_size(group))
             if orthogonal and group.past:
-                terms.append(orthogonal / layers * squared_overlap(group.past, "A", group.A) / r**2)
+                terms.append(orthogonal / layers * mean_squared_overlap(group.past, "A", group.A))
         return sum(terms[1:], terms[0]) if terms else None
 
 

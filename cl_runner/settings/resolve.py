@@ -30,6 +30,7 @@ from cl_runner.validation import first_fault, refuse, section_of, unknown, wants
 from cl_runner.yamlfile import Key, load
 
 MethodSchema = Callable[[str], type[BaseModel]]
+StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 
 # What is in the name of the run's folder already, or changes no number.
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir", "data.source")
@@ -54,6 +55,7 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     method_schema: MethodSchema | None = None,
+    stage_names: StageNames | None = None,
 ) -> Resolved:
     """The settings of a run.
 
@@ -64,6 +66,7 @@ def resolve(
         flags: dotted key → value; None is not given.
         sets: ``section.key=value``, ``tasks.NAME.section.key=value``, ``stages.POSITION.section.key=value``.
         method_schema: gives the class of a method's own settings; without it they are not checked.
+        stage_names: gives the stages of a config and the names of its tasks; without it there is one for each task.
 
     Raises:
         UserError: one line that names the file, line and column, or the flag, and what is wrong.
@@ -98,8 +101,12 @@ def resolve(
     merged = merge([*weakest, from_order(loaded) if loaded else {}, *stronger], loaded, notes)
     if loaded is not None and ("order",) in merged:
         merged[("order",)] = _rerunnable(merged[("order",)], loaded)
-    _check_places(merged, loaded)
+    if loaded is not None:
+        _check_tasks(merged, loaded)
     config = _config(merged, method, own_settings)
+    if loaded is not None:
+        names = list(loaded.names)
+        _check_positions(merged, loaded, len(stage_names(config, names) if stage_names else names), method)
     baseline = merge(weakest, loaded)
     baseline[("method", "name")] = Given(method, "", "--preset", "--preset")
     return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
@@ -147,16 +154,20 @@ def _without_absent_tasks(layer: Layer, order: Order | None) -> Layer:
     }
 
 
-def _check_places(merged: Layer, order: Order | None) -> None:
-    """Every task and position that something is set for must be in the order."""
-    if order is None:
-        return
+def _check_tasks(merged: Layer, order: Order) -> None:
+    """Every task that something is set for must be in the order."""
     for path, given in merged.items():
         if path[0] == "tasks" and path[1] not in order.names:
             hint = did_you_mean(str(path[1]), order.names) or f", which has {', '.join(order.names)}"
             raise refuse(given.where_key, f"task '{path[1]}' is not in {order.name}{hint}")
-        if path[0] == "stages" and int(path[1]) > len(order.names):
-            raise refuse(given.where_key, f"stage {path[1]} is not in {order.name}, which has {len(order.names)} tasks")
+
+
+def _check_positions(merged: Layer, order: Order, stages: int, method: str) -> None:
+    """Every position that something is set for must be a stage that the method makes of the order."""
+    for path, given in merged.items():
+        if path[0] == "stages" and int(path[1]) > stages:
+            what = "tasks" if stages == len(order.names) else f"stage{'s' * (stages > 1)} with {method}"
+            raise refuse(given.where_key, f"stage {path[1]} is not in {order.name}, which has {stages} {what}")
 
 
 def _own_settings(method_schema: MethodSchema | None, method: str, named: Given | None) -> type[BaseModel] | None:

@@ -8,26 +8,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.adapters.experts import Experts, Round
+from cl_runner.adapters.experts import Experts, LiveRound, PastRound, Round
 
 M, N, R, K, SCALE = 7, 5, 2, 3, 1.5
 
 
-def one(seed: int = 0, trains: bool = True, experts: int = K) -> Round:
-    """A round of random factors, no two tasks mixing alike."""
+def random_values(seed: int = 0, experts: int = K) -> dict[str, Tensor]:
+    """Factors of a round, no two tasks mixing alike."""
     dice = torch.Generator().manual_seed(seed)
     shapes = {
         "A": (experts, R, N), "B": (experts, M, R), "shared_A": (R, N), "shared_B": (M, R), "mix": (experts,),
     }  # fmt: skip
-    values = {name: torch.randn(*shape, generator=dice) for name, shape in shapes.items()}
-    share = torch.rand(experts, generator=dice)
-    return Round(values, share / share.sum(), SCALE, trains)
+    return {name: torch.randn(*shape, generator=dice) for name, shape in shapes.items()}
+
+
+def one(seed: int = 0, trains: bool = True, experts: int = K) -> Round:
+    share = torch.rand(experts, generator=torch.Generator().manual_seed(100 + seed))
+    return (LiveRound if trains else PastRound)(random_values(seed, experts), share / share.sum(), SCALE)
 
 
 def by_hand(round: Round, x: Tensor, expert: int) -> Tensor:
     """``s (c_k · B_s A_s x + (1 − c_k) · B_k A_k x)`` of one vector."""
-    c = 1 / (1 + torch.exp(-round.mix[expert]))
-    return SCALE * (c * round.shared_B @ (round.shared_A @ x) + (1 - c) * round.B[expert] @ (round.A[expert] @ x))
+    of = round.values()
+    c = 1 / (1 + torch.exp(-of["mix"][expert]))
+    shared, own = of["shared_B"] @ (of["shared_A"] @ x), of["B"][expert] @ (of["A"][expert] @ x)
+    return SCALE * (c * shared + (1 - c) * own)
 
 
 def rows(b: int = 4, t: int = 3) -> Tensor:
@@ -96,8 +101,23 @@ def test_what_is_frozen_is_no_parameter_and_is_not_dropped() -> None:
     assert torch.equal(*still) and not torch.equal(*moving)
 
 
+def test_a_finished_round_is_stacked_once_and_adds_what_it_added_while_it_trained() -> None:
+    values, live, past = random_values(), one(), one(trains=False)
+    for round in (live, past):
+        found = round.values()
+        assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
+    gate = torch.rand(4, K, generator=torch.Generator().manual_seed(1)).softmax(1)
+    assert torch.equal(past(rows(), gate), live(rows(), gate))
+    assert all(torch.equal(a, b) for a, b in zip(past.factors(gate[0]), live.factors(gate[0]), strict=True))
+    held = past.stacked()
+    past(rows(), gate)
+    assert all(now is before for now, before in zip(past.stacked(), held, strict=True))
+    memory = {part.untyped_storage().data_ptr() for part in (*held, past.mix)}
+    assert {part.untyped_storage().data_ptr() for part in past.values().values()} == memory  # no second copy
+
+
 def test_a_fresh_round_adds_nothing_and_mixes_half_and_half() -> None:
-    made: Any = [Round.fresh(M, N, K, R, SCALE, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    made: Any = [LiveRound.fresh(M, N, K, R, SCALE, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(made[0].A, made[1].A) and not torch.equal(made[0].A, made[2].A)
     entries = made[0].A.detach()
     assert float(entries.abs().max()) <= N**-0.5 and float(entries.std()) == pytest.approx((3 * N) ** -0.5, rel=0.3)

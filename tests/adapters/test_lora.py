@@ -89,6 +89,12 @@ def test_kept_pairs_answer_by_name_and_renaming_moves_the_pair_on() -> None:
     adapters.keep_live()
     adapters.rename("two")
     assert adapters.live == "two" and adapters.kept == {}
+    assert adapters.update_norm() == pytest.approx(0, abs=1e-6)
+    before = adapters.live_update()
+    for name, parameter in adapters.parameters().items():
+        parameter.data += 0.1 if name.endswith("A") else -0.2
+    changes = [(update - before[target]).double().square().sum() for target, update in adapters.live_update().items()]
+    assert adapters.update_norm() == pytest.approx(float(sum(changes)) ** 0.5, rel=1e-4)  # what "two" has learned
     adapters.keep_live()
     assert list(adapters.kept) == ["two"] and adapters.kept["two"].stage == "two"
     assert adapters.folded == [] and all(past.sum is None for past in adapters.past.values())
@@ -227,18 +233,19 @@ def test_groups_hold_layers_of_equal_shape_and_are_part_of_the_graph() -> None:
     assert all(bool((p.grad == wanted[name.rsplit(".", 1)[-1]]).all()) for name, p in parameters.items())
 
 
-def test_past_factors_stand_in_stage_order_and_their_grams_are_sums() -> None:
+def test_past_factors_stand_in_stage_order_and_their_grams_are_means_over_rows() -> None:
     adapters, pairs = folded()
     for group in adapters.groups():
         assert group.past is not None and group.past.rank == 6
-        assert group.past_A is not None and group.past_B is not None
-        assert not group.past_A.requires_grad and group.past_A.shape[1:] == (6, 24)
+        rows_A, rows_B = group.past.rows("A"), group.past.rows("B")
+        assert not rows_A.requires_grad and rows_A.shape[1:] == (6, 24)
+        assert group.past.row_weights.tolist() == pytest.approx([1, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
         for at, target in enumerate(group.targets):
-            assert torch.equal(group.past_A[at], torch.cat([pair.A[target] for pair in pairs]))
-            assert torch.equal(group.past_B[at], torch.cat([pair.B[target] for pair in pairs], 1))
+            assert torch.equal(rows_A[at], torch.cat([pair.A[target] for pair in pairs]))
+            assert torch.equal(rows_B[at], torch.cat([pair.B[target].T for pair in pairs]))
             grams = {
-                "A": [p.A[target].T @ p.A[target] for p in pairs],
-                "B": [p.B[target] @ p.B[target].T for p in pairs],
+                "A": [p.A[target].T @ p.A[target] / p.rank for p in pairs],
+                "B": [p.B[target] @ p.B[target].T / p.rank for p in pairs],
             }
             for factor, naive in grams.items():
                 assert off(group.past.gram(factor)[at], sum(naive)) < 1e-6
@@ -247,13 +254,14 @@ def test_past_factors_stand_in_stage_order_and_their_grams_are_sums() -> None:
 def test_past_factors_are_stacked_once_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters, pairs = folded()
     first = adapters.groups()
-    assert all(a.past is b.past and a.past_A is b.past_A for a, b in zip(first, adapters.groups(), strict=True))
+    for a, b in zip(first, adapters.groups(), strict=True):
+        assert a.past is not None and b.past is a.past and b.past.rows("A") is a.past.rows("A")
     adapters.fold(random_pair(adapters, "s3", rank=4))
     assert [g.past.rank for g in adapters.groups() if g.past] == [10, 10]
     adapters.restore(pairs[:1], {}, None)
     assert [g.past.rank for g in adapters.groups() if g.past] == [1, 1]
     adapters.restore([], {}, None)
-    assert [(g.past, g.past_A, g.past_B) for g in adapters.groups()] == [(None, None, None)] * 2
+    assert [g.past for g in adapters.groups()] == [None] * 2
 
 
 def test_pairs_lie_on_the_cpu_and_nothing_of_the_graph_is_kept() -> None:

@@ -26,7 +26,7 @@ def moments(tasks: int, decay: float, seed: int = 0) -> list[Array]:
 
 
 class Naive:
-    """Two states: ``M`` spans what is used, or what is free."""
+    """Two states: ``M`` spans what is used, or what is free. The first task takes the fewest directions that hold ε."""
 
     def __init__(self) -> None:
         self.M: Array | None = None
@@ -39,10 +39,10 @@ class Naive:
             rank, seen = 0, 0.0
             for s in S:
                 seen += s**2 / total
+                rank += 1
                 if seen >= eps:
                     break
-                rank += 1
-            self.M = U[:, : max(rank, 1)]
+            self.M = U[:, :rank]
         elif not self.free:
             U, S, _ = np.linalg.svd(C - self.M @ self.M.T @ C)
             covered, r = (total - (S**2).sum()) / total, 0
@@ -100,6 +100,28 @@ def test_the_memory_is_that_of_the_algorithm(decay: float, dtype: torch.dtype) -
     assert freed == {False, True}  # both states were seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_first_task_keeps_as_much_as_is_asked(dtype: torch.dtype) -> None:
+    """Energies 1, 0.9604, and little more: one direction holds 51 %. At 1 all that have energy, if sums never tell."""
+    spectrum = [1, 0.98, 0.03, 0.02, 0.01, 0.008, 4e-4, 3e-4, 2e-4, 1e-4]
+    squares = [value**2 for value in spectrum]
+    turn = torch.linalg.qr(torch.randn(N, N, dtype=dtype, generator=torch.Generator().manual_seed(1))).Q
+    moment = turn[:, :10] @ torch.tensor(spectrum, dtype=dtype).diag() @ turn[:, :10].T
+    for threshold in (0.4, 0.52, 0.95, 0.9997, 0.9999, 1.0):
+        count = min(k for k in range(1, 11) if sum(squares[:k]) >= threshold * sum(squares))
+        assert (threshold != 0.95 or count == 2) and (threshold != 1 or count == 10)
+        memory = updated(None, moment, threshold)
+        assert memory.free == (count > N / 2) and memory.basis.shape == (N, N - count if memory.free else count)
+        wanted = turn[:, :count] @ turn[:, :count].T
+        torch.testing.assert_close(ours_used(memory), wanted, atol=1e-9 if dtype == torch.float64 else 5e-3, rtol=0)
+        assert updated(memory, moment, threshold) is memory  # what is met needs nothing more
+    assert updated(None, torch.zeros(N, N, dtype=dtype), 0.95).basis.shape == (N, 1)
+
+
+def test_the_share_that_is_free() -> None:
+    assert Memory(torch.eye(N)[:, :4]).free_share == 0.75 and Memory(torch.eye(N)[:, :4], free=True).free_share == 0.25
+
+
 def test_nothing_free_is_left_alone() -> None:
     moment = torch.from_numpy(moments(1, 0.9)[0])
     memory = updated(updated(None, moment, 1.0), moment, 1.0)
@@ -114,3 +136,46 @@ def test_directions_without_energy_are_no_rows_of_a() -> None:
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(N)[:2]
     A = designed_rows(x.T @ x, Memory(torch.eye(N)[:, 1:2]), 3)
     assert bool(A[0].any()) and not A[1:].any() and float(A[0, 1].abs()) < 1e-6
+
+
+@pytest.mark.parametrize("used", [1, 3])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-5])
+def test_no_row_of_a_lies_in_what_past_tasks_use(used: int, smallest: float) -> None:
+    """Energies of 1 down to ``smallest`` of it: what is left of the first ones by rounding is much beside the last."""
+    n, r = 64, 12
+    dice = torch.Generator().manual_seed(2)
+    turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=dice)).Q
+    spectrum = torch.zeros(n, dtype=torch.float64)
+    spectrum[:used], spectrum[used : used + r] = 1.0, torch.logspace(-1, np.log10(smallest), r)
+    C, M = (turn * spectrum) @ turn.T, turn[:, :used]
+    moment, memory = C.float(), Memory(M.float())
+    before = torch.linalg.svd(memory.allowed(moment))[0][:, :r].double()
+    assert float((before.T @ M).norm(dim=1).max()) > (1e-3 if smallest == 1e-5 else 1e-5)  # of the SVD alone
+    A = designed_rows(moment, memory, r).double()
+    torch.testing.assert_close(3 * A @ A.T, torch.eye(r, dtype=torch.float64), atol=1e-6, rtol=0)
+    basis = memory.basis.double()
+    assert float((3**0.5 * A @ basis).norm(dim=1).max()) < 1e-6
+    # And they are the directions that have the energy: each leading one is nearly in their span.
+    wanted = turn[:, used : used + r]
+    assert float((wanted - 3 * A.T @ (A @ wanted)).norm(dim=0).max()) < 0.1
+    # Beside its response to inputs of its own, a row's response to past ones is nothing.
+    past = C @ M
+    own = turn[:, used : used + r] * spectrum[used : used + r].sqrt()
+    assert float((A @ past).norm(dim=1).max()) < 1e-3 * float((A @ own).norm(dim=1).min())
+
+
+def test_rows_that_rounding_would_make_are_left_out() -> None:
+    """Two singular vectors (a ± m) / √2, m in use, have one allowed direction between them: one row, not two alike."""
+    a, m = torch.eye(N)[0], torch.eye(N)[1]
+
+    class Blind(Memory):
+        """What is allowed of the moment is taken for all of it, as if rounding had left m there."""
+
+        def allowed(self, X: Any) -> Any:
+            return X if X.shape[1] == N else super().allowed(X)
+
+    both = torch.stack([a + m, a - m]) / 2**0.5
+    moment = both.T @ torch.tensor([2.0, 1.0]).diag() @ both
+    A = designed_rows(moment, Blind(m[:, None]), 3)
+    torch.testing.assert_close(3**0.5 * A[0].abs(), a)
+    assert not A[1:].any()

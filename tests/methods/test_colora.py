@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_runner import evaluate as scoring
-from cl_runner.adapters.experts import Round
+from cl_runner.adapters.experts import LiveRound, PastRound
 from cl_runner.checkpoint import restore_stage, save_stage
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
@@ -229,6 +229,15 @@ def test_settings_have_bounds(own: dict[str, Any]) -> None:
         CoLoRA.Config(**own)
 
 
+def test_what_will_be_carried_is_said() -> None:
+    config = RunConfig.model_validate({"method": {"name": "colora", "rounds": 2}, "adapter": {"r": 8}})
+    method, shapes = make_method(config), [(1024, 1024)] * 144
+    method.plan(["a", "b", "c"])
+    pairs = "8 LoRA pairs, shared ones and experts"  # 8 · 8 · 2048 · 144 numbers
+    assert method.grows(config, shapes) == f"carries 75.5 MB after the last round: {pairs}"
+    assert method.grows(config, shapes * 20) == f"carries 1.51 GB after the last round: {pairs}"
+
+
 def test_what_cannot_work_is_refused() -> None:
     values: dict[str, Any] = {"method": {"name": "colora"}}
     for more, said in (
@@ -315,6 +324,39 @@ def test_a_known_task_is_its_experts_and_an_unknown_one_the_gates(routing: str) 
     on_ranks(1, _routed, routing)
 
 
+def _before_the_fold(place: Place, fold: str) -> dict[str, list[Tensor]]:
+    """What the second round adds for a task of the first one, its own, and a stranger, all of it still live."""
+    room, config = opened(place, method__rounds=[["a", "b"], ["c"]], method__fold=fold)
+    method, found = room.method, {}
+    end = method.end_task
+
+    def spy(stage: Any) -> None:
+        end(stage)
+        if stage.index == 0:
+            return
+        for task in ("a", "c", "z"):
+            found[task] = [route.clone() for route in routes(stage, [], task).values()]
+            batch = stage.make_batch(mixed().examples, [task] * 6, [1.0] * 6)
+            answers = stage.forward(batch)
+            if fold == "mean":
+                with room.adapters.without_terms():  # what the first round has left in the weight
+                    assert torch.equal(stage.forward(batch), answers) == (task == "a")
+
+    method.end_task = spy
+    learn(room, config, 0, mixed("aaabbb"))
+    method.load_state(method.state())
+    learn(room, config, 1, mixed("cccccc"))
+    return found
+
+
+def test_before_the_fold_a_round_adds_nothing_to_tasks_of_rounds_that_were_folded() -> None:
+    (folded,), (kept,) = on_ranks(1, _before_the_fold, "mean"), on_ranks(1, _before_the_fold, "keep")
+    for task, wanted in (("a", [[0.0]] * 6), ("c", [[1.0]] * 6)):
+        assert folded[task][-1].tolist() == kept[task][-1].tolist() == wanted, task
+    assert folded["z"][-1].tolist() == [[1.0]] * 6  # the gate knows the tasks of this round alone
+    assert kept["a"][0].tolist() == [[1.0, 0.0]] * 6
+
+
 def _apart(place: Place) -> None:
     """Tasks whose inputs differ are told apart; the terms themselves change nothing about what the gate sees."""
     for kind in ("t5", "llama"):
@@ -399,6 +441,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean": {"method__fold": "mean"},
     "some": {"method__rounds": [["a", "b"], ["b", "c"], ["a", "c"]], "method__temperature": 2.0},
 }
+
+
+def _held(place: Place) -> None:
+    """A finished round's factors are in the layers and in what is carried, in the same memory."""
+    room, config = opened(place)
+    for index in range(2):
+        stage = learn(room, config, index, mixed()).stage
+        before = {key: value.clone() for key, value in room.method.state().tensors.items()}
+        for name, kept in room.method.rounds.items():
+            for target, term in room.adapters.terms.of.items():
+                assert isinstance(term.of[name], PastRound)
+                memory = {part.untyped_storage().data_ptr() for part in (*term.of[name].stacked(), term.of[name].mix)}
+                assert {part.untyped_storage().data_ptr() for part in kept.factors[target].values()} == memory
+        room.method.build(StageRun(room, config, index, evaluating=True))  # stacked again
+        after = room.method.state().tensors
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert len(room.method.rounds) == index + 1 and stage.plan.name in room.method.rounds
+
+
+def test_finished_rounds_are_held_once() -> None:
+    on_ranks(1, _held)
 
 
 def _resumed(place: Place, folder: str, variant: str, kind: Kind) -> None:
@@ -611,7 +674,9 @@ def test_the_penalty_carries_over_sizes() -> None:
     """The same distribution of entries: more layers or tasks change little."""
 
     def penalty(layers: int, tasks: int) -> float:
-        rounds = [Round.fresh(8, 64, tasks, 4, 1.0, torch.Generator().manual_seed(layer)) for layer in range(layers)]
+        rounds = [
+            LiveRound.fresh(8, 64, tasks, 4, 1.0, torch.Generator().manual_seed(layer)) for layer in range(layers)
+        ]
         terms = SimpleNamespace(of={str(i): SimpleNamespace(of={"r": each}) for i, each in enumerate(rounds)})
         stage: Any = SimpleNamespace(
             plan=SimpleNamespace(name="r"), adapters=SimpleNamespace(terms=terms, rank=4), index=0
@@ -626,7 +691,7 @@ def test_the_penalty_carries_over_sizes() -> None:
 
 def test_no_weights_no_penalty() -> None:
     config = CoLoRA.Config(lambda1=0, lambda2=0)
-    rounds = Round.fresh(4, 6, 2, 2, 1.0, torch.Generator())
+    rounds = LiveRound.fresh(4, 6, 2, 2, 1.0, torch.Generator())
     terms = SimpleNamespace(of={"x": SimpleNamespace(of={"r": rounds})})
     stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), adapters=SimpleNamespace(terms=terms, rank=2))
     assert CoLoRA(config).penalty(stage) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,20 +13,22 @@ from torch import Tensor
 
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
-from cl_runner.methods import make_method
+from cl_runner.methods import limits, make_method
 from cl_runner.place import Place
 from cl_runner.plan import check_method
 from tests.distributed import on_ranks
 from tests.maths.test_sketch import naive_shrunk
 from tests.methods.orders import learn, order_room
-from tests.methods.steps import STEPS, THREE, opposed
+from tests.methods.steps import STEPS, THREE, off, opposed
 from tests.methods.test_terms import farthest, learned
 from tests.stages import Kind, naive_loss, tiny_model
 
 Array = NDArray[np.float64]
 LR, RANK, SKETCH, THRESHOLD = 0.03, 5, 7, 0.8
+# The steps of a stage are few: with looks, they would decide and not ``every``.
 OWN: dict[str, Any] = {
     "method__rank": RANK, "method__sketch": SKETCH, "method__threshold": THRESHOLD, "method__lr": LR,
+    "method__looks": 0,
 }  # fmt: skip
 
 
@@ -182,23 +185,114 @@ def _full(place: Place) -> None:
     """When past subspaces fill a side, there is nowhere to go, and rounding is no direction."""
     own = {**OWN, "method__rank": 32, "method__sketch": 32, "method__threshold": 1.0, "method__every": 1}
     room, config = order_room(place, "coso", **{**THREE, **own, "training__micro_batch": 6})
+    after: list[dict[str, Tensor]] = []
     for index in range(2):
-        before = learned(room) if index else {}
         learn(room, config, index, opposed(index))
+        after.append(learned(room))
     full = [target for target, M in room.method.past.items() if M.shape[1] == 32]
-    assert full
-    room.method.begin = None
-    middle = learned(room)
+    assert full and all(float(after[0][t].norm()) > 0.1 for t in full)  # they did learn while there was room
     learn(room, config, 2, opposed(2))
-    assert all(float((learned(room)[t] - middle[t]).norm()) < 1e-3 * float(middle[t].norm()) for t in full)
-    assert before
+    assert all(float((learned(room)[t] - after[1][t]).norm()) < 1e-3 * float(after[1][t].norm()) for t in full)
 
 
 def test_a_full_subspace_stops_a_layer() -> None:
     on_ranks(1, _full)
 
 
-def test_what_cannot_work_is_refused() -> None:
+def _looks(place: Place, steps: int, every: int, looks: int) -> list[int]:
+    """The steps at which a target's gradient was looked at, in two stages."""
+    settings = {**THREE, **OWN, "training__epochs": steps, "method__every": every, "method__looks": looks}
+    room, config = order_room(place, "coso", **settings)
+    look, seen, one = room.method._look, [], next(iter(room.adapters.past))
+
+    def spy(stage: Any, target: str, *rest: Any) -> None:
+        if target == one:
+            seen.append(stage.progress.step)
+        look(stage, target, *rest)
+
+    room.method._look = spy
+    for index in range(2):
+        learn(room, config, index, opposed(index))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "looks", "seen"),
+    [
+        (6, 20, 0, [0]),  # by every alone
+        (6, 4, 0, [0, 4]),
+        (6, 20, 10, [0, 1, 2, 3, 4, 5]),  # as many as there are steps
+        (7, 20, 3, [0, 2, 4, 6]),  # at least three
+        (7, 1, 3, [0, 1, 2, 3, 4, 5, 6]),  # every is the most steps between two
+    ],
+)
+def test_a_short_stage_has_looks_enough(steps: int, every: int, looks: int, seen: list[int]) -> None:
+    assert on_ranks(1, _looks, steps, every, looks) == [[*seen, *seen]]
+
+
+def _decays(place: Place) -> None:
+    """One step from a ΔW that is not 0, with weight decay and without, against lr · decay · ΔW."""
+    after = []
+    for decay in (0.0, 0.5):
+        settings = {**THREE, **OWN, "training__weight_decay": decay, "training__epochs": 2, "method__every": 1}
+        room, config = order_room(place, "coso", **settings)
+        whole: Any = room.method.whole_step
+        found: dict[str, tuple[float, Tensor, Tensor]] = {}
+
+        def spy(stage: Any, name: str, gradient: Tensor, lr: float, whole: Any = whole, found: Any = found) -> Tensor:
+            update: Tensor = whole(stage, name, gradient, lr)
+            if stage.progress.step == 1:
+                found[name] = lr, stage.parameters()[name].detach().clone(), update
+            return update
+
+        room.method.whole_step = spy
+        learn(room, config, 0, opposed(0))
+        after.append(found)
+    for name, (lr, delta, plain) in after[0].items():
+        assert float(delta.norm()) > 1e-3 and torch.equal(after[1][name][1], delta)  # the first step is from 0
+        torch.testing.assert_close(after[1][name][2], plain - lr * 0.5 * delta, atol=1e-7, rtol=1e-4)
+        assert off(after[1][name][2], plain) > 1e-3
+
+
+def test_weight_decay_shrinks_the_update() -> None:
+    on_ranks(1, _decays)
+
+
+def _other_library(place: Place) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """On rank 1 singular vectors and values come out a little other, by far more than rounding.
+
+    Every step's update, what was learned, and what is carried.
+    """
+    room, config = order_room(place, "coso", **{**THREE, **OWN, "method__every": 2})
+    svd, dice = torch.linalg.svd, torch.Generator().manual_seed(0)
+    whole: Any = room.method.whole_step
+    updates: dict[str, Tensor] = {}
+
+    def spy(stage: Any, name: str, gradient: Tensor, lr: float) -> Tensor:
+        found: Tensor = whole(stage, name, gradient, lr)
+        updates[f"{stage.index}/{stage.progress.step}/{name}"] = found
+        return found
+
+    def other(matrix: Tensor, full_matrices: bool = True) -> Any:
+        U, S, V = svd(matrix, full_matrices=full_matrices)
+        return torch.return_types.linalg_svd((U + 0.05 * torch.randn(U.shape, generator=dice), 1.01 * S, V))
+
+    room.method.whole_step = spy
+    with mock.patch.object(torch.linalg, "svd", other if place.rank else svd):
+        for index in range(2):
+            learn(room, config, index, opposed(index))
+    return updates, learned(room), room.method.state().tensors
+
+
+def test_all_ranks_do_as_the_first() -> None:
+    first, second = on_ranks(2, _other_library)
+    for mine, theirs in zip(first, second, strict=True):
+        assert list(mine) == list(theirs) and mine and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "memory", lambda device: ("one GPU", 80 * 10**9))
+
     def check(shapes: Any = None, **settings: Any) -> None:
         room, config = order_room(Place(), "coso", "abcdefghijklmno", **settings)
         check_method(config, room.order, shapes)
@@ -206,13 +300,15 @@ def test_what_cannot_work_is_refused() -> None:
     check([(1024, 1024)] * 144)
     with pytest.raises(UserError, match=r"^training.optimizer: sgd: coso makes its own steps"):
         check(training__optimizer="sgd")
-    large = [(4096, 4096)] * 44
-    # 44 (4096 · 15 · 160 + 4096 (70 + 160) + 2 · 70 · 4096) floats
-    with pytest.raises(
-        UserError, match=r"^method.sketch: .* 44 layers over 15 tasks take 2 GB, over .*_gb 1; name fewer adapter"
-    ):
-        check(large, method__max_gb=1)
+    large = [(4096, 4096)] * 64  # q and v of LLaMA-7B
     check(large)
+    # 64 (5 · 4096² + 4096 · 15 · 160 + 4096 (70 + 160) + 2 · 70 · 4096) floats
+    with pytest.raises(
+        UserError,
+        match=r"^adapter.target_modules: dense updates and subspaces of 64 layers over 15 tasks take 24.4 GB, over "
+        r"method.max_gb 20; name fewer layers, or set a larger",
+    ):
+        check(large, method__max_gb=20)
     room, config = order_room(Place(), "coso", "abc", method__sketch=100)
     # 1024 · 100 floats a task and layer, three of them
     assert room.method.grows(config, [(1024, 512)] * 10) == (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.place import Place
+from cl_runner.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import opposed
@@ -35,6 +36,54 @@ def test_coso_leaves_what_is_not_in_m(side: str) -> None:
     ((said, carried, _),) = on_ranks(1, _after_two, "coso", {"sketch": 4, "side": side})
     assert said == pytest.approx(statistics.fmean(free([M.mT]) for M in carried.values()))
     assert 0 < said < 1
+
+
+def _no_step(place: Place) -> tuple[float, float]:
+    """Of a stage without a step, and of one that had some but for a layer that is left out of M."""
+    room, config = order_room(place, "coso", training__epochs=0)
+    stage = learn(room, config, 0, opposed(0)).stage
+    before = room.method.free_share(stage)
+    target, layer = next(iter(room.adapters.past.items()))
+    room.method.past = {target: torch.eye(layer.base.shape[0])[:, :8]}
+    return before, room.method.free_share(stage)
+
+
+def test_coso_leaves_everything_where_it_took_no_step() -> None:
+    ((none, one),) = on_ranks(1, _no_step)
+    layers = len(tiny_shapes())
+    assert none == 1 and one == pytest.approx(1 - 8 / tiny_shapes()[0][0] / layers)
+
+
+def tiny_shapes() -> list[tuple[int, int]]:
+    """(m, n) of the target layers."""
+    room, _ = order_room(Place(), "inclora")
+    return room.adapters.shapes()
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.999999])
+def test_inflora_leaves_the_inputs_that_are_not_in_m(threshold: float) -> None:
+    """Of all layers alike, though those that share an input are remembered once."""
+    ((said, carried, shapes, free_ones, groups),) = on_ranks(1, _inflora, threshold)
+    shares = {}
+    for key, basis in carried.items():
+        name = key.removeprefix("memory.")
+        rank = int((torch.linalg.svdvals(basis.double()) > 0.5).sum())
+        n = basis.shape[0]
+        shares[name] = rank / n if name in free_ones else (n - rank) / n
+    of_layers = [shares[group[0]] for group in groups for _ in group]
+    assert len(of_layers) == len(shapes) and len({len(group) for group in groups}) > 1
+    assert said == pytest.approx(statistics.fmean(of_layers))
+    assert said != pytest.approx(statistics.fmean(shares.values()))
+    assert 0 < said < 1 and bool(free_ones) == (threshold > 0.9)
+
+
+def _inflora(place: Place, threshold: float) -> Any:
+    room, config = order_room(place, "inflora", training__epochs=1, method__threshold=threshold)
+    for index in range(2):
+        stage = learn(room, config, index, opposed(index)).stage
+    state = room.method.state()
+    groups = StageRun(room, config, 1).input_groups()
+    return room.method.free_share(stage), dict(state.tensors), room.adapters.shapes(), state.json["free"], groups
 
 
 def test_osft_leaves_what_it_does_not_hold() -> None:

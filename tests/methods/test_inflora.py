@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cl_runner.adapters import Pair
+from cl_runner.checkpoint import restore_stage, save_stage
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
-from cl_runner.maths.gpm import Memory, updated
+from cl_runner.maths.gpm import Memory, designed_rows, updated
 from cl_runner.methods import make_method
 from cl_runner.methods.moments import input_moments
 from cl_runner.place import Place
+from cl_runner.rundir import RunDir
 from cl_runner.stage import StageRun
+from tests.adapters.families import adapters_of, base_model
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
@@ -122,3 +127,57 @@ def test_a_threshold_that_shrinks_is_refused() -> None:
     config = RunConfig.model_validate({"method": {"name": "inflora", "last_threshold": 0.9}})
     with pytest.raises(UserError, match=r"^method.last_threshold: 0.9 is below method.threshold 0.95; what is kept"):
         make_method(config).check(config)
+
+
+def _no_room(place: Place, folder: str) -> None:
+    """Past tasks use every direction of one input: the layers that read it stand still, the others go on."""
+    room, config = order_room(place, "inflora", adapter__r=R, **THREE)
+    learn(room, config, 0, sources(0))
+    full = next(iter(room.method.memories))
+    n = len(room.method.memories[full].basis)
+    room.method.memories[full] = Memory(torch.zeros(n, 0), free=True)
+    groups = {name: group for group in StageRun(room, config, 1).input_groups() for name in group}
+    stage = learn(room, config, 1, sources(1)).stage
+    pair = room.adapters.folded[-1]
+    for target in room.adapters.layers:
+        still = target in groups[full]
+        assert not pair.A[target].any() if still else float(pair.A[target].norm()) == pytest.approx(1, abs=1e-5)
+        assert not pair.update(target).any() if still else float(pair.update(target).norm()) > 0.1
+    assert room.method.memories[full].free and room.method.memories[full].basis.shape == (n, 0)
+    if place.ranks == 1:  # nothing is something to be stored, too
+        RunDir(Path(folder)).commit(1, stage.plan.name, lambda draft: save_stage(draft, stage))
+        again, _ = order_room(place, "inflora", adapter__r=R, **THREE)
+        restore_stage(RunDir(Path(folder)), StageRun(again, config, 1), 1)
+        assert again.method.memories[full].basis.shape == (n, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_no_direction_is_left_a_layer_stands_still(ranks: int, tmp_path: Path) -> None:
+    on_ranks(ranks, _no_room, str(tmp_path))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("precision", "least", "most"), [(torch.float32, 0.0, 1e-5), (torch.bfloat16, 1e-4, 1e-2)])
+def test_past_inputs_are_left_alone_to_the_rounding_of_the_forward(
+    precision: torch.dtype, least: float, most: float, folded: bool
+) -> None:
+    """What an update off past inputs makes of one, over what it makes of another input of that length."""
+    n, used, dice = 512, 24, torch.Generator().manual_seed(0)
+    past, new = (torch.randn(count, n, generator=dice) for count in (used, 64))
+    A = designed_rows(new.T @ new, Memory(torch.linalg.qr(past.T).Q), 8)
+    half = precision == torch.bfloat16
+    model = base_model("llama", layers=1, hidden_size=n).to(precision)
+    adapters = adapters_of(model, "llama", r=8, targets=["q_proj"], compute=precision)
+    [(target, layer)] = adapters.layers.items()
+    layer.get_base_layer().weight.data.zero_()  # what comes out is the update's alone
+    adapters.show(Pair("a", 8, 1.0, {target: A}, {target: torch.randn(n, 8, generator=dice)}))
+    if folded:
+        adapters.fold_live()
+
+    def effect(x: Tensor) -> float:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return float(layer(x.to(precision)).float().norm())
+
+    other = torch.randn(used, n, generator=dice)
+    share = effect(past) / effect(past.norm() / other.norm() * other)
+    assert least <= share < most

@@ -58,10 +58,10 @@ def naive(
         f: {t: getattr(pair, f)[t].double().requires_grad_() for t in adapters.layers} for f in ("A", "B")
     }  # fmt: skip
     total = torch.zeros((), dtype=torch.float64)
-    weight = lambda1 if reference else lambda1 / (len(adapters.layers) * pair.rank**2)
     for target in adapters.layers:
         A, B = live["A"][target], live["B"][target]
         for old in past:
+            weight = lambda1 if reference else lambda1 / (len(adapters.layers) * old.rank * pair.rank)
             for j, k in product(range(old.rank), range(pair.rank)):
                 of_A = (old.A[target][j].double() * A[k]).sum()
                 of_B = (old.B[target][:, j].double() * B[:, k]).sum()
@@ -179,10 +179,11 @@ def test_the_scale_is_in_no_penalty() -> None:
 def test_the_paper_form_does_not_grow_with_layers_or_rank_and_the_reference_form_is_a_sum() -> None:
     """The same distribution of entries: a mean carries over sizes, a published sum does not."""
 
-    def random(layers: int, rank: int, reference: bool) -> float:
+    def random(layers: int, rank: int, reference: bool, before: int | None = None) -> float:
         dice = torch.Generator().manual_seed(0)
-        A, old = (torch.randn(layers, rank, 64, generator=dice) for _ in range(2))
-        past = SimpleNamespace(rank=rank, rows=lambda factor: old)
+        A, old = (torch.randn(layers, r, 64, generator=dice) for r in (rank, before or rank))
+        weights = torch.full((before or rank,), 1 / (before or rank))
+        past = SimpleNamespace(rank=before or rank, rows=lambda factor: old, row_weights=weights)
         group = SimpleNamespace(targets=range(layers), A=A, B=A.mT, past=past)
         method, stage = OLoRA(OLoRA.Config(reference=reference, lambda1=1.0)), SimpleNamespace(factors=lambda: [group])
         return float(method.penalty(stage))  # type: ignore[arg-type]
@@ -190,6 +191,7 @@ def test_the_paper_form_does_not_grow_with_layers_or_rank_and_the_reference_form
     paper, reference = random(20, 8, False), random(20, 8, True)
     assert random(80, 8, False) == pytest.approx(paper, rel=0.05)
     assert random(20, 16, False) == pytest.approx(paper, rel=0.05)
+    assert random(20, 16, False, before=4) == pytest.approx(paper, rel=0.05)  # adapter.r=auto
     assert random(80, 8, True) == pytest.approx(4 * reference, rel=0.05)
     assert random(20, 16, True) == pytest.approx(4 * reference, rel=0.05)
 

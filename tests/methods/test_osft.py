@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cl_runner.adapters.spectral import Spectral
 from cl_runner.errors import UserError
+from cl_runner.methods import limits
 from cl_runner.place import Place
 from cl_runner.plan import check_method
 from tests.distributed import on_ranks
@@ -158,7 +159,9 @@ def test_what_is_held_grows_and_something_always_learns() -> None:
     assert on_ranks(1, _ranks_held) == [[0, 10, 21, 31]]  # of 32
 
 
-def test_what_cannot_work_is_refused() -> None:
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "memory", lambda device: ("one GPU", 80 * 10**9))
+
     def check(shapes: Any = None, **settings: Any) -> None:
         room, config = order_room(Place(), "osft", **settings)
         check_method(config, room.order)
@@ -167,9 +170,15 @@ def test_what_cannot_work_is_refused() -> None:
     check([(1024, 1024)] * 144)
     with pytest.raises(UserError, match=r"^method.preserve_last: 0.2 is less than method.preserve_first 0.5; "):
         check(method__preserve_first=0.5, method__preserve_last=0.2)
-    # 224 · 3 · 4096² floats
+    check([(4096, 4096)] * 64)  # q and v of LLaMA-7B
+    check([(1024, 1024)] * 288 + [(4096, 1024), (1024, 4096)] * 48)  # every linear layer of T5-large
+    # 224 (2 · 4096² (0.3 + 5 · 0.7) + 2 · 4096²) floats
     with pytest.raises(
         UserError,
-        match=r"^adapter.target_modules: SVDs of 224 layers take 45.1 GB, over .*max_gb 16; name fewer layers, or",
+        match=r"^adapter.target_modules: SVDs of 224 layers, and what their training needs take 144 GB, over "
+        r"method.max_gb 64; name fewer layers, or",
     ):
         check([(4096, 4096)] * 224)
+    # All held but a tenth: 224 (2 · 4096² (0.9 + 5 · 0.1) + 2 · 4096²) floats
+    with pytest.raises(UserError, match=r" take 72.2 GB, over method.max_gb 64"):
+        check([(4096, 4096)] * 224, method__preserve_first=0.9, method__preserve_last=0.9)

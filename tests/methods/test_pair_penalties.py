@@ -4,12 +4,15 @@ at accumulation 3, two ranks, bf16, and a restart at every stage."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from cl_runner.adapters import Adapters, Pair
@@ -72,14 +75,20 @@ def clora(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Ten
     return total
 
 
-def pego(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
-    total = torch.zeros(())
-    for target, (A, B) in now.items():
-        half = len(A) // 2
-        one, two = B[:, :half] @ A[:half], B[:, half:] @ A[half:]
-        W0 = bases[target].to(one)
-        total = total + 0.01 * ((W0 @ one.T).abs().sum() + (W0 @ two.T).abs().sum() + (one @ two.T).abs().sum())
-    return total
+def pego(N: int) -> Definition:
+    def of(now: Factors, past: Sequence[Pair], share: float, bases: dict[str, Tensor]) -> Tensor:
+        total = torch.zeros(())
+        for target, (A, B) in now.items():
+            r = len(A) // N
+            each = [B[:, i * r : (i + 1) * r] @ A[i * r : (i + 1) * r] for i in range(N)]
+            W0 = bases[target].to(A)
+            for D in each:
+                total = total + 0.01 * (W0 @ D.T).abs().sum()
+            for one, two in combinations(each, 2):
+                total = total + 0.01 * (one @ two.T).abs().sum()
+        return total
+
+    return of
 
 
 # Name → settings, definition. What stands after a space tells variants apart.
@@ -88,7 +97,8 @@ CASES: dict[str, tuple[dict[str, Any], Definition]] = {
     "grassmann": ({"lambda1": 0.7}, separate),
     "grassmann align": ({"lambda1": 0.7, "goal": "align"}, align),
     "clora": ({"lambda1": 0.8, "k": 5}, clora),
-    "pego": ({"lambda1": 0.01, "group": 2}, pego),
+    "pego": ({"lambda1": 0.01, "group": 2}, pego(2)),
+    "pego one": ({"lambda1": 0.01, "group": 1}, pego(1)),
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
 # Those without a penalty go through what is the same for all.
@@ -144,6 +154,22 @@ def test_penalty_and_gradient_are_those_of_the_definition(name: str, stages: int
     assert any(g is not None for g in theirs)
     for mine, their in zip(ours, theirs, strict=True):
         assert (mine is None or not mine.any()) if their is None else off(mine, their) < 1e-5
+
+
+@pytest.mark.parametrize(("N", "rank"), [(1, 4), (3, 6), (4, 4), (6, 6)])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_pegos_groups_of_any_size(N: int, rank: int, family: str) -> None:
+    adapters = after(1, rank=rank, family=family)
+    found = method_of("pego", group=N).penalty(stage_of(adapters))
+    pair, parameters = adapters.pair(), adapters.parameters()
+    leaves = {
+        t: (pair.A[t].double().requires_grad_(), pair.B[t].double().requires_grad_()) for t in adapters.layers
+    }  # fmt: skip
+    wanted = pego(N)(leaves, [], 0.0, {t: past.base.double() for t, past in adapters.past.items()})
+    assert off(found.detach(), wanted.detach()) < 5e-5  # up to 200,000 absolute values, added up in fp32
+    ours = torch.autograd.grad(found, list(parameters.values()))
+    theirs = torch.autograd.grad(wanted, [leaf for two in leaves.values() for leaf in two])
+    assert all(off(mine, their) < 1e-5 for mine, their in zip(ours, theirs, strict=True))
 
 
 @every_case
@@ -311,10 +337,11 @@ def test_what_clora_asks_for_is_an_update_that_leaves_the_subspace_alone() -> No
 
 
 def _from_data(place: Place, kind: Kind) -> None:
-    """P at the third stage: eigenvectors of both past tasks' inputs, each example by itself, and of W0 times them."""
+    """At the third stage: what changed in it, along eigenvectors of both past tasks' inputs, and of W0 times them."""
     room, config = opened(place, "clora data", kind=kind)
     bases = {target: past.base.double() for target, past in room.adapters.past.items()}
     penalty, seen, past = room.method.penalty, [], {target: torch.zeros(()) for target in bases}
+    begun: Values = {}
 
     def spy(stage: Any) -> Any:
         found = penalty(stage)
@@ -323,14 +350,17 @@ def _from_data(place: Place, kind: Kind) -> None:
             return None
         now, wanted = values(room), torch.zeros((), dtype=torch.float64)
         for target, moment in past.items():
-            A, B = (now[f"{target}.lora_{factor}"].double() for factor in "AB")
+            A, B = (now[name].double() - begun[name].double() for name in (f"{target}.lora_A", f"{target}.lora_B"))
             for factor, C in ((A, moment), (B.T, bases[target] @ moment @ bases[target].T)):
                 wanted += 0.05 * (factor @ torch.linalg.eigh(C)[1][:, -5:]).square().sum()
-        seen.append(off(found.detach(), wanted))
+        # At a stage's first step nothing has changed.
+        seen.append(off(found.detach(), wanted) if stage.progress.step else float(found.detach()))
+        assert not stage.progress.step or float(wanted) > 1e-4
         return found
 
     room.method.penalty = spy
     for index in range(3):
+        begun = values(room)
         learn(room, config, index, opposed(index))
         past = {t: past[t] + moment for t, moment in moments_by_hand(room, kind, opposed(index).examples).items()}
     assert seen[:STEPS] == [None] * STEPS and max(seen[STEPS:]) < 1e-4
@@ -340,6 +370,26 @@ def _from_data(place: Place, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_cloras_subspace_may_come_from_past_inputs(kind: Kind) -> None:
     on_ranks(1, _from_data, kind)
+
+
+def _kept(place: Place, kind: Kind) -> None:
+    """Labels that contradict those of the task before, for the same inputs: the more is kept, the smaller the loss."""
+    losses = []
+    own: dict[str, Any] = {"method__k": 24, "training__epochs": 20, "training__lr": 0.03}
+    for weight in (0.0, 30.0):
+        room, config = opened(place, "clora data", kind=kind, method__lambda1=weight, **own)
+        for index in range(2):
+            learn(room, config, index, opposed(index))
+            with torch.no_grad():
+                losses.append(float(naive_loss(room.adapters.model, kind, opposed(0).examples)))
+    learned, forgotten, again, kept = losses
+    assert learned == again  # the first task has no penalty
+    assert forgotten - learned > 0.1 and abs(kept - learned) < (forgotten - learned) / 5
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_past_task_is_kept_by_cloras_penalty_from_data(kind: Kind) -> None:
+    on_ranks(1, _kept, kind)
 
 
 def test_leading_directions_without_energy_are_zero() -> None:
@@ -377,6 +427,58 @@ def test_stiefel_keeps_the_rows_of_a_orthonormal_and_their_span() -> None:
     on_ranks(1, _stiefel)
 
 
+def _angles(place: Place, **own: Any) -> list[tuple[dict[str, Any], list[float]]]:
+    """Of each stage: the last row of the log, and SciPy's angles in degrees between its A and past ones."""
+    room, config = opened(place, "grassmann", kind="llama", **own)
+    found = []
+    for index in range(3):
+        row = learn(room, config, index, opposed(index)).rows[-1]
+        *past, now = room.adapters.folded
+        angles = [
+            subspace_angles(now.A[target].double().numpy().T, old.A[target].double().numpy().T)
+            for target in room.adapters.layers
+            for old in past
+        ]
+        found.append((row, np.degrees(np.concatenate(angles)).tolist() if past else []))
+    return found
+
+
+def test_grassmann_logs_the_angles_to_past_spans() -> None:
+    ((first, *later),) = on_ranks(1, _angles)
+    ((*unweighted,),) = on_ranks(1, _angles, method__lambda1=0)  # past factors need not be there
+    for row, _ in (first, *unweighted):
+        assert not {"smallest_angle", "mean_angle"} & row.keys()
+    for row, angles in later:
+        assert row["smallest_angle"] == pytest.approx(min(angles), abs=1e-2)
+        assert row["mean_angle"] == pytest.approx(sum(angles) / len(angles), abs=1e-2)
+        assert 0 < row["smallest_angle"] < row["mean_angle"] < 90
+
+
+def _spans_kept(place: Place) -> None:
+    """Once, after the last step: another A, of the same span."""
+    plain, config = opened(place, "grassmann")
+    room, turned = opened(place, "grassmann", method__reorthogonalise={"how": "hard", "every": STEPS})
+    for index in range(2):
+        learn(plain, config, index, opposed(index))
+        rows = learn(room, turned, index, opposed(index)).rows
+        assert [row["step"] for row in rows if "reorthogonalised" in row] == [STEPS]
+        if index == 0:
+            for target, A in room.adapters.folded[0].A.items():
+                torch.testing.assert_close(A @ A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
+                was = plain.adapters.folded[0].A[target]
+                assert off(projector(A), projector(was)) < 1e-5 < 1e-2 < off(A, was)
+
+
+def test_grassmann_may_be_put_back_to_orthonormal_rows_of_the_same_span() -> None:
+    on_ranks(1, _spans_kept)
+    both = {"name": "grassmann", "stiefel": True, "reorthogonalise": {"how": "hard"}}
+    made = RunConfig.model_validate({"method": both})
+    with pytest.raises(UserError) as refused:
+        make_method(made).check(made)
+    said = "method.reorthogonalise: method.stiefel=true puts A back after each step; leave one out"
+    assert str(refused.value) == said
+
+
 SHAPES = [(32, 32), (16, 24)]
 
 
@@ -391,13 +493,20 @@ SHAPES = [(32, 32), (16, 24)]
         ),
         (
             "clora",
-            {"method": {"k": 17}},
-            "method.k: 17 orthonormal columns do not fit into a layer's 16 dimensions; set k to 15 or less",
+            {"method": {"k": 16}},
+            "method.k: 16 orthonormal columns leave nothing of a layer's 16 dimensions to learn in; set k to 15 or "
+            "less",
+        ),
+        (
+            "clora",
+            {"method": {"k": 15, "max_gb": 6e-6}},
+            # 15 (32 + 32 + 16 + 24) floats
+            "method.k: P of 2 layers take 0.00624 MB, over method.max_gb 6e-06; set k smaller, or set a larger max_gb",
         ),
         (
             "clora",
             {"method": {"k": 4, "subspace": "data", "max_gb": 7e-6}},
-            "method.subspace: moments and P of 2 layers take 8.06e-06 GB, over method.max_gb 7e-06; name fewer "
+            "method.subspace: moments and P of 2 layers take 0.00806 MB, over method.max_gb 7e-06; name fewer "
             "adapter.target_modules, or set a larger max_gb",
         ),
         (
@@ -413,8 +522,8 @@ SHAPES = [(32, 32), (16, 24)]
         (
             "inflora",
             {"method": {"max_gb": 9e-6}},
-            "method.max_gb: second moments and bases of 2 layers may take 9.6e-06 GB, over 9e-06; set fewer "
-            "adapter.target_modules, or a larger max_gb",
+            "adapter.target_modules: second moments and bases of 2 layers take 0.0096 MB, over method.max_gb 9e-06; "
+            "name fewer layers, or set a larger max_gb",
         ),
     ],
 )
@@ -427,6 +536,18 @@ def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[st
         assert make_method(made).check(made) is None  # nothing to say before the shapes are known
 
 
+def test_clora_may_take_all_dimensions_but_one_and_puts_no_other_factors_in_place_of_those_it_keeps() -> None:
+    def check(**own: Any) -> None:
+        made = RunConfig.model_validate({"method": {"name": "clora", **own}})
+        make_method(made).check(made)
+        make_method(made).check(made, SHAPES)
+
+    check(k=15)
+    check(k=4, reorthogonalise={"how": "hard"})
+    with pytest.raises(UserError, match=r"^method.reorthogonalise: .* leave it out, or set subspace=random$"):
+        check(k=4, reorthogonalise={"how": "hard"}, subspace="data")
+
+
 @pytest.mark.parametrize(
     ("name", "own"),
     [
@@ -435,6 +556,7 @@ def test_what_cannot_work_is_refused_before_the_start(name: str, config: dict[st
         ("clora", {"k": 0}), ("clora", {"lambda1": -1}), ("clora", {"subspace": "both"}), ("clora", {"max_gb": 0}),
         ("inflora", {"threshold": 0}), ("inflora", {"threshold": 1.1}), ("inflora", {"last_threshold": 0}),
         ("inflora", {"max_gb": 0}), ("pego", {"group": 0}), ("pego", {"lambda1": -1}),
+        ("pego", {"reorthogonalise": {"how": "hard"}}),  # its blocks would mix
     ],
 )  # fmt: skip
 def test_settings_have_bounds(name: str, own: dict[str, Any]) -> None:

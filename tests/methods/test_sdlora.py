@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cl_runner.adapters.directions import Directions
 from cl_runner.errors import UserError
+from cl_runner.maths import directions
 from cl_runner.methods import make_method
 from cl_runner.methods.sdlora import Past
 from cl_runner.place import Place
@@ -167,6 +168,26 @@ def test_a_direction_that_old_ones_make_up_is_theirs() -> None:
     assert other.ranks == [2, 2, 2]
     none = learns(0.01, first[0], torch.zeros(4, 2), past, alpha)  # nothing learned
     assert none.ranks == [2, 2, 2] and not none.B[:, 4:].any() and none.alpha[-1] == 0
+
+
+def test_old_directions_are_fitted_where_the_new_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a resume on a GPU: the state's directions are on the CPU, those of the layer are not."""
+    asked = []
+
+    def fit(old: Any, new: Any) -> tuple[Tensor, float]:
+        asked.extend(factor.device.type for pair in (*old, new) for factor in pair)
+        return torch.zeros(len(old), dtype=torch.float64, device="meta"), 0.0
+
+    monkeypatch.setattr(directions, "fitted", fit)
+    config = tiny_config()
+    config = type(config).model_validate({**config.model_dump(), "method": {"name": "sdlora", "reuse": 0.5}})
+    method: Any = make_method(config)
+    past = Past(torch.ones(3, 6), torch.ones(4, 3), [2, 1], torch.ones(2))
+    method.past["x"] = past
+    pair = torch.ones(2, 6), torch.ones(4, 2)
+    term = Directions(past.A, past.B, past.ranks, nn.Parameter(torch.ones(3)), pair).to("meta")
+    found: Past = method._learned("x", term)
+    assert asked == ["meta"] * 6 and {found.A.device.type, found.B.device.type, found.alpha.device.type} == {"meta"}
 
 
 def _decaying(place: Place) -> list[list[int]]:

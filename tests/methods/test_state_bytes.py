@@ -33,7 +33,8 @@ def _sizes(place: Place, name: str, own: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize("name", list(CASES))
 def test_what_grows_is_told_about_right(name: str) -> None:
     ((told, carried),) = on_ranks(1, _sizes, name, CASES[name])
-    most = 10 if name == "inflora" else 2.5  # how many directions a task takes is for its rows to say
+    # How many directions a task takes is for its rows to say; under similarity the tasks' folders are told, too.
+    most = {"inflora": 10.0, "shared-basis": 3.0}.get(name, 2.5)
     assert carried > 0 and 0.85 * carried < told < most * carried, (told, carried)
 
 
