@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,17 @@ def test_version(tmp_path: Path) -> None:
     from cl_runner import __version__
 
     assert call("--version", cwd=tmp_path).out == f"cl-runner {__version__}\n"
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_wait_without_spinning_unless_told(given: dict[str, str]) -> None:
+    """It has to be in the environment before torch is there, which reads it once."""
+    asked = (
+        "import os, sys; from cl_runner import cli; before = 'torch' in sys.modules;"
+        "cli.outcome = lambda _: print(before, os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
+    )
+    env = {**variables(), **given}
+    if not given:
+        env.pop("OMP_WAIT_POLICY", None)
+    said = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", given.get("OMP_WAIT_POLICY", "PASSIVE")]

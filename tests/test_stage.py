@@ -429,11 +429,12 @@ def test_past_factors_and_the_base_weight(kind: Kind) -> None:
         stage.adapters.fold_live()
         stage.adapters.begin(f"stage {number + 2}", torch.Generator().manual_seed(number))
     for group in stage.factors():
-        assert group.past_A is not None and group.past_B is not None
+        assert group.past is not None
+        rows_A, rows_B = group.past.rows("A"), group.past.rows("B")
         for at, target in enumerate(group.targets):
-            assert torch.equal(group.past_A[at], torch.cat([pair.A[target] for pair in past], dim=0))
-            assert torch.equal(group.past_B[at], torch.cat([pair.B[target] for pair in past], dim=1))
-        assert not group.past_A.requires_grad and group.A.requires_grad
+            assert torch.equal(rows_A[at], torch.cat([pair.A[target] for pair in past], dim=0))
+            assert torch.equal(rows_B[at], torch.cat([pair.B[target].T for pair in past], dim=0))
+        assert not rows_A.requires_grad and group.A.requires_grad
     for target, weight in untouched.items():
         assert torch.equal(stage.base_weight(target), weight)
         assert not torch.equal(stage.adapters.layers[target].get_base_layer().weight, weight)
