@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cl_runner.settings import resolve
-from tests.command_line import ORDER, SMALL, STAGES, call, tree, variables
+from tests.command_line import ORDER, SMALL, STAGES, call, environment, tree, variables
 from tests.conftest import Finished
 from tests.test_errors import benchmark
 
@@ -353,7 +353,7 @@ def test_threads_wait_without_spinning_unless_told(given: dict[str, str]) -> Non
         "import os, sys; from cl_runner import cli; before = 'torch' in sys.modules;"
         "cli.outcome = lambda _: print(before, os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
     )
-    env = {**variables(), **given}
+    env = {**environment(), **given}
     if not given:
         env.pop("OMP_WAIT_POLICY", None)
     said = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True).stdout
