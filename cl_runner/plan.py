@@ -273,8 +273,20 @@ class Plan:
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:
-        """Lines on what is left out: settings that no stage can follow, rows of other labels."""
-        return [*unused_settings(self.config, self.stages), *self.data.left_out()]
+        """Lines on what is left out: settings that no stage can follow or is too short for, rows of other labels."""
+        return [*unused_settings(self.config, self.stages), *self._never(), *self.data.left_out()]
+
+    def _never(self) -> list[str]:
+        """A line where a factor is to be put back every so many steps, and no stage has as many."""
+        settings = [make_method(stage_config(self.config, i, of)).reorthogonalise for i, of in enumerate(self.stages)]
+        steps = [batch.steps for batch in self.batches(1)]
+        asked = [(own.every, done) for own, done in zip(settings, steps, strict=True) if own is not None]
+        if not asked or any(every <= done for every, done in asked):
+            return []
+        return [
+            f"method.reorthogonalise: every {min(every for every, _ in asked)} steps, and the longest stage has "
+            f"{max(done for _, done in asked)}: it never happens; set every lower"
+        ]
 
     @property
     def names(self) -> list[str]:

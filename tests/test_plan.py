@@ -69,3 +69,24 @@ def test_positions_are_the_methods_stages(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_with_the_plan(arguments: list[str], message: str, tmp_path: Path) -> None:
     refused = planned(tmp_path, *arguments)
     assert refused.code == 2 and refused.line.startswith(f"cl-runner: {message}"), refused.err
+
+
+def test_a_factor_that_is_never_put_back_is_said(tmp_path: Path) -> None:
+    """72 rows in batches of 16, three epochs: 15 steps, and 3 of the other task."""
+
+    def said(every: int, *more: str) -> list[str]:
+        wanted = f"method.reorthogonalise={{how: soft, every: {every}}}"
+        result = planned(tmp_path, "--method", "inclora", "--set", wanted, *ROWS, *more)
+        assert result.code == 0, result.err
+        return [line for line in result.out.splitlines() if "never happens" in line]
+
+    assert said(16) == [
+        "method.reorthogonalise: every 16 steps, and the longest stage has 15: it never happens; set every lower"
+    ]
+    assert said(15) == [] and said(16, "--set", "stages.2.training.epochs=16") == []
+
+
+@pytest.mark.parametrize("method", ["hard-orth", "soft-orth"])
+def test_the_tiny_preset_puts_a_factor_back_often_enough(method: str, tmp_path: Path) -> None:
+    result = planned(tmp_path, "--method", method, "--set", "data.max_train=200")
+    assert result.code == 0 and "never happens" not in result.out
