@@ -48,7 +48,8 @@ def spectrum(stage: StageRun, source: Source, k: int) -> tuple[Tensor, float]:
 
     adapters.begin(stage.plan.name, stage.rng("probe again"), rank=k)
     other = _orthonormal(stage)
-    adapters.begin(stage.plan.name, rank=2 * k)  # Q beside zeros, zeros above the other rows: still nothing is added
+    # Q beside zeros, zeros above the other rows: still nothing is added.
+    adapters.begin(stage.plan.name, stage.rng("probe again"), rank=2 * k)
     for target, Q in found.items():
         B = Q.new_zeros(len(Q), 2 * k)
         B[:, : Q.shape[1]] = Q
