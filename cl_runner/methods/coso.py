@@ -48,7 +48,7 @@ class CoSO(Method):
         sketch: int = Field(160, ge=1, description="Columns of the sketch of a task's gradients.")
         every: int = Field(20, ge=1, description="K: steps between two looks at the gradient, for Q and the sketch.")
         looks: int = Field(
-            10, ge=0, description="At least so many looks a stage, where it has the steps (ours); 0: by every alone."
+            0, ge=0, description="At least so many looks a stage, where it has the steps (ours); 0: by every alone."
         )
         threshold: float = Field(0.98, gt=0, le=1, description="Share of the sketch's energy that goes into M.")
         decay: float = Field(1.0, ge=0, le=1, description="Weight of the sketch so far beside a new gradient.")

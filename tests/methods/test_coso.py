@@ -25,7 +25,7 @@ from tests.stages import Kind, naive_loss, tiny_model
 
 Array = NDArray[np.float64]
 LR, RANK, SKETCH, THRESHOLD = 0.03, 5, 7, 0.8
-# The steps of a stage are few: with looks, they would decide and not ``every``.
+# By ``every`` alone, as is the default.
 OWN: dict[str, Any] = {
     "method__rank": RANK, "method__sketch": SKETCH, "method__threshold": THRESHOLD, "method__lr": LR,
     "method__looks": 0,
