@@ -204,8 +204,8 @@ def test_two_ranks_do_what_one_does() -> None:
 
 
 def test_names_and_settings() -> None:
-    def made(name: str, *sets: str) -> Any:
-        flags = {"method.name": name}
+    def made(name: str, *sets: str, model: str = "google-t5/t5-base") -> Any:
+        flags = {"method.name": name, "model.name": model}
         config = resolve(order="order1", flags=flags, sets=list(sets), method_schema=method_schema).config
         again = RunConfig.model_validate(config.model_dump(mode="json"))
         assert make_method(again).reorthogonalise == make_method(config).reorthogonalise
@@ -213,6 +213,9 @@ def test_names_and_settings() -> None:
 
     assert made("seqlora") is None and made("ogd") is None and made("coso") is None
     assert made("hard-orth") == Reorthogonalise(how="hard", every=100, on="A", rescale=False)
+    assert made("hard-orth", model="tiny-t5") == Reorthogonalise(how="hard", every=10, on="A", rescale=False)
+    soft = made("soft-orth", model="tiny-t5")
+    assert (soft.how, soft.every) == ("soft", 10)
     soft = made("soft-orth", "method.reorthogonalise={every: 7, rescale: true}")
     assert (soft.how, soft.every, soft.rescale) == ("soft", 7, True)
     every = ("seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "migu", "olora", "nlora",
