@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, publish, run_process
 from cl_runner.maths.experts import tempered_counts
 from cl_runner.methods.colora import CoLoRA
+from cl_runner.report.compare import spread
 
 LARGE, SMALL = "dbpedia", "agnews"
 ROUNDS = 2
@@ -39,12 +39,6 @@ def scores(
     )
     stages = sorted((folder / name / "stages").glob("*/metrics.json"))
     return [json.loads(stage.read_text())["scores"] for stage in stages]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation."""
-    std = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{std}"
 
 
 def main() -> None:
@@ -80,7 +74,13 @@ def main() -> None:
                     found.setdefault(f"{task}, round {number}", []).append(its[task])
             found.setdefault(f"{SMALL} alone, as long as a round", []).append(alone[0][SMALL])
             found.setdefault(f"{SMALL} alone, as many rows", []).append(alone[1][SMALL])
-        lines.append({"epochs": epochs, "alone": f"{longer} epochs", **{key: spread(v) for key, v in found.items()}})
+        lines.append(
+            {
+                "epochs": epochs,
+                "alone": f"{longer} epochs",
+                **{key: said.text() for key, v in found.items() if (said := spread(v))},
+            }
+        )
     publish("imbalance", given, {f"{large} rows of {LARGE}, {small} of {SMALL}, seeds {given.seeds}, synthetic": lines})
 
 

@@ -207,7 +207,7 @@ class Adapters:
         self.dense: list[str] = []  # stages that folded an update without factors
         self.kept: dict[str, Pair] = {}  # by stage: pairs that stay outside the weight
         self.live: str | None = None  # the stage whose pair the layers hold
-        self._start: Pair | None = None  # as its stage began, where a pair trains on
+        self.start: Pair | None = None  # as its stage began, where a pair trains on
         self._past_factors: dict[tuple[str, ...], PastFactors] = {}
         self._grams: dict[tuple[str, ...], dict[str, Tensor]] = {}  # of the pairs that were let go of
         for parameter in self.model.parameters():
@@ -240,7 +240,7 @@ class Adapters:
 
         ``rank``: another than the last pair's.
         """
-        self._start = None
+        self.start = None
         self._resize(rank or self.rank)
         for layer in self.layers.values():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
@@ -264,7 +264,7 @@ class Adapters:
 
     def rename(self, stage: str) -> None:
         """Go on training the live pair, as the pair of ``stage``."""
-        self._start = self.pair()
+        self.start = self.pair()
         self.kept.pop(self.live or "", None)
         self._live(stage)
         self.train(True)
@@ -374,9 +374,9 @@ class Adapters:
         square = 0.0
         for target, layer in self.layers.items():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            if self._start is not None:
-                A = torch.cat([A, self._start.A[target].to(A)])
-                B = torch.cat([B, -self._start.B[target].to(B)], dim=1)
+            if self.start is not None:
+                A = torch.cat([A, self.start.A[target].to(A)])
+                B = torch.cat([B, -self.start.B[target].to(B)], dim=1)
             square += float(norm((A, B))) ** 2
         return self.scale * math.sqrt(square)
 

@@ -18,7 +18,7 @@ from cl_runner.methods.seqlora import SeqLoRA
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.adapters import FactorGroup, Pair
+    from cl_runner.adapters import FactorGroup
     from cl_runner.methods.base import Stage
 
 
@@ -60,7 +60,6 @@ class CLoRA(SeqLoRA):
         self.inputs: dict[str, list[str]] = {}  # first of the targets that share an input → all of them
         self.moments: dict[str, Tensor] = {}  # the same → sum over past tasks of the mean of x xᵀ (n, n)
         self._made: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
-        self._start: Pair | None = None  # data: the live pair as the stage began
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         k, data = self.config.k, self.config.subspace == "data"
@@ -84,7 +83,6 @@ class CLoRA(SeqLoRA):
     def build(self, stage: Stage) -> None:
         super().build(stage)
         self._made = {key: made for key, made in self._made.items() if key[0] == "random"}
-        self._start = stage.adapters.pair() if self.config.subspace == "data" else None
 
     def penalty(self, stage: Stage) -> Tensor | None:
         from_data = self.config.subspace == "data"
@@ -121,7 +119,8 @@ class CLoRA(SeqLoRA):
         """
         import torch
 
-        assert self._start is not None, "no stage has begun"
+        start = stage.adapters.start
+        assert start is not None, "there are past tasks, so the pair trains on"
         first = {target: name for name, members in self.inputs.items() for target in members}
         P_in, P_out = [], []
         with torch.no_grad():  # layer by layer: the matrices of all of them at once would be several times the model
@@ -133,7 +132,7 @@ class CLoRA(SeqLoRA):
                 P_in.append(of_inputs[first[target]])
                 W = stage.base_weight(target).float()
                 P_out.append(stage.broadcast(leading(W @ C @ W.mT, self.config.k)))
-            A, B = ([of[target].to(stage.device) for target in group.targets] for of in (self._start.A, self._start.B))
+            A, B = ([of[target].to(stage.device) for target in group.targets] for of in (start.A, start.B))
             return torch.stack(P_in), torch.stack(P_out), torch.stack(A), torch.stack(B)
 
     def end_task(self, stage: Stage) -> None:
