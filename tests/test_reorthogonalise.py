@@ -128,10 +128,12 @@ def _by_hand(place: Place, how: str, rescale: bool) -> None:
     room, config = order_room(place, name, **{**THREE, "training__micro_batch": 6}, method__reorthogonalise=own)
     hand, _ = order_room(place, "seqlora")
     hand.adapters.begin("a", train.StageRun(room, config, 0).rng("adapter"))
+    begun = values(hand)
     for index in range(2):
         outcome = learn(room, config, index, opposed(index))
         parameters = hand.adapters.parameters()
-        put(hand, values(hand))
+        put(hand, begun)  # each stage from where ours began it: Adam at this rate makes much of the last digit
+        begun = outcome.parameters
         optimizer = torch.optim.AdamW(list(parameters.values()), lr=LR, weight_decay=0.0)
         losses = []
         for step in range(1, STEPS + 1):
@@ -143,9 +145,9 @@ def _by_hand(place: Place, how: str, rescale: bool) -> None:
                 for target in hand.adapters.layers:
                     _naive(how, rescale, parameters[f"{target}.lora_A"], parameters[f"{target}.lora_B"], optimizer)
                 losses.append(float(naive_loss(hand.adapters.model, "t5", opposed(index).examples).detach()))
-        assert off(vector(outcome.parameters), vector(values(hand))) < 1e-3
+        assert off(vector(outcome.parameters), vector(values(hand))) < 1e-4
         logged = [row[key] for row in outcome.rows if "loss_before" in row for key in ("loss_before", "loss_after")]
-        assert logged == pytest.approx(losses, rel=1e-3)
+        assert logged == pytest.approx(losses, rel=1e-4)
 
 
 @torch.no_grad()
