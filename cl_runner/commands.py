@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_runner import runs
 from cl_runner.console import print_json
@@ -20,6 +20,9 @@ from cl_runner.report.data import data_lines
 from cl_runner.report.tables import RunSummary
 from cl_runner.settings import Resolved, resolve, show
 from cl_runner.tasks.order import Order, order_names
+
+if TYPE_CHECKING:
+    from cl_runner.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,18 @@ def settle_source(resolved: Resolved) -> None:
     data, model = resolved.config.data, resolved.config.model.name
     if data.dir is not None:
         data.source = "folder"
-    elif model in EMBEDDED:
+    elif model in EMBEDDED and not _own_rows(resolved.order):
         data.source = "synthetic"
         resolved.notes.append(
             f"synthetic stand-in data on the embedded {model}; for the real thing: "
             "cl-runner train --order order1 --preset t5-large --data-dir CL_Benchmark"
         )
     # Else it stays auto: tasks with files of their own need nothing, the others are refused by name.
+
+
+def _own_rows(order: Order | None) -> bool:
+    """Whether every task has files of its own, so that no rows are made up."""
+    return order is not None and all(task.source is not None for task in order.tasks)
 
 
 def evaluate(
@@ -202,15 +210,18 @@ def data_check(request: Request, *, as_json: bool) -> None:
     from cl_runner.tasks import check as checking
 
     resolved, order = request.with_order()
-    lengths = checking.lengths_by(_tokenizer(resolved))
+    vocabulary = _vocabulary(resolved)
     found = []
     for position, task in enumerate(order.tasks, 1):
-        found += checking.check([task], resolved.config.at(position, task.name).data, lengths)
+        found += checking.check([task], resolved.config.at(position, task.name).data, vocabulary)
     if as_json:
         print_json({"order": order.name, "tasks": found})
     else:
         for line in data_lines(found):
             print(line)
+    for report in found:
+        if report["problem"]:
+            raise UserError(f"task {report['task']}: {report['problem']}")
 
 
 def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
@@ -225,18 +236,21 @@ def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
     rows = checking.show(by_name[task], resolved.config.at(position, task).data, n)
     synthetic = resolved.config.data.source == "synthetic" and by_name[task].source is None
     if as_json:
-        print_json({"order": order.name, "task": task, "synthetic": synthetic, "rows": rows})
+        scored = {"metric": by_name[task].metric, "scoring": str(by_name[task].comparison)}
+        print_json({"order": order.name, "task": task, **scored, "synthetic": synthetic, "rows": rows})
         return
     mark = " (synthetic)" if synthetic else ""
     for row in rows:
         print(f"--- {row['id']}{mark}\n{row['input']}\n→ {row['target']}")
+    print(f"--- metric {by_name[task].metric}: {by_name[task].comparison.words}")
 
 
-def _tokenizer(resolved: Resolved) -> Any:
-    """The model's tokenizer. Raises UserError."""
+def _vocabulary(resolved: Resolved) -> Vocabulary:
+    """What the model's tokenizer says of texts. Raises UserError."""
     from cl_runner.models.base import tokenizer_of
+    from cl_runner.models.vocabulary import Vocabulary
 
-    return tokenizer_of(resolved.config.model)
+    return Vocabulary(tokenizer_of(resolved.config.model))
 
 
 def rich_print(renderable: Any) -> None:

@@ -88,6 +88,9 @@ class DataConfig(Section):
     seed: int = Field(default=42, ge=0, description="Seed of synthetic rows and of the cut of hub data.")
     max_train: int | None = Field(default=None, ge=1, description="Use only the first so many train rows of each task.")
     max_test: int | None = Field(default=None, ge=1, description="Use only the first so many test rows of each task.")
+    balanced: bool = Field(
+        default=False, description="max_train and max_test take the first rows of each label, as evenly as can be."
+    )
     unknown_labels: Literal["refuse", "drop"] = Field(
         default="refuse", description="Train rows whose label is outside the task's set (test rows are always dropped)."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cl_runner.metrics.text import normalise, score
+from cl_runner.metrics.text import Undefined, score
 from cl_runner.models.batch import Example
 from cl_runner.stage import StageRun
 from cl_runner.tasks.task import Row, Task
@@ -15,11 +15,12 @@ from cl_runner.tasks.task import Row, Task
 
 @dataclass(frozen=True)
 class Scored:
-    """One task's answers and score in percent (None where the metric is undefined)."""
+    """One task's answers and score in percent; None where the metric is undefined, with why."""
 
     task: str
     score: float | None
     predictions: list[dict[str, Any]]
+    undefined: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,19 @@ def _tick(tick: Callable[[str, int, int], None], task: str, total: int, done: in
 
 def score_task(test: TestSet, answers: Sequence[str]) -> Scored:
     """Score answers, and write down each one beside its gold label."""
-    golds = [row.label for row in test.rows]
+    task, golds = test.task, [row.label for row in test.rows]
     predictions = [
         {
-            "task": test.task.name,
+            "task": task.name,
             "id": row.id,
             "gold": row.label,
             "output": answer,
-            "correct": normalise(answer) == normalise(row.label),
+            "correct": task.comparison.same(answer, row.label),
         }
         for row, answer in zip(test.rows, answers, strict=True)
     ]
-    return Scored(test.task.name, score(test.task.metric, list(answers), golds, test.task.labels), predictions)
+    try:
+        found = score(task.metric, list(answers), golds, task.labels, task.comparison)
+    except Undefined as why:
+        return Scored(task.name, None, predictions, str(why))
+    return Scored(task.name, found, predictions)

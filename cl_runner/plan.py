@@ -14,7 +14,7 @@ from cl_runner.config import DataConfig, RunConfig, TrainingConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, Reorthogonalise, StagePlan
-from cl_runner.metrics.text import require
+from cl_runner.metrics.text import no_variance, require
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Task
 
@@ -137,6 +137,25 @@ class Data:
         ]
         return [f"rows left out, their label being none of the task's: {'; '.join(parts)}"] if parts else []
 
+    def unseen(self) -> list[str]:
+        """A line for each split of a task that has no row of some label, as a cut of a sorted file has."""
+        found = []
+        for name, task in self.tasks.items():
+            for rows in (self.train[name], self.test[name]):
+                known = {part for row in rows.rows for part in (row.label.split(", ") if task.sets else [row.label])}
+                missing = [label for label in task.labels or () if label not in known]
+                if rows.rows and missing:
+                    cut = f" among the {len(rows)} taken; data.balanced=true takes of each label" if rows.cut else ""
+                    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+                    found.append(f"task {name}: no {rows.split} row of {', '.join(missing[:5])}{more}{cut}")
+        return found
+
+    def constant(self) -> list[str]:
+        """A line for each task whose score will be undefined, whatever is answered."""
+        golds = {name: [row.label for row in self.test[name].rows] for name in self.tasks}
+        whys = {name: no_variance(task.metric, golds[name]) for name, task in self.tasks.items()}
+        return [f"task {name}: {self.tasks[name].metric} will be undefined: {why}" for name, why in whys.items() if why]
+
     def about(self) -> dict[str, Any]:
         """What a run says of its data: rows, source and fingerprint of every split."""
         return {
@@ -154,15 +173,15 @@ class Data:
         }
 
     def definitions(self) -> dict[str, str]:
-        """A hash of what each task asks and how it is scored; where its rows are from is not in it."""
-        asked = {
-            name: task.model_dump(mode="json", exclude={"source", "columns", "hub", "sizes"})
+        """A hash of what each task asks, and of its metric; where its rows are from is not in it."""
+        return {
+            name: hashlib.sha256(json.dumps(task.asked, sort_keys=True).encode()).hexdigest()
             for name, task in self.tasks.items()
         }
-        return {
-            name: hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-            for name, about in asked.items()
-        }
+
+    def scoring(self) -> dict[str, str]:
+        """The rule by which each task's answers are right."""
+        return {name: str(task.comparison) for name, task in self.tasks.items()}
 
 
 def _data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> DataConfig:
@@ -273,8 +292,10 @@ class Plan:
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:
-        """Lines on what is left out: settings that no stage can follow or is too short for, rows of other labels."""
-        return [*unused_settings(self.config, self.stages), *self._never(), *self.data.left_out()]
+        """Lines on what is left out or will be missed: settings, rows of other labels, labels without rows, scores."""
+        data = self.data
+        unused = unused_settings(self.config, self.stages)
+        return [*unused, *self._never(), *data.left_out(), *data.unseen(), *data.constant()]
 
     def _never(self) -> list[str]:
         """A line where a factor is to be put back every so many steps, and no stage has as many."""
@@ -306,6 +327,7 @@ class Plan:
         return {
             "stages": [[stage.name, *stage.tasks] for stage in self.stages],
             "definitions": self.data.definitions(),
+            "scoring": self.data.scoring(),
             "data": self.data.about(),
             "micro_batches": [batch.micro_batch for batch in self.batches(ranks)],
         }

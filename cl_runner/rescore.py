@@ -21,7 +21,11 @@ from cl_runner.settings import Resolved
 
 @dataclass(frozen=True)
 class Rescored:
-    """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed)."""
+    """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed).
+
+    ``rules``: of the tasks that today's rule of what is right differs for, that of then and today's. ``undefined``: why
+    there is no score now.
+    """
 
     stage: int
     name: str
@@ -29,6 +33,8 @@ class Rescored:
     now: dict[str, float | None]
     committed: dict[str, float | None]
     differing: dict[str, list[str] | None]
+    rules: dict[str, tuple[str, str]]
+    undefined: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The same for machines."""
@@ -39,6 +45,8 @@ class Rescored:
             "scores": self.now,
             "committed": self.committed,
             "differing_rows": self.differing,
+            "rules": {task: {"committed": then, "now": now} for task, (then, now) in self.rules.items()},
+            "undefined": self.undefined,
         }
 
     def lines(self) -> list[str]:
@@ -47,14 +55,20 @@ class Rescored:
         lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
         for task, score in self.now.items():
             ids = self.differing[task]
+            why = f" ({self.undefined[task]})" if task in self.undefined else ""
+            line = f"  {task}: {_percent(score)}{why}"
             if ids is None:
-                lines.append(f"  {task}: {_percent(score)} (not scored when the stage was committed)")
+                line += " (not scored when the stage was committed)"
             elif ids:
                 rows = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-                before = _percent(self.committed.get(task))
-                lines.append(f"  {task}: {_percent(score)}, committed {before}; other answers: {rows}")
+                line += f", committed {_percent(self.committed.get(task))}; other answers: {rows}"
+            elif task in self.rules:
+                line += f", committed {_percent(self.committed.get(task))}; the same answers"
             else:
-                lines.append(f"  {task}: {_percent(score)}, as committed")
+                line += ", as committed"
+            if task in self.rules:
+                line += "; committed by the rule '{}', now by '{}'".format(*self.rules[task])
+            lines.append(line)
         return lines
 
 
@@ -86,8 +100,23 @@ def rescore(
         else None
         for one in scored
     }
-    now = {one.task: one.score for one in scored}
-    return Rescored(index + 1, plan.names[index], plan.data.synthetic, now, committed, differing)
+    return Rescored(
+        index + 1,
+        plan.names[index],
+        any(plan.data.test[one.task].synthetic for one in scored),
+        {one.task: one.score for one in scored},
+        committed,
+        differing,
+        {task: rules for task, rules in _rules(plan, rundir).items() if task in committed},
+        {one.task: one.undefined for one in scored if one.undefined},
+    )
+
+
+def _rules(plan: Plan, rundir: RunDir) -> dict[str, tuple[str, str]]:
+    """Then's and today's rule of the tasks in which they differ; earlier versions had one for all tasks."""
+    then = rundir.about()["identity"].get("scoring", {})
+    both = {task: (then.get(task, "normalised"), now) for task, now in plan.data.scoring().items()}
+    return {task: rules for task, rules in both.items() if rules[0] != rules[1]}
 
 
 def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str] | None) -> None:

@@ -27,9 +27,11 @@ from cl_runner.health import Health
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Source, StagePlan, commit_update, overrides
 from cl_runner.metrics.accuracy import Matrix
+from cl_runner.metrics.text import MATCHES
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.tokens import Encoded, Joined, TokenCache
+from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.place import Place
 from cl_runner.plan import BatchPlan, Data, Plan, check_method, stage_config
 from cl_runner.progress import Screen
@@ -44,32 +46,55 @@ from cl_runner.train import Trained, train_stage
 
 @dataclass
 class Tokens:
-    """The same rows as token ids."""
+    """The same rows as token ids, and lines on what the tokenizer cannot say of them."""
 
     train: dict[str, Encoded]
     test: dict[str, TestSet]
+    notes: list[str]
 
     @classmethod
     def make(cls, data: Data, base: Base, max_new_tokens: int) -> Tokens:
-        """Tokenise every row; raises UserError, naming the task, for a label that does not fit."""
+        """Tokenise every row; raises UserError, naming the task, for a label that does not fit or cannot be said."""
         train: dict[str, Encoded] = {}
         test: dict[str, TestSet] = {}
-        cache = TokenCache(base.tokenizer)
+        notes: list[str] = []
+        cache, vocabulary = TokenCache(base.tokenizer), Vocabulary(base.tokenizer)
         for name, task in data.tasks.items():
             settings = data.settings[name]
             try:
+                notes += sayable(task, data.test[name], vocabulary)
                 encoder = _encoder(base, settings, max_new_tokens)
                 train[name] = _encode(cache, encoder, task, data.train[name], settings)
                 examples = _encode(cache, encoder, task, data.test[name], settings, cut_target=True)
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
             test[name] = TestSet(task, data.test[name].rows, examples)
-        return cls(train, test)
+        return cls(train, test, notes)
 
     def source(self, plan: StagePlan) -> Source:
         """The own rows of a stage."""
         examples = [self.train[task] for task in plan.tasks]
         return Source(Joined(examples), [task for task in plan.tasks for _ in self.train[task]])
+
+
+def sayable(task: Task, test: Rows, vocabulary: Vocabulary) -> list[str]:
+    """Refuse labels that no answer can be; a line on golds of free text that none can equal. Raises UserError."""
+    if task.labels:
+        if problem := vocabulary.wrong_label(task.labels, task.comparison):
+            raise UserError(problem)
+        return []
+    if task.metric not in MATCHES:
+        return []
+    golds = [row.label for row in test.rows]
+    lost = vocabulary.unsayable(golds, task.comparison)
+    if not lost:
+        return []
+    rows = sum(gold in lost for gold in golds)
+    gold, back = next(iter(lost.items()))
+    said = f"{rows} of {len(golds)} test golds are none that this tokenizer can answer ({gold[:60]!r} is {back[:60]!r})"
+    if rows == len(golds):
+        raise UserError(f"{said}; take another model, or metric: normalised")
+    return [f"task {task.name}: {said}; they count as wrong"]
 
 
 def _encode(
@@ -210,8 +235,8 @@ class Run:
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
-        if room.base.advice:
-            self.screen.line(room.base.advice)
+        for line in [*filter(None, [room.base.advice]), *tokens.notes]:
+            self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)
         tested = [sum(len(tokens.test[task].rows) for task in self._tested(i)) for i in range(len(self.names))]
@@ -363,10 +388,22 @@ class Run:
         _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
 
     def _show_scores(self, scored: Sequence[Scored], seen: Sequence[str] = ()) -> None:
-        mark = "synthetic" if self.plan.data.synthetic else ""
+        """One line: each score, its metric where there are several, what is synthetic, the mean over ``seen``."""
+        data = self.plan.data
+        synthetic = [one.task for one in scored if data.test[one.task].synthetic]
+        several = len({task.metric for task in data.tasks.values()}) > 1
+        named = {}
+        for one in scored:
+            marks: list[str] = [data.tasks[one.task].metric] * several
+            marks += ["synthetic"] * (one.task in synthetic and len(synthetic) < len(scored))
+            named[f"{one.task} ({', '.join(marks)})" if marks else one.task] = one.score
         of_seen = [one.score for one in scored if one.task in seen and one.score is not None]
         mean = sum(of_seen) / len(of_seen) if of_seen else None
-        self.screen.scores({one.task: one.score for one in scored}, mark, mean)
+        self.screen.scores(named, "synthetic" if len(synthetic) == len(scored) else "", mean)
+        for one in scored:
+            if one.undefined:
+                metric = data.tasks[one.task].metric
+                self.screen.line(f"{one.task}: {metric} is undefined: {one.undefined}; the average is without it")
 
     def _tick_evaluation(self, task: str, done: int, total: int) -> None:
         stopping.check()
@@ -397,6 +434,7 @@ def _write_scores(
             "tasks": list(tasks),
             "scores": {one.task: one.score for one in scored},
             "counts": {one.task: len(one.predictions) for one in scored},
+            "undefined": {one.task: one.undefined for one in scored if one.undefined},
             **about,
         },
     )

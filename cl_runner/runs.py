@@ -228,6 +228,7 @@ def _matrix(run: RunDir) -> Matrix:
         [stage["tasks"] for stage in about["stages"]][:done],
         counts,
         read_json(base)["scores"] if base.is_file() else None,
+        [stage.get("undefined", {}) for stage in metrics],
     )
 
 
@@ -267,12 +268,30 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         seconds=spent or None,
         megabytes=_megabytes(run, names[: len(matrix.stages)]),
         learned=_learned(run, names[: len(matrix.stages)]) if updates else {},
+        metrics=about.get("metrics", {}),
+        scoring=about["identity"].get("scoring", {}),
+        real=_real(about) if about["synthetic"] else (),
         named_task=about["named_task"],
-        notes=list(about["notes"]),
+        notes=[*about["notes"], *_by_another_rule(about)],
         form=about["form"],
         variant=about["variant"],
         changed=tuple(about.get("changed", ())),
     )
+
+
+def _real(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tasks without a synthetic row."""
+    data = about["identity"]["data"]
+    return tuple(task for task in about["tasks"] if not any(split["synthetic"] for split in data[task].values()))
+
+
+def _by_another_rule(about: Mapping[str, Any]) -> list[str]:
+    """A line where own tasks were scored by an earlier version's rule, which was the benchmark's for all tasks."""
+    if "scoring" in about["identity"]:
+        return []
+    own = [task for task, data in about["identity"]["data"].items() if data["test"]["source"].startswith("file ")]
+    rule = "as earlier versions did in every task, case and punctuation not counting; eval scores by today's rule too"
+    return [f"{', '.join(own)}: scored {rule}"] if own else []
 
 
 def _learned(run: RunDir, names: Sequence[str]) -> dict[str, float | None]:
@@ -327,6 +346,15 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
     for task, definition in now["definitions"].items():
         if before["definitions"][task] != definition:
             raise UserError(f"the run {run.path} asked {task} otherwise (instruction, labels or metric); {how}")
+        # Earlier versions had one rule for all tasks.
+        rule, todays = before.get("scoring", {}).get(task, "normalised"), now["scoring"][task]
+        if rule != todays:
+            raise UserError(
+                f"the run {run.path} scores {task} by the rule '{rule}', and it would go on by '{todays}'; "
+                f"set metric: {rule} for the task to go on as it began, or {how}"
+                if rule == "normalised"
+                else f"the run {run.path} scores {task} by the rule '{rule}', not by '{todays}'; {how}"
+            )
     for task, splits in now["data"].items():
         for split, data in splits.items():
             if before["data"][task][split]["fingerprint"] != data["fingerprint"]:

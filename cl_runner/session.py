@@ -208,7 +208,9 @@ class Session:
         config, plan = self.resolved.config, self.plan
         if self.folder.name != (config.output.name or runs.folder_name(self.resolved)):
             config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
-        notes = [] if config.data.max_train is None else [f"first {config.data.max_train} train rows of each task"]
+        cut = {name: rows for name, rows in plan.data.train.items() if rows.cut}
+        taken = ", ".join(f"{name} {len(rows)} of {len(rows) + rows.cut}" for name, rows in cut.items())
+        notes = [f"train rows taken: {taken}"] if taken else []
         about = {
             "order": plan.order,
             "method": config.method.name,
@@ -221,6 +223,7 @@ class Session:
             "changed": runs.changed(self.resolved),
             "notes": notes,
             "tasks": list(plan.data.tasks),
+            "metrics": {name: task.metric for name, task in plan.data.tasks.items()},
             "stages": [{"name": stage.name, "tasks": list(stage.tasks)} for stage in plan.stages],
             "identity": dict(self.identity),
         }

@@ -53,8 +53,9 @@ def test_train_ends_with_table_folder_and_next_command(finished: Finished) -> No
     assert said[0] == "model tiny-t5: embedded"
     assert said[1].startswith("synthetic stand-in data")
     assert "--data-dir CL_Benchmark" in said[1], "what to type for the real thing"
-    assert said[2] == f"run folder: runs/{finished.name}"
-    assert all(re.match(r"stage \d of 3 \w+: ", line) for line in said[3:])
+    first = said.index(f"run folder: runs/{finished.name}")
+    assert all(" no test row of " in line for line in said[2:first]), "four rows do not have every label"
+    assert all(re.match(r"stage \d of 3 \w+: ", line) for line in said[first + 1 :])
     assert len([line for line in said if "done in" in line]) == 3
 
 
@@ -271,6 +272,8 @@ def test_data_show_prints_the_exact_input(tmp_path: Path) -> None:
     assert shown["rows"][0]["target"] == "World"
     text = call("data", "show", *arguments, cwd=tmp_path).out
     assert text.startswith(f"--- test/0\n{shown['rows'][0]['input']}\n→ World\n--- test/1\n")
+    assert text.endswith("\n--- metric normalised: case, punctuation and white space do not count\n")
+    assert (shown["metric"], shown["scoring"]) == ("normalised", "normalised")
     without = call("data", "show", *arguments, "--set", "data.add_task_name=false", "--json", cwd=tmp_path).json
     assert without["rows"][0]["input"].startswith("Dataset:agnews\n")
 

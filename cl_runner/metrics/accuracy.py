@@ -2,7 +2,9 @@
 
 All scores are percent, 0 to 100. ``a[t][k]`` is the score on task k after stage t. A measure is ``None`` where it is
 not defined (one stage only, no score of the untouched base, a union of all tasks) and also where an entry that it
-needs was not evaluated: a mean over some of the tasks would pass for the mean over all of them.
+needs was not evaluated: a mean over some of the tasks would pass for the mean over all of them. An entry that was
+evaluated and has no score (a correlation of answers that are all the same) is another thing: ``undefined`` says why,
+and means are over the other tasks.
 
 A stage may train several tasks (``mtl``) and a task may be trained by several stages (rounds), so each stage says
 what it trained. With one task a stage everything below is the textbook formula:
@@ -30,9 +32,10 @@ class Matrix:
     """Scores after each committed stage.
 
     stages: names of the committed stages, T of them, in order. tasks: all K tasks of the order, in order, also those
-    still to come. values: T rows of K scores in percent, ``None`` where not evaluated. trained: for each stage the
-    tasks that it trained; left out, it is read off the stages' names. counts: test rows of each task.
-    base: percent of the untouched base on each task (a0), ``None`` where it was not evaluated.
+    still to come. values: T rows of K scores in percent, ``None`` where not evaluated or undefined. trained: for each
+    stage the tasks that it trained; left out, it is read off the stages' names. counts: test rows of each task.
+    base: percent of the untouched base on each task (a0), ``None`` where it was not evaluated; in it None is undefined.
+    undefined: for each stage, task → why its score is undefined; left out, none is.
 
     Raises ValueError where the shapes or names do not fit together.
     """
@@ -42,7 +45,8 @@ class Matrix:
     values: list[list[float | None]]
     trained: list[list[str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    base: dict[str, float] | None = None
+    base: Mapping[str, float | None] | None = None
+    undefined: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(set(self.tasks)) != len(self.tasks):
@@ -59,6 +63,11 @@ class Matrix:
             object.__setattr__(self, "trained", guess)
         if len(self.trained) != len(self.stages):
             raise ValueError(f"{len(self.stages)} stages but {len(self.trained)} lists of trained tasks")
+        if not self.undefined:
+            object.__setattr__(self, "undefined", [{} for _ in self.stages])
+        for stage, row, why in zip(self.stages, self.values, self.undefined, strict=True):
+            if any(row[self.tasks.index(task)] is not None for task in why):
+                raise ValueError(f"stage {stage}: a score is both there and undefined")
         unknown = {task for tasks in self.trained for task in tasks} - set(self.tasks)
         if unknown:
             raise ValueError(f"trained but not in the matrix: {', '.join(sorted(unknown))}")
@@ -80,9 +89,25 @@ class Matrix:
         """The stage (0-based) that last trained ``task``: the k of ``a[k][k]``. Raises StopIteration if none has."""
         return next(t for t in reversed(range(len(self.trained))) if task in self.trained[t])
 
+    def has(self, stage: int, task: str) -> bool:
+        """Whether the score on ``task`` after ``stage`` (0-based) is no undefined one; it may be missing."""
+        return task not in self.undefined[stage]
+
+    def scored(self) -> list[str]:
+        """The seen tasks that means are over: their score after the last stage is not undefined."""
+        return [task for task in self.seen() if self.has(-1, task)]
+
     def earlier(self) -> list[str]:
-        """The tasks that can have been forgotten: the last committed stage is not the last to have trained them."""
-        return [task for task in self.seen() if self.last(task) < len(self.stages) - 1]
+        """Of these, those that can have been forgotten: the last committed stage is not the last to have trained them.
+
+        Without those that had no score when they were learned, nor later.
+        """
+        last = len(self.stages) - 1
+        return [
+            task
+            for task in self.scored()
+            if self.last(task) < last and any(self.has(t, task) for t in range(self.first(task), last))
+        ]
 
     def learned(self, task: str) -> float | None:
         """``a[k][k]``: percent on ``task`` right after the stage that (last) trained it."""
@@ -95,7 +120,7 @@ class Matrix:
     def best(self, task: str, *, with_last: bool = True) -> float | None:
         """The best score on ``task`` from the stage that first trained it to the last one (or the one before)."""
         end = len(self.stages) if with_last else len(self.stages) - 1
-        scores = [self.at(t, task) for t in range(self.first(task), end)]
+        scores = [self.at(t, task) for t in range(self.first(task), end) if self.has(t, task)]
         known = [score for score in scores if score is not None]
         return max(known) if known and len(known) == len(scores) else None
 
@@ -108,6 +133,7 @@ class Matrix:
             "trained": [list(tasks) for tasks in self.trained],
             "counts": dict(self.counts),
             "base": None if self.base is None else dict(self.base),
+            "undefined": [dict(why) for why in self.undefined],
         }
 
     @classmethod
@@ -121,6 +147,7 @@ class Matrix:
             trained=[list(tasks) for tasks in data.get("trained", [])],
             counts=dict(data.get("counts", {})),
             base=None if base is None else dict(base),
+            undefined=[dict(why) for why in data.get("undefined", [])],
         )
 
 
@@ -148,15 +175,15 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def average_accuracy(m: Matrix) -> float | None:
     """AA = ``1/T Σ_k a[T][k]``, percent: plain mean over the tasks seen so far, after the last committed stage."""
-    return _mean(m.final(task) for task in m.seen())
+    return _mean(m.final(task) for task in m.scored())
 
 
 def weighted_average_accuracy(m: Matrix) -> float | None:
     """The same by test rows, percent: what the published logs of the long orders print as the mean."""
-    seen = m.seen()
-    scores = [m.final(task) for task in seen]
-    counts = [m.counts.get(task, 0) for task in seen]
-    if not seen or min(counts) <= 0 or any(score is None for score in scores):
+    scored = m.scored()
+    scores = [m.final(task) for task in scored]
+    counts = [m.counts.get(task, 0) for task in scored]
+    if not scored or min(counts) <= 0 or any(score is None for score in scores):
         return None
     return math.fsum(n * score for n, score in zip(counts, scores, strict=True) if score is not None) / sum(counts)
 
@@ -173,7 +200,7 @@ def forgetting_signed(m: Matrix) -> float | None:
 
 def backward_transfer(m: Matrix) -> float | None:
     """BWT = ``1/(T−1) Σ_{k<T} (a[T][k] − a[k][k])``, percentage points; negative means forgetting."""
-    return _mean(_minus(m.final(task), m.learned(task)) for task in m.earlier())
+    return _mean(_minus(m.final(task), m.learned(task)) for task in m.earlier() if m.has(m.last(task), task))
 
 
 def forward_transfer(m: Matrix) -> float | None:
@@ -184,13 +211,17 @@ def forward_transfer(m: Matrix) -> float | None:
     base = m.base
     if base is None:
         return None
-    later = [task for task in m.seen() if m.first(task) > 0]
+    later = [
+        task
+        for task in m.seen()
+        if m.first(task) > 0 and m.has(m.first(task) - 1, task) and base.get(task, math.nan) is not None
+    ]
     return _mean(_minus(m.at(m.first(task) - 1, task), base.get(task)) for task in later)
 
 
 def learning_accuracy(m: Matrix) -> float | None:
     """Mean of ``a[k][k]``, percent: how well each task was learned when it was its turn."""
-    return _mean(m.learned(task) for task in m.seen())
+    return _mean(m.learned(task) for task in m.seen() if m.has(m.last(task), task))
 
 
 def intransigence(m: Matrix, reference: Mapping[str, float]) -> float | None:
@@ -198,7 +229,7 @@ def intransigence(m: Matrix, reference: Mapping[str, float]) -> float | None:
 
     reference: percent per task of a model free to learn it (``pertask`` or ``mtl``). ``None`` if a seen task lacks one.
     """
-    return _mean(_minus(reference.get(task), m.learned(task)) for task in m.seen())
+    return _mean(_minus(reference.get(task), m.learned(task)) for task in m.seen() if m.has(m.last(task), task))
 
 
 def summary(m: Matrix) -> dict[str, float | None]:
@@ -229,7 +260,7 @@ def from_csv(
     *,
     trained: Sequence[Sequence[str]] | None = None,
     counts: Mapping[str, int] | None = None,
-    base: Mapping[str, float] | None = None,
+    base: Mapping[str, float | None] | None = None,
 ) -> Matrix:
     """Read ``matrix.csv`` back; what the file does not hold is given beside it (``trained`` as in ``Matrix``).
 

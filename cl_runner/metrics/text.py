@@ -1,60 +1,85 @@
-"""Scores of answers as text: exact match as the reference has it, and others per task.
+"""Scores of answers as text: the share that is right, and others per task.
 
-scikit-learn, scipy, rouge-score and sacrebleu come with the extra ``cl-runner[metrics]``; exact match, accuracy and
-the word F1 of free text need none of them.
+What is right is the comparison's to say. scikit-learn, scipy, rouge-score and sacrebleu come with the extra
+``cl-runner[metrics]``; shares of right answers and the F1 of words or of sets need none of them.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from cl_runner.errors import UserError
+from cl_runner.metrics.comparison import Comparison, comparison_of, folded, normalise, number, parts
 
-METRICS = ("exact", "accuracy", "f1", "rouge-l", "bleu", "matthews", "pearson")
+MATCHES = ("exact", "accuracy", "normalised", "numeric")  # the share of right answers
+METRICS = (*MATCHES, "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson")
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, white space folded: the reference's form before it compares."""
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+class Undefined(Exception):
+    """A score that there is none of, with why: ``its answers are all the same``."""
 
 
 def score(
-    metric: str, predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None = None
-) -> float | None:
-    """The metric in percent over one task's answers; None where it is undefined (nothing to score, no variance).
+    metric: str,
+    predictions: Sequence[str],
+    golds: Sequence[str],
+    labels: Sequence[str] | None = None,
+    comparison: Comparison | None = None,
+) -> float:
+    """The metric in percent over one task's answers.
 
-    - ``exact``, ``accuracy``: share of answers that equal the gold after ``normalise``.
+    - ``exact``, ``accuracy``, ``normalised``, ``numeric``: share of answers that are right by ``comparison``, which is
+      the metric's own where none is given.
     - ``f1``: with labels, the mean over the labels that occur in gold or answers of their F1 (macro); an answer
       outside the set is wrong for its gold label. Without labels, the mean F1 of answer's and gold's words.
+    - ``labels-f1``: the mean F1 of answer's and gold's sets of labels.
     - ``rouge-l``: mean F of ROUGE-L (rouge-score, no stemming). ``bleu``: corpus BLEU (sacrebleu's defaults).
     - ``matthews``: Matthews' correlation over the labels; all answers outside the set are one more class.
     - ``pearson``: correlation of the numbers; an answer that is no number counts as the mean of those that are.
+
+    Raises:
+        Undefined: there is nothing to score, or no variance.
+        UserError: there is no such metric, or the golds are not what it needs.
     """
     if metric not in METRICS:
         raise UserError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
     if len(predictions) != len(golds):
         raise ValueError(f"{len(predictions)} answers to {len(golds)} golds")
     if not golds:
-        return None
-    if metric in {"exact", "accuracy"}:
-        return 100 * fmean(normalise(p) == normalise(g) for p, g in zip(predictions, golds, strict=True))
+        raise Undefined("there is no row to score")
+    by = comparison or comparison_of(metric, labels)
+    if metric in MATCHES:
+        return 100 * fmean(by.same(p, g) for p, g in zip(predictions, golds, strict=True))
     if metric == "f1":
-        return _label_f1(predictions, golds, labels) if labels else _word_f1(predictions, golds)
-    other: dict[str, Callable[[], float | None]] = {
+        return _label_f1(predictions, golds, labels, by) if labels else _mean_f1(predictions, golds, _words)
+    other: dict[str, Callable[[], float]] = {
+        "labels-f1": lambda: _mean_f1(predictions, golds, lambda text: Counter(parts(text))),
         "rouge-l": lambda: _rouge(predictions, golds),
         "bleu": lambda: _bleu(predictions, golds),
-        "matthews": lambda: _matthews(predictions, golds, labels),
+        "matthews": lambda: _matthews(predictions, golds, labels, by),
         "pearson": lambda: _pearson(predictions, golds),
     }
     return other[metric]()
+
+
+def wrong_gold(metric: str, gold: str) -> str:
+    """Why this metric cannot score answers to a gold; empty if it can."""
+    if metric in ("numeric", "pearson") and number(gold) is None:
+        return f"metric {metric} needs numbers, and this is '{gold[:40]}'"
+    if metric == "normalised" and not normalise(gold):
+        return f"'{gold[:40]}' is punctuation only, which metric normalised ignores; set metric: exact"
+    return ""
+
+
+def no_variance(metric: str, golds: Sequence[str]) -> str:
+    """Why a metric will be undefined whatever is answered; empty if it need not be."""
+    if metric in ("pearson", "matthews") and len({number(g) if metric == "pearson" else folded(g) for g in golds}) < 2:
+        return "the golds are all the same"
+    return ""
 
 
 def require(metric: str, labels: Sequence[str] | None = None) -> None:
@@ -78,14 +103,8 @@ def _library(module: str, metric: str) -> Any:
         raise UserError(f"metric {metric} needs {package}: pip install 'cl-runner[metrics]'") from error
 
 
-def _classes(answers: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """Each answer's position among the labels; -1 for one outside the set."""
-    position = {normalise(label): k for k, label in enumerate(labels)}
-    return [position.get(normalise(answer), -1) for answer in answers]
-
-
-def _label_f1(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str]) -> float:
-    answered, right = _classes(predictions, labels), _classes(golds, labels)
+def _label_f1(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str], by: Comparison) -> float:
+    answered, right = by.classes(predictions, labels), by.classes(golds, labels)
     occurring = sorted({*answered, *right} - {-1})
     if not occurring:
         return 0.0
@@ -93,13 +112,18 @@ def _label_f1(predictions: Sequence[str], golds: Sequence[str], labels: Sequence
     return 100 * float(f1)
 
 
-def _word_f1(predictions: Sequence[str], golds: Sequence[str]) -> float:
-    def one(prediction: str, gold: str) -> float:
-        said, right = Counter(normalise(prediction).split()), Counter(normalise(gold).split())
+def _words(text: str) -> Counter[str]:
+    return Counter(normalise(text).split())
+
+
+def _mean_f1(predictions: Sequence[str], golds: Sequence[str], items: Callable[[str], Counter[str]]) -> float:
+    """Mean over the rows of 2 |said ∩ right| / (|said| + |right|)."""
+
+    def one(said: Counter[str], right: Counter[str]) -> float:
         common = (said & right).total()
         return 2 * common / (said.total() + right.total()) if common else float(said == right)
 
-    return 100 * fmean(one(p, g) for p, g in zip(predictions, golds, strict=True))
+    return 100 * fmean(one(items(p), items(g)) for p, g in zip(predictions, golds, strict=True))
 
 
 def _rouge(predictions: Sequence[str], golds: Sequence[str]) -> float:
@@ -111,32 +135,32 @@ def _bleu(predictions: Sequence[str], golds: Sequence[str]) -> float:
     return float(_library("sacrebleu", "bleu").corpus_bleu(list(predictions), [list(golds)]).score)
 
 
-def _matthews(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None) -> float | None:
+def _matthews(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None, by: Comparison) -> float:
     if not labels:
         raise UserError("metric matthews needs a task with labels")
-    answered, right = _classes(predictions, labels), _classes(golds, labels)
-    if len(set(answered)) < 2 or len(set(right)) < 2:
-        return None
+    answered, right = by.classes(predictions, labels), by.classes(golds, labels)
+    _varied(answered, right)
     return 100 * float(_library("sklearn.metrics", "matthews").matthews_corrcoef(right, answered))
 
 
-def _pearson(predictions: Sequence[str], golds: Sequence[str]) -> float | None:
-    right = [_number(g) for g in golds]
-    said = [_number(p) for p in predictions]
-    for gold, number in zip(golds, right, strict=True):
-        if number is None:
-            raise UserError(f"metric pearson needs golds that are numbers, not '{gold[:40]}'")
-    parsed = [p for p in said if p is not None]
-    if len(set(parsed)) < 2 or len(set(right)) < 2:
-        return None
+def _pearson(predictions: Sequence[str], golds: Sequence[str]) -> float:
+    for gold in golds:
+        if problem := wrong_gold("pearson", gold):
+            raise UserError(problem)
+    right = [float(found) for gold in golds if (found := number(gold)) is not None]
+    said = [None if (found := number(answer)) is None else float(found) for answer in predictions]
+    parsed = [value for value in said if value is not None]
+    if not parsed:
+        raise Undefined("no answer is a number")
+    _varied(parsed, right)
     middle = fmean(parsed)
-    filled = [middle if p is None else p for p in said]
+    filled = [middle if value is None else value for value in said]
     return 100 * float(_library("scipy.stats", "pearson").pearsonr(filled, right).statistic)
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _varied(said: Sequence[float], right: Sequence[float]) -> None:
+    """Raises Undefined where one side does not vary."""
+    if len(set(right)) < 2:
+        raise Undefined("the golds are all the same")
+    if len(set(said)) < 2:
+        raise Undefined("the answers are all the same")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cl_runner.errors import UserError
 from cl_runner.models.base import Layout
 from cl_runner.models.batch import Example
+from cl_runner.models.vocabulary import decoded
 from cl_runner.tasks.task import Prompt
 
 _CHUNK = 1024  # texts a call to the tokenizer
@@ -66,9 +67,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer ids, special tokens left out."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decoded(self.tokenizer, ids)
 
     def _sources(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], bool]]:
         """Ids of each prompt, and whether it was cut."""

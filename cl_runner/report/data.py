@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cl_runner.report.tables import scored_by
+
 
 def data_lines(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What ``tasks.check.check`` found, as lines of at most a few facts each."""
     for task in tasks:
-        yield f"{task['task']} ({task['kind']}){' synthetic' if task['synthetic'] else ''}"
+        mark = " synthetic" if task["synthetic"] else ""
+        yield f"{task['task']} ({task['kind']}){mark}, metric {task['metric']}: {scored_by(task['scoring'])}"
+        if task["problem"]:
+            yield f"  cannot be trained: {task['problem']}"
         for name, split in task["splits"].items():
             yield from _split(name, split)
         twice = task["duplicates"]
@@ -30,9 +35,13 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     length = split["length"]
     sizes = ", ".join(f"{key} {length[key]}" for key in ("p50", "p90", "p99", "p100"))
     cut = "" if split["truncated"] is None else f"; {split['truncated']:.2f} % truncated"
+    if split["unknown_tokens"]:
+        cut += f"; {split['unknown_tokens']:.2f} % of the tokens unknown"
     yield f"  {name}: {split['rows']} rows from {split['source']}; input {length['unit']}: {sizes}{cut}"
     if split["labels"]:
         yield "    labels: " + ", ".join(f"{label} {count}" for label, count in split["labels"].items())
     if split["unknown_labels"]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
         yield f"    labels outside the task's set, rows left out: {left}"
+    if split["unsayable"]:
+        yield f"    {split['unsayable']} targets come back otherwise from this tokenizer: no answer equals them"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -15,6 +15,8 @@ from rich.text import Text
 
 from cl_runner.metrics import accuracy
 from cl_runner.metrics.accuracy import Matrix
+from cl_runner.metrics.comparison import Comparison, Rule
+from cl_runner.metrics.text import MATCHES
 from cl_runner.report import published
 from cl_runner.report.published import Published
 
@@ -28,7 +30,8 @@ class RunSummary:
     weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
     folder's name; without the seed), empty for presets; changed: those settings. seconds: timings by part. megabytes
     (2²⁰ bytes): what the last stage leaves. learned: what was asked for of its updates (free_subspace, percent;
-    update_norm; peak_megabytes). notes: lines to print below.
+    update_norm; peak_megabytes). metrics, scoring: each task's metric and the rule by which answers are right, where
+    the run says so. real: of a run with synthetic rows, the tasks that have none. notes: lines to print below.
     """
 
     name: str
@@ -43,6 +46,9 @@ class RunSummary:
     seconds: dict[str, float] | None = None
     megabytes: float | None = None
     learned: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    scoring: dict[str, str] = field(default_factory=dict)
+    real: tuple[str, ...] = ()
     named_task: bool = True
     notes: list[str] = field(default_factory=list)
     form: str = ""
@@ -57,7 +63,25 @@ class RunSummary:
     @property
     def mark(self) -> str:
         """``" (synthetic)"`` to stand beside a number, or nothing."""
-        return " (synthetic)" if self.synthetic else ""
+        if not self.synthetic:
+            return ""
+        return " (partly synthetic)" if self.real else " (synthetic)"
+
+    @property
+    def one_metric(self) -> str:
+        """The metric of all tasks; empty where they have several, or the run does not say."""
+        found = set(self.metrics.values())
+        return found.pop() if len(found) == 1 else ""
+
+    def headed(self, task: str, between: str = "\n") -> str:
+        """A task as the head of its column: with its metric, where tasks have several."""
+        return task if self.one_metric or not self.metrics else f"{task}{between}{self.metrics[task]}"
+
+    @property
+    def unit(self) -> str:
+        """What the cells of the matrix are."""
+        right = set(self.metrics.values()) <= set(MATCHES)
+        return f"percent correct{self.mark}" if right else f"score, %{self.mark}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -78,7 +102,7 @@ def title(run: RunSummary, dot: str = " · ") -> str:
     method = f"{run.method} ({run.form} form)" if run.form in ("paper", "reference") else named(run.method, run.form)
     parts = [run.order, method, run.model, f"seed {run.seed}"]
     if run.synthetic:
-        parts.append("synthetic data")
+        parts.append(f"{run.mark.strip(' ()')} data")
     if not run.finished:
         parts.append(f"stage {run.stages_done} of {run.stages_total}")
     return dot.join(parts)
@@ -99,10 +123,10 @@ def tasks_of(count: int, kind: str = "") -> str:
 def measures(run: RunSummary) -> list[tuple[str, str, str]]:
     """(name, value, what it is) for each measure, in the order in which they are read."""
     m = run.matrix
-    seen, earlier = len(m.seen()), len(m.earlier())
+    seen, scored, earlier = len(m.seen()), len(m.scored()), len(m.earlier())
     before = tasks_of(earlier, "earlier ")
     why = {
-        "average_accuracy": f"mean over the {tasks_of(seen)} seen",
+        "average_accuracy": f"mean over the {tasks_of(seen)} seen" + (f", {seen - scored} undefined" * (scored < seen)),
         "weighted_average_accuracy": "the same by test rows",
         "forgetting": f"best minus now, {before}",
         "forgetting_signed": "negative: better than ever before",
@@ -165,21 +189,24 @@ class ResultTable:
             yield Text(note)
 
     def _matrix(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        mark = self.run.mark
+        what = self.run.unit
         wide = options.update(max_width=10_000)  # measured in its own width, a table says what it needs
         plain, turned = self._plain(), self._turned()
         if console.measure(plain, options=wide).maximum <= options.max_width:
-            yield Text(f"percent correct{mark} on each task (across) after each stage (down)")
+            yield Text(f"{what} on each task (across) after each stage (down)")
             yield plain
         elif console.measure(turned, options=wide).maximum <= options.max_width:
-            yield Text(f"percent correct{mark} on each task (down) after each stage (across)")
+            yield Text(f"{what} on each task (down) after each stage (across)")
             yield turned
             if any(len(tasks) != 1 for tasks in self.run.matrix.trained):
                 names = (f"{t} {stage}" for t, stage in enumerate(self.run.matrix.stages, 1))
                 yield Text(f"stages: {', '.join(names)}", style="dim")
         else:
-            yield Text(f"percent correct{mark} on each task: when learned, at best, now")
+            yield Text(f"{what} on each task: when learned, at best, now")
             yield self._short()
+        if metric := self.run.one_metric:
+            rules = {scored_by(rule) for rule in self.run.scoring.values()}
+            yield Text(f"metric: {metric}" + (f" ({rules.pop()})" if len(rules) == 1 else ""), style="dim")
 
     def _table(self) -> Table:
         return Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -189,12 +216,12 @@ class ResultTable:
         table = self._table()
         table.add_column("stage", no_wrap=True)
         for task in m.tasks:
-            table.add_column(Text(task), justify="right", no_wrap=True)
+            table.add_column(Text(self.run.headed(task)), justify="right", no_wrap=True)
         if m.base is not None:
             table.add_row("base", *(number(m.base.get(task)) for task in m.tasks), style="dim")
         for t, (stage, row) in enumerate(zip(m.stages, m.values, strict=True)):
             cells = [
-                Text("" if value is None else number(value), style="bold" if task in m.trained[t] else "")
+                Text(_shown(m, t, task, value), style="bold" if task in m.trained[t] else "")
                 for task, value in zip(m.tasks, row, strict=True)
             ]
             table.add_row(Text(stage), *cells)
@@ -204,6 +231,8 @@ class ResultTable:
         m = self.run.matrix
         table = self._table()
         table.add_column("task", no_wrap=True, max_width=12)
+        if not self.run.one_metric and self.run.metrics:
+            table.add_column("metric", no_wrap=True)
         if m.base is not None:
             table.add_column("base", justify="right", no_wrap=True)
         last = len(m.stages) - 1
@@ -211,11 +240,13 @@ class ResultTable:
             table.add_column(str(t + 1), justify="right", no_wrap=True)
         for k, task in enumerate(m.tasks):
             cells = [Text(_cut(task, 12))]
+            if not self.run.one_metric and self.run.metrics:
+                cells.append(Text(self.run.metrics[task]))
             if m.base is not None:
                 cells.append(Text(number(m.base.get(task), 0), style="dim"))
             for t, row in enumerate(m.values):
                 value = row[k]
-                text = "" if value is None else number(value, 1 if t == last else 0)
+                text = _shown(m, t, task, value, 1 if t == last else 0)
                 cells.append(Text(text, style="bold" if task in m.trained[t] else ""))
             table.add_row(*cells)
         return table
@@ -229,7 +260,9 @@ class ResultTable:
         for task in m.seen():
             learned, now = m.learned(task), m.final(task)
             change = None if learned is None or now is None else now - learned
-            table.add_row(Text(task), number(learned), number(m.best(task)), number(now), number(change))
+            table.add_row(
+                Text(self.run.headed(task, " ")), number(learned), number(m.best(task)), number(now), number(change)
+            )
         return table
 
     def _measures(self, wide: bool) -> Table:
@@ -260,8 +293,32 @@ def notes(run: RunSummary) -> list[str]:
     """Lines to print below any form of the table."""
     lines = [] if run.named_task else ["the input did not name the task or data set"]
     if run.synthetic:
-        lines.append("synthetic data: these numbers say nothing about the real tasks")
-    return lines + list(run.notes)
+        made_up = [task for task in run.matrix.tasks if task not in run.real]
+        of = f" of {', '.join(made_up)}" if run.real else ""
+        lines.append(f"synthetic data{of}: these numbers say nothing about the real tasks")
+    return [*lines, *_undefined(run), *run.notes]
+
+
+def _undefined(run: RunSummary) -> Iterable[str]:
+    """A line for each task and reason that some of its scores are undefined for."""
+    where: dict[tuple[str, str], list[int]] = {}
+    for t, why in enumerate(run.matrix.undefined, 1):
+        for task, reason in why.items():
+            where.setdefault((task, reason), []).append(t)
+    for (task, reason), stages in where.items():
+        after = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+        yield f"{task}: {run.metrics.get(task, 'its score')} is undefined after {after}: {reason}; means are without it"
+
+
+def scored_by(rule: str) -> str:
+    """A rule of ``Comparison`` in words: ``text``, ``number within 0.1``."""
+    name, _, off = rule.partition(" within ")
+    return Comparison(cast(Rule, name), float(off or 0)).words
+
+
+def _shown(m: Matrix, t: int, task: str, value: float | None, digits: int = 2) -> str:
+    """A cell: empty where not evaluated, ``-`` where undefined."""
+    return number(value, digits) if value is not None or not m.has(t, task) else ""
 
 
 def _cut(text: str, width: int) -> str:
@@ -310,10 +367,11 @@ def markdown(run: RunSummary) -> str:
     blocks = [f"**{title(run)}** (`{run.name}`)\n"]
     base = [] if m.base is None else [["base", *(number(m.base.get(task)) for task in m.tasks)]]
     rows = [
-        [stage, *("" if value is None else number(value) for value in row)]
-        for stage, row in zip(m.stages, m.values, strict=True)
+        [stage, *(_shown(m, t, task, value) for task, value in zip(m.tasks, row, strict=True))]
+        for t, (stage, row) in enumerate(zip(m.stages, m.values, strict=True))
     ]
-    blocks.append(markdown_table([f"after stage, %{run.mark}", *m.tasks], [*base, *rows]))
+    heads = [run.headed(task, " ") for task in m.tasks]
+    blocks.append(markdown_table([f"after stage, %{run.mark}", *heads], [*base, *rows]))
     cells = ([name, value, what] for name, value, what in measures(run))
     blocks.append(
         markdown_table([f"measure{run.mark}", "value", "what it is"], cells).replace("|---:|---:|", "|---:|---|")
@@ -352,6 +410,9 @@ def report_json(run: RunSummary) -> dict[str, Any]:
         "matrix": {"stages": list(m.stages), "tasks": list(m.tasks), "values": [list(row) for row in m.values]},
         "trained": [list(tasks) for tasks in m.trained],
         "test_rows": dict(m.counts),
+        "metrics": dict(run.metrics) or None,
+        "scoring": dict(run.scoring) or None,
+        "undefined": [dict(why) for why in m.undefined],
         "base_accuracy": None if m.base is None else dict(m.base),
         "published": None if beside is None else beside.to_dict(),
         "notes": list(run.notes),

@@ -3,62 +3,76 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from cl_runner.config import DataConfig
+from cl_runner.metrics.comparison import Comparison
+from cl_runner.metrics.text import MATCHES
 from cl_runner.tasks import folder
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Row, Task
 
-#: Input texts → tokens of each; ``lengths_by`` makes one from a tokenizer of transformers.
-Lengths = Callable[[list[str]], list[int]]
+
+class Vocabulary(Protocol):
+    """What a model's tokenizer says of texts (``models.vocabulary``)."""
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text as the model sees it."""
+
+    def unknown(self, texts: list[str]) -> int:
+        """Tokens of all texts that stand for characters it has none for."""
+
+    def wrong_label(self, labels: Sequence[str], comparison: Comparison) -> str:
+        """Why these labels cannot be answered; empty if they can."""
+
+    def unsayable(self, texts: Sequence[str], comparison: Comparison) -> dict[str, str]:
+        """The texts that no answer equals, each with what its ids come back as."""
+
 
 PERCENTILES = (50, 90, 99, 100)
 
 
-def lengths_by(tokenizer: Any) -> Lengths:
-    """Token counts as the model sees them, special tokens included."""
-
-    def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=True, truncation=False)["input_ids"]]
-
-    return count
-
-
-def check(tasks: Sequence[Task], data: DataConfig, lengths: Lengths | None = None) -> list[dict[str, Any]]:
+def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None = None) -> list[dict[str, Any]]:
     """One report per task, ready for JSON.
 
-    Keys: ``task, kind, synthetic, dev_equals_test`` (None where there is no such pair), ``names_task, names_dataset``
-    (whether the input tells the model), ``duplicates`` (``train, test``: rows whose text an earlier row of the split
-    has; ``conflicting``: texts in train under more than one label; ``train_in_test``: test rows whose text is in
-    train) and ``splits`` (see ``_split``). Rows with unknown labels are counted here, in train too.
+    Keys: ``task, kind, metric, scoring`` (the rule of what is right), ``problem`` (why it cannot be trained with this
+    tokenizer; empty if it can), ``synthetic, dev_equals_test`` (None where there is no such pair), ``names_task,
+    names_dataset`` (whether the input tells the model), ``duplicates`` (``train, test``: rows whose text an earlier row
+    of the split has; ``conflicting``: texts in train under more than one label; ``train_in_test``: test rows whose text
+    is in train) and ``splits`` (see ``_split``). Rows with unknown labels are counted here, in train too.
     """
     data = data.model_copy(update={"unknown_labels": "drop"})
-    return [_one(task, data, lengths) for task in tasks]
+    return [_one(task, data, vocabulary) for task in tasks]
 
 
-def _one(task: Task, data: DataConfig, lengths: Lengths | None) -> dict[str, Any]:
+def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
     train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
     return {
         "task": task.name,
         "kind": task.kind,
+        "metric": task.metric,
+        "scoring": str(task.comparison),
+        "problem": vocabulary.wrong_label(task.labels, task.comparison) if vocabulary and task.labels else "",
         "synthetic": train.synthetic or test.synthetic,
         "names_task": data.add_task_name,
         "names_dataset": data.add_dataset_name,
         "dev_equals_test": _dev_equals_test(task, data),
         "duplicates": _duplicates(train.rows, test.rows),
-        "splits": {rows.split: _split(task, rows, data, lengths) for rows in (train, test)},
+        "splits": {rows.split: _split(task, rows, data, vocabulary) for rows in (train, test)},
     }
 
 
-def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) -> dict[str, Any]:
+def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
     """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out),
     ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50`` …), ``truncated`` (percent of inputs
-    longer than ``data.max_source``; None without a tokenizer), ``target_truncated`` (the same of targets)."""
+    longer than ``data.max_source``; None without a tokenizer), ``target_truncated`` (the same of targets),
+    ``unknown_tokens`` (percent of the inputs' tokens), ``unsayable`` (targets of free text that no answer equals)."""
     inputs = [str(_prompt(task, row, data)) for row in rows.rows]
-    sizes = lengths(inputs) if lengths else [len(text.split()) for text in inputs]
-    targets = lengths([row.label for row in rows.rows]) if lengths else None
+    golds = [row.label for row in rows.rows]
+    sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
+    targets = vocabulary.lengths(golds) if vocabulary else None
+    lost = vocabulary.unsayable(golds, task.comparison) if vocabulary and _has_to_be_said(task) else {}
     counts = Counter(row.label for row in rows.rows)
     return {
         "rows": len(rows),
@@ -66,10 +80,17 @@ def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) ->
         "fingerprint": rows.fingerprint,
         "labels": None if task.labels is None else {label: counts[label] for label in task.labels},
         "unknown_labels": rows.unknown,
-        "length": {"unit": "tokens" if lengths else "words"} | percentiles(sizes),
-        "truncated": share_over(sizes, data.max_source) if lengths else None,
+        "length": {"unit": "tokens" if vocabulary else "words"} | percentiles(sizes),
+        "truncated": share_over(sizes, data.max_source) if vocabulary else None,
         "target_truncated": share_over(targets, data.max_target) if targets else None,
+        "unknown_tokens": 100 * vocabulary.unknown(inputs) / sum(sizes) if vocabulary else None,
+        "unsayable": sum(gold in lost for gold in golds) if vocabulary else None,
     }
+
+
+def _has_to_be_said(task: Task) -> bool:
+    """Whether an answer is right only as a whole: of free text each gold may be one that none can equal."""
+    return task.labels is None and task.metric in MATCHES
 
 
 def show(task: Task, data: DataConfig, n: int = 5) -> list[dict[str, str]]:

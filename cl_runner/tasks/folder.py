@@ -34,10 +34,10 @@ def task_folder(task: Task, root: str) -> Path:
             f"data folder {base} {what}: give --data-dir the folder that holds <kind>/<name>/train.json, "
             "or take --data hub or --data synthetic"
         )
-    folder = base / task.kind / task.name
+    folder = base / task.kind / task.called
     if not folder.is_dir():
         known = sorted(p.parent.name for p in base.glob("*/*/train.json"))
-        hint = did_you_mean(task.name, known) or (f" (it has {', '.join(known)})" if known else "")
+        hint = did_you_mean(task.called, known) or (f" (it has {', '.join(known)})" if known else "")
         raise UserError(
             f"task {task.name}: no folder {folder}{hint}; put train.json and test.json there, or take the task out"
         )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cl_runner.errors import UserError
 from cl_runner.tasks.files import first_line
 from cl_runner.tasks.quiet import quiet
+from cl_runner.tasks.sampling import shares
 from cl_runner.tasks.task import Hub, Row, Split, Task
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def read(task: Task, split: Split, seed: int) -> tuple[list[Row], str]:
     place = _place(hub, name, commit)
     _check_columns(hub, data.column_names, place)
     labels = _labels(hub, data, place)
-    chosen = cut(labels, size, random.Random(f"{seed}/{task.name}/{split}"))
+    chosen = cut(labels, size, random.Random(f"{seed}/{task.called}/{split}"))
     records = zip(chosen, data.select(chosen), strict=True)
     return [Row(f"{split}/{k}", fill(hub.text, record), labels[k] or "") for k, record in records], place
 
@@ -64,15 +65,11 @@ def cut(labels: list[str | None], size: int | None, rng: random.Random) -> list[
             groups.setdefault(label, []).append(position)
     for label in sorted(groups):
         rng.shuffle(groups[label])
-    total = sum(map(len, groups.values()))
-    left = total if size is None else min(size, total)
+    sizes = {label: len(group) for label, group in groups.items()}
+    total = sum(sizes.values())
     taken: list[int] = []
-    # Smallest group first: what it cannot give, the larger ones share.
-    waiting = sorted(groups, key=lambda label: (len(groups[label]), label))
-    for k, label in enumerate(waiting):
-        share = groups[label][: left // (len(waiting) - k)]
-        taken += share
-        left -= len(share)
+    for label, share in shares(sizes, total if size is None else min(size, total)).items():
+        taken += groups[label][:share]
     rng.shuffle(taken)
     return taken
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.metrics.text import normalise
+from cl_runner.metrics.text import wrong_gold
 from cl_runner.tasks import files, folder
+from cl_runner.tasks.sampling import first_of_each
 from cl_runner.tasks.task import Row, Split, Task
 
 
@@ -20,7 +21,8 @@ class Rows:
     """One split of one task, as it is used.
 
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
-    labels outside the task's set, whose rows were left out; ``fingerprint`` depends on the rows alone.
+    labels outside the task's set, whose rows were left out; ``cut`` is how many rows more there are; ``fingerprint``
+    depends on the rows alone.
     """
 
     rows: list[Row]
@@ -28,6 +30,7 @@ class Rows:
     source: str
     synthetic: bool = False
     unknown: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,18 +47,20 @@ class Rows:
 
 
 def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
-    """The rows of a task's split: label-checked, then the first ``data.max_train`` or ``data.max_test`` of them.
+    """The rows of a task's split: checked, then the first ``data.max_train`` or ``data.max_test`` of them.
+
+    With ``data.balanced`` the first ones of each label.
 
     The task's own files win over ``data.source``. UserError names the file, the row and what to do.
     """
-    _check_scorable(task)
     rows, place, source, synthetic = _find(task, data, split)
     kept, unknown = _known(task, rows, split, place, data.unknown_labels)
     if not kept:
-        why = f"all {len(rows)} rows have labels outside the task's set" if rows else "no rows"
-        raise UserError(f"{place}: task {task.name} is empty: {why}")
+        raise UserError(f"{place}: task {task.name} is empty: {_all_unknown(task, unknown) if rows else 'no rows'}")
+    _check_golds(task, kept, split, place)
     most = data.max_train if split == "train" else data.max_test
-    return Rows(kept[:most], split, source, synthetic, unknown)
+    taken = first_of_each(kept, most) if most and data.balanced and task.labels else kept[:most]
+    return Rows(taken, split, source, synthetic, unknown, len(kept) - len(taken))
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -81,12 +86,12 @@ def _find(task: Task, data: DataConfig, split: Split) -> tuple[list[Row], str, s
     if data.source == "synthetic":
         from cl_runner.tasks import synthetic
 
-        if task.name not in synthetic.TASKS:
+        if task.called not in synthetic.TASKS:
             raise UserError(
                 f"task {task.name}: no synthetic stand-in; give it files of its own (source: {{train, test}})"
             )
-        made = synthetic.sample(task.name, split, None, data.seed)
-        return made, f"synthetic {task.name}", f"synthetic (seed {data.seed})", True
+        made = synthetic.sample(task.called, split, None, data.seed)
+        return made, f"synthetic {task.called}", f"synthetic (seed {data.seed})", True
     if data.source == "hub":
         from cl_runner.tasks import hub
 
@@ -107,17 +112,51 @@ def _known(task: Task, rows: list[Row], split: Split, place: str, policy: str) -
             if not row.label.strip():
                 raise UserError(f"{files.where(place, split, number)}: the target text is empty")
         return rows, {}
-    labels = set(task.labels)
-    unknown = Counter(row.label for row in rows if row.label not in labels)
+    if task.sets:
+        rows = [replace(row, label=_in_order(row.label, task.labels)) for row in rows]
+    unknown = Counter(other for row in rows if (other := _other(task, row.label)) is not None)
     if unknown and split == "train" and policy == "refuse":
-        first = next(row for row in rows if row.label not in labels)
+        first = next(row for row in rows if _other(task, row.label) is not None)
+        label = _other(task, first.label) or ""
         others = f"; {unknown.total()} such rows" if unknown.total() > 1 else ""
         raise UserError(
-            f"{files.where(place, split, int(first.id.rpartition('/')[2]))}: label '{first.label}' is not one of task "
-            f"{task.name}'s ({_nearest(first.label, task.labels)}){others}; correct the file, or leave such rows out "
+            f"{files.where(place, split, int(first.id.rpartition('/')[2]))}: label '{label}' is not one of task "
+            f"{task.name}'s ({_nearest(label, task.labels)}){others}; correct the file, or leave such rows out "
             "with --set data.unknown_labels=drop"
         )
-    return [row for row in rows if row.label in labels], dict(unknown)
+    return [row for row in rows if _other(task, row.label) is None], dict(unknown)
+
+
+def _in_order(label: str, labels: list[str]) -> str:
+    """A set of labels as one target, in the order of the task's, each once; what is none of them goes last."""
+    given = dict.fromkeys(part for text in label.split(",") if (part := text.strip()))
+    return ", ".join([*(each for each in labels if each in given), *(part for part in given if part not in labels)])
+
+
+def _other(task: Task, label: str) -> str | None:
+    """The (first) label of a row that the task does not have; None where it has all."""
+    given = label.split(", ") if task.sets else [label]
+    return next((each for each in given if each not in (task.labels or ())), None)
+
+
+def _all_unknown(task: Task, unknown: Mapping[str, int]) -> str:
+    """What to say where no row has a label of the task's."""
+    (label, count), *others = Counter(unknown).most_common()
+    more = f" and {len(others)} more" if others else ""
+    rows = sum(unknown.values())
+    return (
+        f"all {rows} rows have labels outside the task's set, such as '{label}' ({count} rows){more}; "
+        f"{_nearest(label, task.labels or [])}"
+    )
+
+
+def _check_golds(task: Task, rows: list[Row], split: Split, place: str) -> None:
+    """Refuse a gold that the metric cannot score."""
+    if task.labels is not None and task.metric != "pearson":
+        return
+    for row in rows:
+        if problem := wrong_gold(task.metric, row.label):
+            raise UserError(f"{files.where(place, split, int(row.id.rpartition('/')[2]))}: task {task.name}: {problem}")
 
 
 def _nearest(label: str, labels: list[str]) -> str:
@@ -129,19 +168,3 @@ def _nearest(label: str, labels: list[str]) -> str:
     if close:
         return f"nearest: '{folded[close[0]]}'; labels are compared exactly"
     return ", ".join(f"'{known}'" for known in labels[:6]) + (", …" if len(labels) > 6 else "")
-
-
-def _check_scorable(task: Task) -> None:
-    """Answers are compared without case and punctuation: labels must differ beyond these, and not vanish."""
-    seen: dict[str, str] = {}
-    for label in task.labels or []:
-        key = normalise(label)
-        if not key:
-            raise UserError(
-                f"task {task.name}: label '{label}' is punctuation only, which the score ignores; rename it"
-            )
-        if key in seen:
-            raise UserError(
-                f"task {task.name}: labels '{seen[key]}' and '{label}' are the same to the score (case, punctuation)"
-            )
-        seen[key] = label

@@ -5,13 +5,16 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cl_runner.config import Section
+from cl_runner.metrics.comparison import Comparison, comparison_of
 
-Metric = Literal["exact", "accuracy", "f1", "rouge-l", "bleu", "matthews", "pearson"]
+Metric = Literal[
+    "exact", "accuracy", "normalised", "numeric", "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson"
+]
 Split = Literal["train", "dev", "test"]
 
 
@@ -127,20 +130,24 @@ class Task(Frozen):
     """One task of an order. Text and labels of users are only ever joined, never formatted."""
 
     name: str = Field(description="Name; the model reads it in 'Dataset:<name>'.")
+    dataset: str | None = Field(
+        default=None, description="What the model reads in the name's place, where a task comes twice in an order."
+    )
     kind: str = Field(description="Kind; the model reads it in 'Task:<kind>'.")
     instruction: str = Field(default="", description="What is asked; ends in a newline unless empty.")
     labels: list[str] | None = Field(default=None, description="The answers there are; none: free text.")
     options: bool = Field(default=True, description="Print the labels in an 'Option:' line.")
     metric: Metric = Field(default="exact", description="Score of the answers.")
+    tolerance: float = Field(default=0.0, ge=0, description="Metric numeric: how far off an answer may be.")
     source: Source | None = Field(default=None, description="The task's own files; they win over data.source.")
     columns: Columns = Field(default_factory=Columns)
     hub: Hub | None = Field(default=None, description="Where the hub has it.")
     sizes: Sizes = Field(default_factory=Sizes)
 
-    @field_validator("name", "kind")
+    @field_validator("name", "kind", "dataset")
     @classmethod
-    def _name(cls, value: str) -> str:
-        return check_name(value)
+    def _name(cls, value: str | None) -> str | None:
+        return None if value is None else check_name(value)
 
     @field_validator("instruction")
     @classmethod
@@ -164,14 +171,46 @@ class Task(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
+        if self.tolerance and self.metric != "numeric":
+            raise ValueError(f"tolerance goes with metric numeric, not with {self.metric}")
         if self.labels is None:
-            if self.metric == "matthews":
-                raise ValueError("metric matthews needs labels")
+            if self.metric in ("matthews", "labels-f1"):
+                raise ValueError(f"metric {self.metric} needs labels")
+        elif self.metric == "numeric":
+            raise ValueError("metric numeric is for free text; leave it out, or the labels")
+        elif problem := self.comparison.why_not(self.labels):
+            raise ValueError(problem)
         elif self.hub and self.hub.labels:
             strange = sorted(set(self.hub.labels.values()) - set(self.labels))
             if strange:
                 raise ValueError(f"hub.labels maps to {strange[0]!r}, which is not one of the task's labels")
         return self
+
+    @property
+    def called(self) -> str:
+        """The name that the model reads and that sources of rows know; ``name`` but for a task that comes again."""
+        return self.dataset or self.name
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is asked, as JSON: where rows are from is not in it, nor by which rule of the metric they are scored."""
+        # Earlier versions called the benchmark's metric ``exact``.
+        metric = "exact" if self.metric == "normalised" else self.metric
+        return {
+            **self.model_dump(include={"kind", "instruction", "labels", "options"}),
+            "name": self.called,
+            "metric": metric,
+        }
+
+    @property
+    def sets(self) -> bool:
+        """Whether a row may have several labels, joined by ", "."""
+        return self.metric == "labels-f1"
+
+    @property
+    def comparison(self) -> Comparison:
+        """How an answer is held against the gold one."""
+        return comparison_of(self.metric, self.labels, self.tolerance)
 
     def prompt(self, text: str, *, add_task_name: bool = True, add_dataset_name: bool = True) -> Prompt:
         """The model's input for a row's text, in the benchmark's form."""
@@ -179,7 +218,7 @@ class Task(Frozen):
         if add_task_name:
             head += "Task:" + self.kind + "\n"
         if add_dataset_name:
-            head += "Dataset:" + self.name + "\n"
+            head += "Dataset:" + self.called + "\n"
         head += self.instruction
         if self.options and self.labels:
             head += "Option: " + ", ".join(self.labels) + " \n"

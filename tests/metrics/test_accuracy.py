@@ -163,6 +163,31 @@ def test_a_missing_entry_makes_a_measure_undefined_not_smaller() -> None:
     assert accuracy.forward_transfer(square([[90.0, None], [80.0, 50.0]], base={"t0": 1.0, "t1": 2.0})) is None
 
 
+def test_an_undefined_score_leaves_the_means_to_the_other_tasks() -> None:
+    """t1 is a correlation: undefined when learned, 40 a stage later, undefined again at the end."""
+    why = [{}, {"t1": "the answers are all the same"}, {}, {"t1": "no answer is a number"}]
+    rows = [[80.0, None, None, None], [70.0, None, None, None], [60.0, 40.0, 90.0, None], [50.0, None, 85.0, 95.0]]
+    m = square(rows, counts={"t0": 1, "t1": 100, "t2": 3, "t3": 4}, undefined=why)
+    assert accuracy.average_accuracy(m) == pytest.approx((50 + 85 + 95) / 3)
+    assert accuracy.weighted_average_accuracy(m) == pytest.approx((50 + 3 * 85 + 4 * 95) / 8)
+    assert accuracy.forgetting(m) == pytest.approx((30 + 5) / 2)
+    assert accuracy.forgetting_signed(m) == pytest.approx((30 + 5) / 2)
+    assert accuracy.backward_transfer(m) == pytest.approx((-30 - 5) / 2)
+    assert accuracy.learning_accuracy(m) == pytest.approx((80 + 90 + 95) / 3)
+    assert accuracy.intransigence(m, {"t0": 90.0, "t2": 90.0, "t3": 90.0}) == pytest.approx((10 + 0 - 5) / 3)
+    third = square(rows[:3], undefined=why[:3])  # where it has a score again
+    assert accuracy.average_accuracy(third) == pytest.approx((60 + 40 + 90) / 3)
+    assert accuracy.forgetting(third) == pytest.approx(20.0), "t1 had no score before: nothing to forget"
+    assert Matrix.from_dict(m.to_dict()) == m
+    future = [[1.0, None, 3.0], [1.0, 5.0, 3.0], [1.0, 5.0, 3.0]]
+    seen = square(future, base={"t0": 0.0, "t1": 2.0, "t2": None}, undefined=[{"t1": "-"}, {}, {}])
+    assert accuracy.forward_transfer(seen) is None, "neither t1 nor t2 is left"
+    seen = square(future, base={"t0": 0.0, "t1": 2.0, "t2": 1.0}, undefined=[{"t1": "-"}, {}, {}])
+    assert accuracy.forward_transfer(seen) == 2.0
+    with pytest.raises(ValueError, match="both there and undefined"):
+        square([[1.0]], undefined=[{"t0": "-"}])
+
+
 def test_csv_is_exactly_the_documented_form() -> None:
     m = Matrix(["01-a", '02-b, the "second"'], ["a", 'b, the "second"'], [[100 / 3, None], [0.0, 100.0]])
     assert to_csv(m) == 'stage,a,"b, the ""second"""\n01-a,33.3333,\n"02-b, the ""second""",0.0000,100.0000\n'

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import string
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
-from cl_runner.metrics.text import METRICS, normalise, require, score
+from cl_runner.metrics.comparison import Comparison, comparison_of, normalise
+from cl_runner.metrics.text import METRICS, Undefined, no_variance, require, score, wrong_gold
 
 
 @pytest.mark.parametrize(
@@ -40,14 +43,89 @@ def test_normalise_is_what_it_says(raw: str) -> None:
     assert result == " ".join("".join(c for c in raw.lower() if c not in string.punctuation).split())
 
 
-def test_exact_and_accuracy() -> None:
+def test_shares_of_right_answers() -> None:
     said, gold = ["World.", "sports", "", "World Business"], ["world", "Business", "World", "World"]
-    assert score("exact", said, gold) == score("accuracy", said, gold) == 25.0
+    assert score("normalised", said, gold) == 25.0
+    assert score("exact", said, gold) == score("accuracy", said, gold) == 0.0
+    assert score("exact", [" world\n", *said[1:]], gold) == score("accuracy", [" world\n", *said[1:]], gold) == 25.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "right", "wrong"),
+    [
+        # what tells answers apart is not dropped
+        ("exact", None, [("-1", " -1\n")], [("-1", "1"), ("1.0", "10"), ("C", "C++"), ("a  b", "a b"), ("Yes", "yes")]),
+        ("exact", None, [("caf\u00e9", "cafe\u0301")], [("café", "cafe")]),
+        ("exact", ["-1", "0", "1"], [("-1", "-1"), ("0", " 0")], [("-1", "1"), ("1", "-1"), ("1", "+1"), ("1", "1.0")]),
+        ("exact", ["1.0", "10"], [("1.0", "1.0"), ("10", "10")], [("1.0", "10"), ("10", "1.0"), ("1.0", "1")]),
+        ("accuracy", ["C", "C++", "C#"], [("C++", "C++")], [("C", "C++"), ("C++", "C#"), ("C", "c")]),
+        ("exact", ["+", "-"], [("+", "+ "), ("-", "-")], [("+", "-"), ("-", ""), ("-", "–")]),
+        (
+            "exact",
+            ["very good", "good"],
+            [("very good", " very\u00a0 good ")],
+            [("very good", "good"), ("good", "good.")],
+        ),
+        # numbers as numbers
+        ("numeric", None, [("1", "1.0"), ("-0.5", "-.50"), ("1000", "1e3"), ("0", "-0")], [("1", "-1"), ("1", "one")]),
+        ("numeric", None, [], [("1000", "1,000"), ("0.5", "0,5"), ("3", "nan"), ("3", "٣"), ("1000", "1_000")]),
+        # the benchmark's
+        ("normalised", ["Good", "Bad"], [("Good", "good!"), ("Bad", " BAD. ")], [("Good", "Goods")]),
+        # sets
+        ("labels-f1", ["a", "b", "c d"], [("a, b", "b,a"), ("c d", "c  d, c d")], [("a, b", "a"), ("a", "a, x")]),
+    ],
+)
+def test_what_is_right(
+    metric: str, labels: list[str] | None, right: list[tuple[str, str]], wrong: list[tuple[str, str]]
+) -> None:
+    rule = comparison_of(metric, labels)
+    for gold, answer in right:
+        assert rule.same(answer, gold), (gold, answer)
+    for gold, answer in wrong:
+        assert not rule.same(answer, gold), (gold, answer)
+    if metric != "labels-f1":
+        pairs = right + wrong
+        share = 100 * len(right) / len(pairs)
+        assert score(metric, [a for _, a in pairs], [g for g, _ in pairs], labels) == pytest.approx(share)
+
+
+def test_tolerance_is_exact() -> None:
+    near = comparison_of("numeric", None, 0.1)
+    for answer in ("0.8", "0.6", "0.70", ".7"):  # 0.8 - 0.7 is a little over 0.1 in binary
+        assert near.same(answer, "0.7")
+    for answer in ("0.8000001", "0.5999999", "-0.7", "1e400", "x"):
+        assert not near.same(answer, "0.7")
+    assert not comparison_of("numeric", None).same("0.70000000000000000001", "0.7")
+    assert comparison_of("numeric", None, 1e-12).same("0.70000000000000000001", "0.7")
+    assert str(near) == "number within 0.1"
+
+
+@given(st.lists(st.text(max_size=4).filter(str.strip), min_size=1, max_size=6, unique=True))
+def test_labels_that_the_rule_takes_are_told_apart(labels: list[str]) -> None:
+    rule = Comparison("label")
+    if not rule.why_not(labels):
+        assert rule.classes(labels, labels) == list(range(len(labels)))
+        assert [[rule.same(a, b) for b in labels] for a in labels] == [[a == b for b in labels] for a in labels]
+
+
+@pytest.mark.parametrize(
+    ("rule", "labels", "why"),
+    [
+        ("label", ["a b", "a  b"], "labels 'a b' and 'a  b' are the same to the score"),
+        ("label", ["caf\u00e9", "cafe\u0301"], "are the same to the score"),
+        ("normalised", ["C", "C++"], "labels 'C' and 'C\\+\\+' are the same to the score"),
+        ("normalised", ["+", "a"], "label '\\+' is punctuation only"),
+        ("set", ["a, b", "c"], "holds a comma"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart(rule: Any, labels: list[str], why: str) -> None:
+    assert re.search(why, Comparison(rule).why_not(labels))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_to_score_is_undefined(metric: str) -> None:
-    assert score(metric, [], [], ["a", "b"]) is None
+    with pytest.raises(Undefined, match="no row to score"):
+        score(metric, [], [], ["a", "b"])
 
 
 def naive_macro_f1(said: list[str], gold: list[str], labels: list[str]) -> float:
@@ -86,9 +164,11 @@ def test_f1_over_labels(seed: int) -> None:
     pytest.importorskip("sklearn")
     said, gold = answers(seed)
     labels = ["a", "b", "c", "d"]
-    assert score("f1", [s.upper() + "." for s in said], gold, labels) == pytest.approx(
-        naive_macro_f1(said, gold, labels)
-    )
+    naive = pytest.approx(naive_macro_f1(said, gold, labels))
+    assert score("f1", [f" {s}\n" for s in said], gold, labels) == naive
+    loud = [s.upper() + "." for s in said]
+    assert score("f1", loud, gold, labels, Comparison("normalised")) == naive
+    assert score("f1", loud, gold, labels) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,8 +179,18 @@ def test_matthews(seed: int) -> None:
 
 
 def test_matthews_without_variance_is_undefined() -> None:
-    assert score("matthews", ["a", "a"], ["a", "b"], ["a", "b"]) is None
-    assert score("matthews", ["a", "b"], ["a", "a"], ["a", "b"]) is None
+    with pytest.raises(Undefined, match="the answers are all the same"):
+        score("matthews", ["a", "a"], ["a", "b"], ["a", "b"])
+    with pytest.raises(Undefined, match="the golds are all the same"):
+        score("matthews", ["a", "b"], ["a", "a"], ["a", "b"])
+    assert no_variance("matthews", ["a", "a"]) and not no_variance("matthews", ["a", "b"])
+
+
+def test_f1_of_sets() -> None:
+    # {a, b} for {b, c}: 2·1/4; the same set in another order; an unknown label counts as said: 2·1/3
+    said, gold = ["a, b", "c,a", "a, zzz", "b, b"], ["b, c", "a, c", "a", "b"]
+    assert score("labels-f1", said, gold, ["a", "b", "c"]) == pytest.approx(100 * (2 / 4 + 1 + 2 / 3 + 1) / 4)
+    assert score("labels-f1", [""], ["a"], ["a"]) == 0.0
 
 
 def test_f1_of_words() -> None:
@@ -118,10 +208,30 @@ def test_pearson() -> None:
     cov = sum((s - 2.5) * (g - mean) for s, g in zip(said, gold, strict=True))
     naive = cov / math.sqrt(sum((s - 2.5) ** 2 for s in said) * sum((g - mean) ** 2 for g in gold))
     assert score("pearson", ["1", "4", "no idea", "nan"], ["1", "3", "5", "0"]) == pytest.approx(100 * naive)
-    assert score("pearson", ["1", "1"], ["1", "2"]) is None
-    assert score("pearson", ["x", "y"], ["1", "2"]) is None
-    with pytest.raises(UserError, match="golds that are numbers, not 'high'"):
+    with pytest.raises(Undefined, match="the answers are all the same"):
+        score("pearson", ["1", "1"], ["1", "2"])
+    with pytest.raises(Undefined, match="no answer is a number"):
+        score("pearson", ["x", "y"], ["1", "2"])
+    with pytest.raises(Undefined, match="the golds are all the same"):
+        score("pearson", ["1", "2"], ["3", "3.0"])
+    with pytest.raises(UserError, match="metric pearson needs numbers, and this is 'high'"):
         score("pearson", ["1"], ["high"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "gold", "why"),
+    [
+        ("pearson", "0,5", "needs numbers, and this is '0,5'"),
+        ("numeric", "high", "needs numbers"),
+        ("numeric", "nan", "needs numbers"),
+        ("normalised", "+", "punctuation only, which metric normalised ignores; set metric: exact"),
+        ("exact", "+", ""),
+        ("numeric", " -1.5e3 ", ""),
+        ("rouge-l", "0,5", ""),
+    ],
+)
+def test_golds_that_a_metric_cannot_score(metric: str, gold: str, why: str) -> None:
+    assert why in wrong_gold(metric, gold) and bool(why) == bool(wrong_gold(metric, gold))
 
 
 def test_rouge_l() -> None:

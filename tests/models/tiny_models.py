@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other, for seconds on a busy machine
@@ -92,3 +92,17 @@ FAMILIES: dict[str, Callable[[], tuple[transformers.PreTrainedModel, PreTrainedT
     "gpt2": _gpt2,
     "qwen2": _qwen2,
 }
+
+
+def word_tokenizer(words: str) -> PreTrainedTokenizerFast:
+    """A token a word, in lower case, and ``<unk>`` (3) for every other; ``</s>`` (0) behind the text, as T5 has it."""
+    known = {"</s>": 0, "<pad>": 1, "<s>": 2, "<unk>": 3}
+    for word in words.split():
+        known.setdefault(word, len(known))
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", bos_token="<s>"
+    )

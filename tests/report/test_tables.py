@@ -116,6 +116,55 @@ def test_synthetic_stands_in_the_title_and_beside_the_numbers() -> None:
     assert "| olora (reference) (synthetic) |" in comparison.markdown()
 
 
+def several_metrics() -> RunSummary:
+    tasks = ["topic", "sts", "dbpedia"]
+    values: list[list[float | None]] = [[50.0, None, None], [40.0, None, None], [30.0, -20.0, 60.0]]
+    why = [{}, {"sts": "the answers are all the same"}, {}]
+    return a_run(
+        tasks,
+        matrix=Matrix([f"0{t + 1}-{task}" for t, task in enumerate(tasks)], tasks, values, undefined=why),
+        metrics={"topic": "exact", "sts": "pearson", "dbpedia": "normalised"},
+        scoring={"topic": "label", "sts": "number", "dbpedia": "normalised"},
+        synthetic=True,
+        real=("topic", "sts"),
+    )
+
+
+def test_columns_are_headed_by_their_metric_and_undefined_scores_say_why() -> None:
+    run = several_metrics()
+    text = shown(tables.table(run))
+    assert [line.split() for line in text.splitlines()[3:5]] == [
+        ["topic", "sts", "dbpedia"],
+        ["stage", "exact", "pearson", "normalised"],
+    ]
+    assert "score, % (partly synthetic) on each task (across) after each stage (down)\n" in text
+    assert cells(text, "02-sts") == ["40.00", "-"] and cells(text, "03-dbpedia") == ["30.00", "-20.00", "60.00"]
+    said = "sts: pearson is undefined after stage 2: the answers are all the same; means are without it"
+    assert said in " ".join(text.split())
+    assert "synthetic data of dbpedia: these numbers say nothing" in text
+    assert said in tables.markdown(run)
+    assert "| after stage, % (partly synthetic) | topic exact | sts pearson | dbpedia normalised |" in tables.markdown(
+        run
+    )
+    assert tables.report_json(run)["undefined"][1] == {"sts": "the answers are all the same"}
+    two = replace(run, matrix=replace(run.matrix, stages=run.matrix.stages[:2], values=run.matrix.values[:2],
+                                      trained=[], undefined=run.matrix.undefined[:2]))  # fmt: skip
+    assert "average accuracy (AA)" in shown(tables.table(two))
+    assert cells(shown(tables.table(two)), "average")[:3] == ["accuracy", "(AA)", "40.00"], "of topic alone"
+    assert "mean over the 2 tasks seen, 1 undefined" in shown(tables.table(two))
+    for width in (20, 30, 44):
+        assert max(len(line) for line in shown(tables.table(run), width=width).splitlines()) <= width
+    assert "sts pearson" in shown(tables.table(run), width=30)
+
+
+def test_one_metric_is_named_once() -> None:
+    of = dict.fromkeys(ORDER1, "normalised")
+    text = shown(tables.table(a_run(metrics=of, scoring=of)))
+    assert "percent correct on each task" in text
+    assert "metric: normalised (case, punctuation and white space do not count)" in text
+    assert tables.scored_by("number within 0.1") == "as numbers, off by at most 0.1"
+
+
 def test_unfinished_run_says_how_far_it_is() -> None:
     run = a_run(done=2)
     assert "stage 2 of 4" in shown(tables.table(run)).splitlines()[0]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_runner.config import DataConfig
+from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.tasks import catalog
-from cl_runner.tasks.check import check, lengths_by, percentiles, share_over, show
+from cl_runner.tasks.check import check, percentiles, share_over, show
 from cl_runner.tasks.task import Task
+from tests.models.tiny_models import word_tokenizer
 
 TRAIN = [("one", "yes"), ("two words", "no"), ("one", "yes"), ("two words", "yes"), ("x", "-")]
 TEST = [("one", "no"), ("new", "yes"), ("new", "yes"), ("never", "?")]
@@ -26,14 +27,6 @@ def mine(tmp_path: Path) -> Task:
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     source = {split: str(tmp_path / f"{split}.json") for split in ("train", "test", "dev")}
     return catalog.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"], "source": source})
-
-
-class WordTokenizer:
-    """A token a word, and an end token."""
-
-    def __call__(self, texts: list[str], add_special_tokens: bool, truncation: bool) -> dict[str, Any]:
-        assert add_special_tokens and not truncation
-        return {"input_ids": [[*range(len(text.split())), -1] for text in texts]}
 
 
 def test_report(mine: Task) -> None:
@@ -56,10 +49,23 @@ def test_report(mine: Task) -> None:
 
 def test_lengths_in_tokens_and_truncated_share(mine: Task) -> None:
     data = DataConfig(max_source=8)
-    train = check([mine], data, lengths_by(WordTokenizer()))[0]["splits"]["train"]
+    train = check([mine], data, Vocabulary(word_tokenizer("one two words x")))[0]["splits"]["train"]
     assert train["length"]["unit"] == "tokens" and train["length"]["p50"] == 8 and train["length"]["p100"] == 9
     assert train["truncated"] == 50.0, "two of four inputs are 9 tokens long"
     assert train["target_truncated"] == 0.0
+    # of each input the words "one", "two words", "x" and the end token are known, its other 6 are not
+    assert train["unknown_tokens"] == pytest.approx(100 * 4 * 6 / (8 + 9 + 8 + 9))
+
+
+def test_metric_rule_and_what_cannot_be_said(mine: Task) -> None:
+    vocabulary = Vocabulary(word_tokenizer("one two words x yes"))
+    (report,) = check([mine], DataConfig(), vocabulary)
+    assert (report["metric"], report["scoring"]) == ("exact", "label")
+    assert report["problem"].startswith("label 'no', ids [3]")
+    free = mine.model_copy(update={"labels": None})
+    (report,) = check([free], DataConfig(), vocabulary)
+    assert (report["scoring"], report["problem"]) == ("text", "")
+    assert report["splits"]["train"]["unsayable"] == 2, "of yes, no, yes, yes, -: two are no words"
 
 
 def test_input_that_names_the_task_is_said(mine: Task) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
@@ -62,7 +63,8 @@ def test_prefix_comes_after_dropping(mine: Task) -> None:
 
 
 def test_empty_tasks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="task mine is empty: all 6 rows have labels outside"):
+    said = r"task mine is empty: all 6 rows have labels outside the task's set, such as 'yes' \(2 rows\) and 3 more; 'l"
+    with pytest.raises(UserError, match=said):
         load_rows(own(tmp_path, labels=["left", "right"]), DataConfig(), "test")
     task = own(tmp_path)
     (tmp_path / "mine.json").write_text("[]")
@@ -79,11 +81,65 @@ def test_free_text_has_no_unknown_labels_but_needs_targets(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("labels", "says"), [(["yes", "YES!"], "'yes' and 'YES!' are the same"), (["+", "no"], "'\\+'")]
+    "labels", [["-1", "0", "1"], ["1.0", "10"], ["C", "C++", "C#"], ["+", "-"], ["yes", "YES", "Yes!"]]
 )
-def test_labels_the_score_cannot_tell_apart_are_refused(tmp_path: Path, labels: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        load_rows(own(tmp_path, labels=labels), DataConfig(), "test")
+def test_labels_that_differ_in_anything_but_white_space_are_a_set(tmp_path: Path, labels: list[str]) -> None:
+    task = own(tmp_path, labels=labels)
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "a", "label": label} for label in labels]))
+    golds = [row.label for row in load_rows(task, DataConfig(), "train").rows]
+    assert golds == labels
+    assert [[task.comparison.same(said, gold) for said in labels] for gold in labels] == [
+        [said == gold for said in labels] for gold in labels
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"labels": ["yes", " yes "]}, "'yes' and ' yes ' are the same to the score"),
+        ({"labels": ["é", "e\u0301"]}, "are the same to the score"),
+        ({"labels": ["yes", "YES!"], "metric": "normalised"}, "'yes' and 'YES!' are the same"),
+        ({"labels": ["+", "no"], "metric": "normalised"}, r"'\+' is punctuation only"),
+        ({"labels": ["a,b", "c"], "metric": "labels-f1"}, "'a,b' holds a comma"),
+        ({"labels": ["1", "2"], "metric": "numeric"}, "metric numeric is for free text"),
+        ({"labels": None, "metric": "labels-f1"}, "metric labels-f1 needs labels"),
+        ({"labels": None, "tolerance": 0.1}, "tolerance goes with metric numeric, not with exact"),
+        ({"labels": None, "metric": "numeric", "tolerance": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_no_score_can_tell_apart_is_no_task(tmp_path: Path, entry: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        own(tmp_path, **entry)
+
+
+@pytest.mark.parametrize(
+    ("metric", "label", "says"),
+    [
+        ("pearson", "0,5", "metric pearson needs numbers, and this is '0,5'"),
+        ("numeric", "high", "metric numeric needs numbers, and this is 'high'"),
+        ("normalised", "+-", "'+-' is punctuation only"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_golds_that_the_metric_cannot_score_are_refused(
+    tmp_path: Path, metric: str, label: str, says: str, split: Any
+) -> None:
+    task = own(tmp_path, labels=None, metric=metric)
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "a", "label": "1"}, {"text": "b", "label": label}]))
+    with pytest.raises(UserError) as caught:
+        load_rows(task, DataConfig(), split)
+    assert f"row 2 ({split}/1): task mine: {says}" in str(caught.value)
+
+
+def test_sets_of_labels_become_targets_in_the_order_of_the_task(tmp_path: Path) -> None:
+    task = own(tmp_path, labels=["a", "b", "c d"], metric="labels-f1")
+    given = ["b,a", "c d , b", "a", "b, b ,a"]
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "x", "label": label} for label in given]))
+    assert [row.label for row in load_rows(task, DataConfig(), "train").rows] == ["a, b", "b, c d", "a", "a, b"]
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "x", "label": label} for label in ["a", "a, e, b"]]))
+    with pytest.raises(UserError, match=r"row 2 \(train/1\): label 'e' is not one of task mine's"):
+        load_rows(task, DataConfig(), "train")
+    assert load_rows(task, DataConfig(), "test").unknown == {"e": 1}
 
 
 def test_fingerprint_is_of_the_rows_alone(tmp_path: Path) -> None:
