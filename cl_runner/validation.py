@@ -63,9 +63,29 @@ def first_fault(kind: type[Model], values: Mapping[str, Any]) -> tuple[Model | N
         model = kind.model_validate(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        return None, tuple(fault["loc"]), explain(fault)
+        return None, tuple(fault["loc"]), explain(fault) + _hint(kind, fault)
     path = _truth_as_number(model, values, ())
     return (None, path, "must be a number, not true or false") if path else (model, (), "")
+
+
+def _hint(kind: type[BaseModel], fault: Mapping[str, Any]) -> str:
+    """What the parts of a setting are called, where one is unknown."""
+    *above, name = fault["loc"]
+    if fault["type"] != "extra_forbidden":
+        return ""
+    for part in above:
+        inner = parts_of(kind, str(part))
+        if inner is None:
+            return ""
+        kind = inner
+    return did_you_mean(str(name), kind.model_fields) or f"; there are {', '.join(kind.model_fields)}"
+
+
+def parts_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of a setting that has parts of its own, whether or not it may be null too; else None."""
+    field = kind.model_fields.get(name)
+    kinds = (get_args(field.annotation) or (field.annotation,)) if field else ()
+    return next((each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _truth_as_number(model: BaseModel, values: Mapping[str, Any], above: Key) -> Key:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from cl_runner.config import RunConfig, Section
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.methods.base import Reorthogonalise
 from cl_runner.settings import Resolved, difference, differing_from_presets, dump, resolve, schema, settings_of, show
 from cl_runner.settings.layers import SETTABLE
 from cl_runner.settings.presets import family, preset_names
@@ -23,6 +24,7 @@ class OLoRA(Section):
     lambda1: float = Field(0.5, ge=0)
     lambda2: float = Field(0.0, ge=0)
     on: Literal["A", "B", "both"] = "A"
+    reorthogonalise: Reorthogonalise | None = None
 
 
 class NLoRA(Section):
@@ -64,7 +66,8 @@ def test_nothing_but_an_order_is_tiny() -> None:
     assert result.origin["order"] == "--order"
     assert result.origin["method.lambda1"] == "preset tiny" and result.origin["method.on"] == "default of olora"
     own = result.config.method.own()
-    assert own.pop("lambda1") > 0 and own == {"reference": True, "lambda2": 0.0, "on": "A"}
+    assert own.pop("lambda1") > 0
+    assert own == {"reference": True, "lambda2": 0.0, "on": "A", "reorthogonalise": None}
     assert result.order is not None and result.order.names == ["dbpedia", "amazon", "yahoo", "agnews"]
     assert differing_from_presets(result) == {} and result.notes == []
 
@@ -430,6 +433,29 @@ def test_config_files_refused_with_their_place(text: str, message: str) -> None:
     assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
 
 
+def test_set_takes_parts_of_any_depth(tmp_path: Path) -> None:
+    def found(*sets: str, **more: Any) -> Any:
+        return resolved(order="order1", sets=list(sets), **more).config
+
+    dotted = found("method.reorthogonalise.every=2", "method.reorthogonalise.how=soft")
+    assert dotted == found("method.reorthogonalise={every: 2, how: soft}")
+    whole = {"how": "hard", "every": 7, "on": "A", "rescale": False, "moments": None}
+    assert found("method.reorthogonalise.every=7").method.own()["reorthogonalise"] == whole
+    (tmp_path / "c.yaml").write_text("method: {name: olora, reorthogonalise: {how: soft, every: 9}}\n")
+    over = found("method.reorthogonalise.every=2", config_file=tmp_path / "c.yaml")
+    assert over.method.own()["reorthogonalise"] == {**whole, "how": "soft", "every": 2}, "the file's other parts stay"
+    last = found("method.reorthogonalise.every=2", "method.reorthogonalise={how: soft}")
+    assert last.method.own()["reorthogonalise"] == {**whole, "how": "soft", "every": 100}, "the last one wins, whole"
+    task = found("method.reorthogonalise.every=2", "tasks.yahoo.method.reorthogonalise.on=B",
+                 "tasks.yahoo.method.reorthogonalise.every=3")  # fmt: skip
+    assert task.tasks["yahoo"] == {"method.reorthogonalise": {**whole, "on": "B", "every": 3}}
+    assert task.at(3, "yahoo").method.own()["reorthogonalise"]["every"] == 3
+    assert task.method.own()["reorthogonalise"]["every"] == 2
+    stage = found("stages.2.method.reorthogonalise.every=4")
+    assert stage.at(2, "amazon").method.own()["reorthogonalise"] == {**whole, "every": 4}
+    assert found("stages.2.method.reorthogonalise=null").at(2, "amazon").method.own()["reorthogonalise"] is None
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
@@ -439,11 +465,14 @@ def test_config_files_refused_with_their_place(text: str, message: str) -> None:
         ("training=1", "training is a section; write training.key=value"),
         ("training.lr", "--set training.lr: write --set section.key=value"),
         ("=1", "--set =1: write --set section.key=value"),
-        ("training.lr.x=1", "training is a section; write training.key=value"),
-        (
-            "method.reorthogonalise.every=5",
-            "what is inside a setting goes in braces: method.reorthogonalise={every: VALUE}",
-        ),
+        ("training.lr.x=1", "training.lr has no parts"),
+        ("training..x=1", "training is a section; write training.key=value"),
+        ("method.reorthogonalise.evry=5", "method.reorthogonalise.evry is not a setting; did you mean 'every'?"),
+        ("method.reorthogonalise.every.x=5", "method.reorthogonalise.every must be a whole number"),
+        ("method.reorthogonalise.every=0", "method.reorthogonalise.every must be at least 1"),
+        ("method.lambda1.x=5", "method.lambda1 must be a number"),
+        ("tasks.amazon.method.reorthogonalise.evry=5", "tasks.amazon.method.reorthogonalise"),
+        ("tasks.amazon.training.lr.x=5", "training.lr.x is not a setting"),
         ("seed.x=1", "seed has no parts"),
         ("foo.bar=1", "foo.bar is not a setting; there are presets, order"),
         ("presets=[tiny]", "choose presets with --preset"),

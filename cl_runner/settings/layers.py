@@ -1,20 +1,21 @@
 """Layers of settings: what one preset, file or flag sets, each value with where it was written.
 
 A layer maps a path to a value: ``("training", "lr")``, ``("seed",)``, ``("tasks", "MNLI", "training.epochs")`` or
-``("stages", 1, "training.lr")``. Keys are checked when a layer is read, values when all layers are merged.
+``("stages", 1, "training.lr")``. Until the layers are merged a part of a setting has a longer path,
+``("method", "reorthogonalise", "every")``. Keys are checked when a layer is read, values when all layers are merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.tasks.order import Order
-from cl_runner.validation import check_override, flattened, refuse, section_of, unknown
+from cl_runner.validation import check_override, flattened, parts_of, refuse, section_of, unknown
 from cl_runner.yamlfile import Document, Key, parse_value, printable
 
 # Rows belong to a task, wherever it stands: a position has no data settings.
@@ -153,7 +154,8 @@ def from_sets(sets: Sequence[str]) -> Layer:
             raise refuse(where, "write --set section.key=value, for example --set training.lr=1e-3")
         path = _set_path(key, where)
         value, text = parse_value(text, where)
-        layer.pop(path, None)  # the last one also goes last
+        for before in [other for other in layer if other[: len(path)] == path]:
+            del layer[before]  # the last one also goes last, and replaces parts of itself
         layer[path] = Given(value, "--set", where, where, text)
     return layer
 
@@ -162,10 +164,11 @@ def _set_path(key: str, where: str) -> Key:
     parts = key.split(".")
     section = parts[0]
     if section in SETTABLE:
-        if len(parts) < 4:
+        # A task's name may hold a dot; what follows it begins with a section.
+        begin = next((i for i in range(2, len(parts) - 1) if parts[i] in section_names()), len(parts) - 2)
+        if begin < 2 or not all(parts):
             raise refuse(where, f"write {section}.{'NAME' if section == 'tasks' else 'POSITION'}.section.key=value")
-        override = ".".join(parts[-2:])
-        name = ".".join(parts[1:-2])  # a task's name may hold a dot
+        override, name = ".".join(parts[begin:]), ".".join(parts[1:begin])
         _check(override, section, where)
         return (section, name if section == "tasks" else _position(name, where), override)
     if section == "presets":
@@ -177,13 +180,26 @@ def _set_path(key: str, where: str) -> Key:
         if len(parts) > 1:
             raise refuse(where, f"{section} has no parts")
         return (section,)
-    if section == "method" and len(parts) == 3 and all(parts):
-        raise refuse(where, f"what is inside a setting goes in braces: method.{parts[1]}={{{parts[2]}: VALUE}}")
-    if len(parts) != 2 or not parts[1]:
+    if len(parts) < 2 or not all(parts):
         raise refuse(where, f"{section} is a section; write {section}.key=value")
     if section != "method" and parts[1] not in kind.model_fields:
         raise refuse(where, unknown(key, parts[1], kind))
-    return (section, parts[1])
+    if section != "method" and len(parts) > 2 and not parts_of(kind, parts[1]):
+        raise refuse(where, f"{section}.{parts[1]} has no parts")
+    return tuple(parts)
+
+
+def section_names() -> list[str]:
+    """The sections of the config."""
+    return [name for name in RunConfig.model_fields if section_of(RunConfig, name)]
+
+
+def within(whole: Any, inner: Sequence[str], value: Any) -> dict[str, Any]:
+    """A mapping with one of its parts, at any depth, set; ``whole`` itself, which may be none, stays as it was."""
+    mapping = dict(whole) if isinstance(whole, Mapping) else {}
+    name, *deeper = inner
+    mapping[name] = within(mapping.get(name), deeper, value) if deeper else value
+    return mapping
 
 
 def from_order(order: Order) -> Layer:
@@ -214,6 +230,10 @@ def merge(layers: Sequence[Layer], order: Order | None, notes: list[str] | None 
                 if notes is not None and weaker not in layer:
                     notes.append(f"{dotted(path)} ({new.origin}) replaces {dotted(weaker)} ({gone.origin})")
         merged.update(layer)
+    for path in [path for path in merged if len(path) > 2 and path[0] not in SETTABLE]:
+        part, whole = merged.pop(path), merged.get(path[:2])
+        value = within(whole.value if whole else None, [str(name) for name in path[2:]], part.value)
+        merged[path[:2]] = replace(part, value=value, text=None)
     return merged
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cl_runner.settings.layers import (
     merge,
     strongest,
     user_text,
+    within,
 )
 from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, published
 from cl_runner.tasks.order import Order, find_order, load_order
@@ -242,7 +243,12 @@ def _method_settings(own: dict[str, Given], method: str, own_settings: type[Base
 
 def _set_override(config: RunConfig, path: Key, given: Given, own_settings: type[BaseModel] | None) -> None:
     """Check one setting of a task or a position, and put it into the config."""
-    section, _, name = str(path[2]).partition(".")
+    section, name, *inner = str(path[2]).split(".")
+    places: dict[Any, dict[str, Any]] = config.tasks if path[0] == "tasks" else config.stages
+    of_place = places.setdefault(path[1], {})
+    if inner:
+        whole = of_place.get(f"{section}.{name}", getattr(config, section).model_dump().get(name))
+        given = replace(given, value=within(whole, inner, given.value), text=None)
     value = given.value
     kind = own_settings if section == "method" else section_of(RunConfig, section)
     if kind is not None:
@@ -254,8 +260,7 @@ def _set_override(config: RunConfig, path: Key, given: Given, own_settings: type
         if made is None:
             raise refuse(given.where, f"{dotted(path)} {problem}")
         value = made.model_dump(mode="json")[name]
-    places: dict[Any, dict[str, Any]] = config.tasks if path[0] == "tasks" else config.stages
-    places.setdefault(path[1], {})[str(path[2])] = value
+    of_place[f"{section}.{name}"] = value
 
 
 def settings_of(config: RunConfig) -> Iterator[tuple[Key, Any]]:
