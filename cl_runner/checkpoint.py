@@ -145,13 +145,14 @@ def refuse_removed(folder: Path) -> None:
         )
 
 
-def verify(folder: Path) -> None:
-    """Every committed file is there and is what was committed.
+def verify(folder: Path, removed: bool = False) -> None:
+    """Every committed file is there and is what was committed; ``removed``: but for what the run removed itself.
 
     Raises:
         UserError: naming the first one that is not.
     """
-    refuse_removed(folder)
+    if not removed:
+        refuse_removed(folder)
     for name, digest in _sealed(folder).items():
         file = folder / name
         if not file.is_file():

@@ -89,6 +89,9 @@ def train(
     seed: Seed = None,
     gpus: Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")] = None,
     set_: Sets = None,
+    extend: Annotated[
+        str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
@@ -102,6 +105,8 @@ def train(
         output__name=name, seed=seed,
     )  # fmt: skip
     request = commands.Request(order, preset or [], config, flags, set_ or [])
+    if extend is not None:
+        request = commands.Request.extending(extend, request, root=Path(output_dir or "runs"))
     raise typer.Exit(session.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json))
 
 
@@ -112,6 +117,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated; default: those scored then.")] = None,
     output_dir: OutputDir = None,
     data_dir: DataDir = None,
+    model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
     set_: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -124,6 +130,7 @@ def evaluate(
         stage=stage,
         tasks=tasks,
         data_dir=data_dir,
+        model=model,
         sets=set_ or [],
         as_json=as_json,
     )

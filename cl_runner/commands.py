@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from cl_runner.console import print_json
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import method_schema, stage_names
 from cl_runner.models.catalog import EMBEDDED
+from cl_runner.moved import run_of, with_files
 from cl_runner.report import tables
 from cl_runner.report.compare import compare
 from cl_runner.report.data import data_lines
 from cl_runner.report.tables import RunSummary
+from cl_runner.rundir import RunDir
 from cl_runner.settings import Resolved, resolve, show
 from cl_runner.tasks.order import Order, order_names
 
@@ -34,6 +36,18 @@ class Request:
     config_file: Path | None
     flags: Mapping[str, Any]
     sets: Sequence[str]
+    extends: RunDir | None = None  # a run whose settings these are
+
+    @classmethod
+    def extending(cls, name: str, given: Request, root: Path) -> Request:
+        """The settings of a run by name, under the order that was given. Raises UserError."""
+        if given.order is None:
+            raise UserError("--extend: say the longer order, which begins with the run's, with --order")
+        if given.config_file is not None or given.presets:
+            raise UserError("--extend: the settings are those of the run; leave --config and --preset out")
+        run = runs.find(root, name)
+        run.about()
+        return replace(given, config_file=run.config_file, extends=run)
 
     def resolve(self) -> Resolved:
         """The settings. Raises UserError."""
@@ -41,6 +55,7 @@ class Request:
             presets=self.presets,
             order=self.order,
             config_file=self.config_file,
+            extending=self.extends is not None,
             flags=self.flags,
             sets=self.sets,
             method_schema=method_schema,
@@ -60,6 +75,9 @@ class Request:
         resolved = self.resolve()
         if resolved.order is None:
             raise UserError(f"no task order: say --order NAME or FILE (there are {', '.join(order_names())})")
+        if run := run_of(resolved.order):
+            resolved = replace(resolved, order=with_files(resolved.order, run, resolved.config))
+        assert resolved.order is not None
         return resolved, resolved.order
 
 
@@ -100,6 +118,7 @@ def evaluate(
     stage: int | None,
     tasks: str | None,
     data_dir: str | None,
+    model: str | None,
     sets: Sequence[str],
     as_json: bool,
 ) -> None:
@@ -121,11 +140,11 @@ def evaluate(
     resolved = resolve(
         config_file=rundir.config_file,
         sets=sets,
-        flags={"data.dir": data_dir} if data_dir else None,
+        flags={"data.dir": data_dir or None, "model.name": model},
         method_schema=method_schema,
         stage_names=stage_names,
     )
-    if data_dir and resolved.config.data.source == "synthetic":
+    if data_dir and resolved.config.data.source == "synthetic" and not runs.real_tasks(about):
         raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")
     if resolved.config.eval.future and tasks is None:
         tasks = ",".join(about["tasks"])

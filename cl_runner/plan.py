@@ -16,7 +16,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, Reorthogonalise, StagePlan
 from cl_runner.metrics.text import no_variance, require
 from cl_runner.tasks.rows import Rows, load_rows
-from cl_runner.tasks.task import Task
+from cl_runner.tasks.task import Split, Task
 
 
 def derived_seed(*parts: object) -> int:
@@ -108,24 +108,30 @@ class Data:
 
     @classmethod
     def load(
-        cls, tasks: Sequence[Task], config: RunConfig, plans: Sequence[StagePlan], *, training: bool = True
+        cls, tasks: Sequence[Task], config: RunConfig, plans: Sequence[StagePlan], only: Sequence[str] | None = None
     ) -> Data:
         """Read every row that any stage will want; raises UserError for whatever is wrong with one.
 
-        training: false reads the test rows alone; those to train on are left empty.
+        only: the tasks of which the test rows are read, and no other rows; the rest is left empty.
         """
-        settings = {task.name: _data_settings(config, plans, task.name) for task in tasks}
-        train = {
-            task.name: load_rows(task, settings[task.name], "train") if training else Rows([], "train", "not read")
-            for task in tasks
-        }
-        test = {task.name: load_rows(task, settings[task.name], "test") for task in tasks}
+        settings = {task.name: data_settings(config, plans, task.name) for task in tasks}
+
+        def read(task: Task, split: Split) -> Rows:
+            wanted = only is None or (split == "test" and task.name in only)
+            return load_rows(task, settings[task.name], split) if wanted else Rows([], split, "not read")
+
+        train = {task.name: read(task, "train") for task in tasks}
+        test = {task.name: read(task, "test") for task in tasks}
         return cls({task.name: task for task in tasks}, settings, train, test)
 
     @property
     def synthetic(self) -> bool:
         """Whether any row was made by a grammar."""
-        return any(rows.synthetic for rows in [*self.train.values(), *self.test.values()])
+        return bool(self.made_up())
+
+    def made_up(self) -> list[str]:
+        """The tasks with rows made by a grammar."""
+        return [name for name in self.tasks if self.train[name].synthetic or self.test[name].synthetic]
 
     def left_out(self) -> list[str]:
         """A line on the rows left out because their label is outside the task's set; none where there are none."""
@@ -184,7 +190,7 @@ class Data:
         return {name: str(task.comparison) for name, task in self.tasks.items()}
 
 
-def _data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> DataConfig:
+def data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> DataConfig:
     """The data settings of a task, at the first stage that trains it: rows are a task's own, whoever it trains with."""
     first = next((index for index, plan in enumerate(plans) if task in plan.tasks), -1)
     return config.at(first + 1, task).data
@@ -250,10 +256,10 @@ class Plan:
     grows: str = ""  # how much the method will carry, where that is known beforehand
 
     @classmethod
-    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], *, training: bool = True) -> Plan:
+    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], only: Sequence[str] | None = None) -> Plan:
         """Check all that can be refused without the model. Raises UserError.
 
-        training: false for a plan that will only be evaluated; it needs no rows to train on.
+        only: the tasks whose test rows alone are needed, of a plan that will only be evaluated.
         """
         method = make_method(config)
         if method.full and config.model.dtype == "bf16":
@@ -275,7 +281,7 @@ class Plan:
                 read_deepspeed_json(of_stage.training.deepspeed)
         for task in tasks:
             require(task.metric, task.labels)
-        return cls(config, order, method, stages, Data.load(tasks, config, stages, training=training))
+        return cls(config, order, method, stages, Data.load(tasks, config, stages, only))
 
     def check_shapes(self) -> None:
         """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""

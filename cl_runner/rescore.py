@@ -10,12 +10,14 @@ from cl_runner import engine
 from cl_runner.checkpoint import refuse_removed, restore_stage
 from cl_runner.errors import UserError
 from cl_runner.evaluate import Scored, evaluate
+from cl_runner.models.catalog import locate, model_identity
+from cl_runner.moved import run_of, with_files
 from cl_runner.place import Place
 from cl_runner.plan import Plan
 from cl_runner.progress import Screen, StagePlan
 from cl_runner.run import open_room, open_stage
 from cl_runner.rundir import RunDir, read_json, read_jsonl
-from cl_runner.runs import readable
+from cl_runner.runs import readable, rules, stage_names
 from cl_runner.settings import Resolved
 
 
@@ -29,7 +31,7 @@ class Rescored:
 
     stage: int
     name: str
-    synthetic: bool
+    synthetic: tuple[str, ...]  # the tasks whose rows are
     now: dict[str, float | None]
     committed: dict[str, float | None]
     differing: dict[str, list[str] | None]
@@ -41,7 +43,7 @@ class Rescored:
         return {
             "stage": self.stage,
             "name": self.name,
-            "synthetic": self.synthetic,
+            "synthetic": bool(self.synthetic),
             "scores": self.now,
             "committed": self.committed,
             "differing_rows": self.differing,
@@ -51,7 +53,8 @@ class Rescored:
 
     def lines(self) -> list[str]:
         """The same for people."""
-        mark = ", synthetic" if self.synthetic else ""
+        of = "" if len(self.synthetic) == len(self.now) else f": {', '.join(self.synthetic)}"
+        mark = f", synthetic{of}" if self.synthetic else ""
         lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
         for task, score in self.now.items():
             ids = self.differing[task]
@@ -81,14 +84,17 @@ def rescore(
         UserError: the data are not those of the run, or the stage is damaged.
     """
     assert resolved.order is not None
-    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks, training=False)
+    config, order = resolved.config, resolved.order
     with readable(rundir):
-        _same(plan, rundir, tasks)
-        folder = rundir.stage_dir(index, plan.names[index])
+        folder = rundir.stage_dir(index, stage_names(rundir.about())[index])
         refuse_removed(folder)
         committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
         outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / "predictions.jsonl")}
-    wanted = list(tasks or committed)
+        wanted = list(tasks or committed)
+        if run_of(order):
+            order = with_files(order, rundir, config, ("test",), wanted)
+        plan = Plan.make(config, order.name, order.tasks, only=wanted)
+        _same(plan, rundir, wanted)
     engine.start(place)
     try:
         scored = _score(plan, rundir, index, wanted, place, screen)
@@ -103,7 +109,7 @@ def rescore(
     return Rescored(
         index + 1,
         plan.names[index],
-        any(plan.data.test[one.task].synthetic for one in scored),
+        tuple(one.task for one in scored if plan.data.test[one.task].synthetic),
         {one.task: one.score for one in scored},
         committed,
         differing,
@@ -113,20 +119,21 @@ def rescore(
 
 
 def _rules(plan: Plan, rundir: RunDir) -> dict[str, tuple[str, str]]:
-    """Then's and today's rule of the tasks in which they differ; earlier versions had one for all tasks."""
-    then = rundir.about()["identity"].get("scoring", {})
-    both = {task: (then.get(task, "normalised"), now) for task, now in plan.data.scoring().items()}
-    return {task: rules for task, rules in both.items() if rules[0] != rules[1]}
+    """Then's and today's rule of the tasks in which they differ."""
+    then, now = rules(rundir.about()["identity"]), plan.data.scoring()
+    return {task: (then[task], rule) for task, rule in now.items() if then[task] != rule}
 
 
-def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str] | None) -> None:
+def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
     """Refuse to score anything else than the run did. Raises UserError."""
     before = rundir.about()["identity"]
     if before["stages"] != [[stage.name, *stage.tasks] for stage in plan.stages]:
         stages = ", ".join(stage[0] for stage in before["stages"])
         raise UserError(f"the order {plan.order} has changed: the run {rundir.path} has the stages {stages}")
+    if before["model"] != model_identity(locate(plan.config.model)):
+        raise UserError(f"the base model {plan.config.model.name} is not the one of the run {rundir.path}")
     now = plan.data.definitions()
-    for task in tasks or now:
+    for task in tasks:
         if before["definitions"][task] != now[task]:
             raise UserError(f"the run {rundir.path} asked {task} otherwise (instruction, labels or metric)")
         if before["data"][task]["test"]["fingerprint"] != plan.data.test[task].fingerprint:

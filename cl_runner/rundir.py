@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "run.yaml"
 
     @property
+    def order_file(self) -> Path:
+        """The order as the run has it: its own tasks stand in it. Runs of earlier versions have none."""
+        return self.path / "order.yaml"
+
+    @property
     def log_file(self) -> Path:
         """What the screen said, plain lines."""
         return self.path / "run.log"
@@ -54,10 +59,17 @@ class RunDir:
         """Whether this folder is a run."""
         return self.config_file.is_file() and (self.path / "run.json").is_file()
 
-    def create(self, config_yaml: str, about: Mapping[str, Any]) -> None:
-        """Make the folder with its ``run.yaml`` and ``run.json`` (plan, order, what the run is of), in one atomic step.
+    def create(
+        self,
+        config_yaml: str,
+        order_yaml: str,
+        about: Mapping[str, Any],
+        fill: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Make the folder with ``run.yaml``, ``order.yaml`` and ``run.json`` (what the run is of), in one atomic step.
 
-        A run that another process has made there in the meantime is left as it is.
+        ``fill`` may put more into the folder before anybody sees it. A run that another process has made there in the
+        meantime is left as it is.
 
         Raises:
             UserError: it cannot be written, or something else is there.
@@ -73,20 +85,25 @@ class RunDir:
             draft.chmod(0o777 & ~_umask())
             (draft / "stages").mkdir()
             write_text(draft / "run.yaml", config_yaml)
-            write_json(draft / "run.json", {"layout": LAYOUT, **about})
-            for file in ("run.yaml", "run.json", ""):
+            write_text(draft / "order.yaml", order_yaml)
+            write_json(draft / "run.json", {"layout": LAYOUT, "folder": str(self.path.absolute()), **about})
+            if fill is not None:
+                fill(draft)
+            for file in ("run.yaml", "order.yaml", "run.json", ""):
                 sync(draft / file)
             draft.rename(self.path)
             sync(self.path.parent)
-        except OSError as error:
+        except BaseException as error:
             if draft is not None:
                 shutil.rmtree(draft, ignore_errors=True)
-            if self.exists():
+            if isinstance(error, OSError) and self.exists():
                 return
             with suppress(OSError):  # a folder that others use by now stays
                 for folder in reversed(made):
                     folder.rmdir()
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+            raise
 
     def about(self) -> dict[str, Any]:
         """``run.json``: the plan and what identifies the run.

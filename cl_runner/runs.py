@@ -270,7 +270,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         learned=_learned(run, names[: len(matrix.stages)]) if updates else {},
         metrics=about.get("metrics", {}),
         scoring=about["identity"].get("scoring", {}),
-        real=_real(about) if about["synthetic"] else (),
+        real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
         notes=[*about["notes"], *_by_another_rule(about)],
         form=about["form"],
@@ -279,7 +279,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
     )
 
 
-def _real(about: Mapping[str, Any]) -> tuple[str, ...]:
+def real_tasks(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The tasks without a synthetic row."""
     data = about["identity"]["data"]
     return tuple(task for task in about["tasks"] if not any(split["synthetic"] for split in data[task].values()))
@@ -323,47 +323,72 @@ def _megabytes(run: RunDir, names: Sequence[str]) -> float | None:
     return round(math.fsum([*sizes.values(), *others]), 3)
 
 
-def refuse_other_settings(run: RunDir, config: RunConfig, identity: Mapping[str, Any]) -> None:
-    """A run goes on only with the numbers it began with.
+def refuse_other_settings(
+    run: RunDir, config: RunConfig, identity: Mapping[str, Any], *, extending: bool = False
+) -> None:
+    """A run goes on only with the numbers it began with; one that is extended may have more tasks and stages.
 
     Raises:
         UserError: naming the keys, or the task that differs.
     """
-    with readable(run):
-        _refuse(run, config, run.about()["identity"], identity)
-
-
-def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     how = "give another --name, or --restart to begin anew beside it"
+    with readable(run):
+        before = run.about()["identity"]
+        try:
+            _refuse(run, config, before, identity, extending)
+        except UserError as error:
+            raise UserError(f"{error}; {'an extended run goes on as it began' if extending else how}") from None
+
+
+def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any], extending: bool) -> None:
+    stages = before["stages"]
     keys = [key for key in difference(recorded(run), config) if not key.startswith(FREE)]
+    if extending:
+        keys = [key for key in keys if not _of_new(key, stages)]
     if keys:
-        raise UserError(f"the run {run.path} was made with other settings ({', '.join(keys)}); {how}")
+        raise UserError(f"the run {run.path} was made with other settings ({', '.join(keys)})")
     if before["model"] != now["model"]:
-        raise UserError(f"the base model {config.model.name} is not what the run {run.path} began with; {how}")
-    if before["stages"] != now["stages"]:
-        stages = ", ".join(stage[0] for stage in before["stages"])
-        raise UserError(f"the run {run.path} has other stages ({stages}); {how}")
-    for task, definition in now["definitions"].items():
-        if before["definitions"][task] != definition:
-            raise UserError(f"the run {run.path} asked {task} otherwise (instruction, labels or metric); {how}")
-        # Earlier versions had one rule for all tasks.
-        rule, todays = before.get("scoring", {}).get(task, "normalised"), now["scoring"][task]
-        if rule != todays:
-            raise UserError(
-                f"the run {run.path} scores {task} by the rule '{rule}', and it would go on by '{todays}'; "
-                f"set metric: {rule} for the task to go on as it began, or {how}"
-                if rule == "normalised"
-                else f"the run {run.path} scores {task} by the rule '{rule}', not by '{todays}'; {how}"
-            )
-    for task, splits in now["data"].items():
+        raise UserError(f"the base model {config.model.name} is not what the run {run.path} began with")
+    if stages != (now["stages"][: len(stages)] if extending else now["stages"]):
+        raise UserError(f"the run {run.path} has other stages ({', '.join(stage[0] for stage in stages)})")
+    for task, definition in before["definitions"].items():
+        if now["definitions"][task] != definition:
+            raise UserError(f"the run {run.path} asked {task} otherwise (instruction, labels or metric)")
+    for task, splits in before["data"].items():
         for split, data in splits.items():
-            if before["data"][task][split]["fingerprint"] != data["fingerprint"]:
-                raise UserError(f"the run {run.path} was made with other {split} data of {task}; {how}")
-    if before["micro_batches"] != now["micro_batches"]:
+            if now["data"][task][split]["fingerprint"] != data["fingerprint"]:
+                raise UserError(f"the run {run.path} was made with other {split} data of {task}")
+    before_sizes, sizes = before["micro_batches"], now["micro_batches"]
+    if before_sizes != (sizes[: len(before_sizes)] if extending else sizes):
         raise UserError(
-            f"the run {run.path} takes micro-batches of {_few(before['micro_batches'])}, and this many processes would "
-            f"take {_few(now['micro_batches'])}, which changes numbers; use as many --gpus as before, or {how}"
+            f"the run {run.path} takes micro-batches of {_few(before_sizes)}, and this many processes would take "
+            f"{_few(sizes)}, which changes numbers; use as many --gpus as before"
         )
+    if extending or run.committed([stage[0] for stage in stages]) < len(stages):
+        _refuse_other_rule(run, before, now)
+
+
+def _of_new(key: str, stages: Sequence[Sequence[str]]) -> bool:
+    """Whether a setting is of a task, or a position, that a run with these stages does not have."""
+    section, _, rest = key.partition(".")
+    if section == "tasks":
+        return not any(rest.startswith(f"{task}.") for _, *tasks in stages for task in tasks)
+    return section == "stages" and int(rest.partition(".")[0]) > len(stages)
+
+
+def _refuse_other_rule(run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What is right must be the same at all stages. Raises UserError."""
+    for task, rule in rules(before).items():
+        if rule != now["scoring"][task]:
+            again = "; set metric: normalised for the task to go on with it" if rule == "normalised" else ""
+            raise UserError(
+                f"the run {run.path} scores {task} by the rule '{rule}', not '{now['scoring'][task]}'{again}"
+            )
+
+
+def rules(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The rule of what is right, of each task: earlier versions had one for all."""
+    return {task: identity.get("scoring", {}).get(task, "normalised") for task in identity["definitions"]}
 
 
 def refuse_unwritable(path: Path) -> None:

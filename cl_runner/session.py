@@ -6,14 +6,13 @@ model files, rows of every task, the run folder (all without torch), then the mo
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +21,20 @@ from cl_runner import console, runs, stopping
 from cl_runner.commands import Request, rich_print
 from cl_runner.console import aligned, one_line, print_json
 from cl_runner.errors import TrainingError, UserError
+from cl_runner.extend import Extended
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
-from cl_runner.models.catalog import Located, check, locate
+from cl_runner.models.catalog import Located, check, locate, model_identity
 from cl_runner.place import Assigned, assigned
 from cl_runner.plan import Plan
 from cl_runner.report import tables
-from cl_runner.rundir import RunDir, read_json, sha256, write_json
-from cl_runner.settings import Resolved, dump
+from cl_runner.rundir import RunDir, read_json, write_json
+from cl_runner.settings import Resolved, dump, dump_order
 from cl_runner.stopping import Stopped
 
 if TYPE_CHECKING:
     from cl_runner.place import Place
     from cl_runner.progress import Screen
     from cl_runner.run import Run
-
-
-HASHED = 2**26  # bytes: larger files of a model are told apart by their size
 
 
 def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, as_json: bool) -> int:
@@ -59,7 +56,10 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     plan.check_shapes()
     processes = part.ranks if part else gpus or 1
     identity = {"model": model_identity(located), **plan.identity(processes)}
-    done = 0
+    extended = None
+    if request.extends is not None and not folder.exists():
+        extended = Extended.of(request.extends, order.name, plan, config, identity)
+    done = len(extended.stages) if extended else 0
     if folder.exists():
         runs.refuse_other_settings(folder, config, identity)
         folder.refuse_gaps(plan.names)
@@ -80,7 +80,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
         from cl_runner.launch.local import launch
 
         return launch(processes, sys.argv[1:])
-    return Session(resolved, located, plan, identity, folder, part).run(as_json)
+    return Session(resolved, located, plan, identity, folder, part, extended).run(as_json)
 
 
 def check_platform() -> None:
@@ -117,17 +117,6 @@ def name_of(resolved: Resolved, restart: bool) -> RunDir:
     return RunDir(root / (runs.beside(root, name) if restart else name))
 
 
-def model_identity(located: Located) -> dict[str, Any]:
-    """Which base model: where it is from, and for files at hand a hash of them (of large ones, of their size)."""
-    if located.path is None:
-        return {"from": "hub", "revision": located.revision}
-    digest = hashlib.sha256()
-    for file in sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md"):
-        length = file.stat().st_size
-        digest.update(f"{file.name} {length} {sha256(file) if length < HASHED else ''}\n".encode())
-    return {"from": located.kind, "files": digest.hexdigest()}
-
-
 class Session:
     """One process of a run that is not finished: prepares, trains, and tells the end in one line."""
 
@@ -139,6 +128,7 @@ class Session:
         identity: Mapping[str, Any],
         folder: RunDir,
         part: Assigned | None,
+        extended: Extended | None,
     ) -> None:
         from cl_runner.place import here
 
@@ -148,6 +138,7 @@ class Session:
         self.identity = identity
         self.folder = folder
         self.part = part
+        self.extended = extended
         self.place = here()
         self.channel = Channel.given()
 
@@ -203,9 +194,10 @@ class Session:
         for line in [self.located.note, *notes, *free_devices(self.place)]:
             screen.line(line)
 
-    def _new(self) -> tuple[str, dict[str, Any]]:
-        """``run.yaml`` and ``run.json`` of a new run."""
-        config, plan = self.resolved.config, self.plan
+    def _new(self) -> tuple[str, str, dict[str, Any], Callable[[Path], None] | None]:
+        """``run.yaml``, ``order.yaml`` and ``run.json`` of a new run, and what fills the rest of its folder."""
+        config, plan, order = self.resolved.config, self.plan, self.resolved.order
+        assert order is not None
         if self.folder.name != (config.output.name or runs.folder_name(self.resolved)):
             config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
         cut = {name: rows for name, rows in plan.data.train.items() if rows.cut}
@@ -227,7 +219,10 @@ class Session:
             "stages": [{"name": stage.name, "tasks": list(stage.tasks)} for stage in plan.stages],
             "identity": dict(self.identity),
         }
-        return dump(config), about
+        if self.extended:
+            more = self.extended.about(config.eval.future)
+            about |= {**more, "notes": [*notes, *more["notes"]]}
+        return dump(config), dump_order(order.written()), about, self.extended.fill if self.extended else None
 
     def _open(self, stack: ExitStack) -> None:
         """Lock the folder, and clear what an interrupted process left in it."""
@@ -242,7 +237,8 @@ class Session:
     def _check_disk(self, run: Run) -> None:
         if self.place.rank != 0:
             return
-        needed = run.bytes_to_write(self.folder.committed(self.plan.names))
+        done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
+        needed = run.bytes_to_write(done) + (self.extended.bytes if self.extended else 0)
         root = next(path for path in [self.folder.path, *self.folder.path.absolute().parents] if path.exists())
         free = shutil.disk_usage(root).free
         if needed > free:
@@ -416,7 +412,9 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
         return
     for note in [*resolved.notes, *plan.notes()]:
         print(note)
-    mark = " (synthetic data)" if plan.data.synthetic else ""
+    made_up = plan.data.made_up()
+    whole = len(made_up) == len(plan.data.tasks)
+    mark = (" (synthetic data)" if whole else f" (synthetic: {', '.join(made_up)})") if made_up else ""
     print(f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}")
     head = ["", "stage", "train rows", "test rows", "epochs", "steps", "batch = micro × accumulation × processes"]
     rows = [

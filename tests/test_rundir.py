@@ -33,7 +33,7 @@ def full(*_: object, **__: object) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "runs" / "x")
-    made.create("seed: 1\n", {"stages": []})
+    made.create("seed: 1\n", "name: x\n", {"stages": []})
     return made
 
 
@@ -103,23 +103,23 @@ def test_create_leaves_nothing_behind_where_it_cannot(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_json", full)
         with pytest.raises(UserError, match=r"cannot write the run folder .*: No space left on device"):
-            RunDir(tmp_path / "a" / "b" / "x").create("", {})
+            RunDir(tmp_path / "a" / "b" / "x").create("", "", {})
     assert tree(tmp_path) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run folder"):
-        RunDir(tmp_path / "file" / "x").create("", {})
+        RunDir(tmp_path / "file" / "x").create("", "", {})
     (tmp_path / "x").mkdir()
-    RunDir(tmp_path / "x").create("", {})  # an empty folder is taken
+    RunDir(tmp_path / "x").create("", "", {})  # an empty folder is taken
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "mine").write_text("")
     with pytest.raises(UserError, match="cannot write the run folder"):
-        RunDir(tmp_path / "y").create("", {})
+        RunDir(tmp_path / "y").create("", "", {})
     assert [path.name for path in (tmp_path / "y").iterdir()] == ["mine"]
 
 
 def test_create_leaves_a_run_that_was_quicker(run: RunDir) -> None:
     before = tree(run.path.parent)
-    run.create("seed: 2\n", {"stages": [1]})
+    run.create("seed: 2\n", "name: y\n", {"stages": [1]})
     assert tree(run.path.parent) == before
 
 

@@ -243,6 +243,7 @@ class Method:
     frozen: ClassVar[str] = "the base and all past updates"
     forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
+    by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices

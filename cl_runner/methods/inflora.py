@@ -51,6 +51,7 @@ class InfLoRA(Method):
     carried = "past updates, folded into the weight; M, or its complement where that is smaller"
     growth = "at most n / 2 columns of length n for each input that layers share"
     by_shape = True
+    by_order = True
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

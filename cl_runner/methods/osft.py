@@ -55,6 +55,7 @@ class OSFT(Method):
     frozen = "the base, past updates, and U_h, S_h, V_h, the high end of their sum"
     dense = True
     by_shape = True
+    by_order = True
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.preserve_last < self.config.preserve_first:

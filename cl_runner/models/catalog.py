@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Literal
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import contents
+from cl_runner.rundir import sha256
 
 EMBEDDED = ("tiny-t5", "tiny-llama")
+HASHED = 2**26  # bytes: larger files of a model are told apart by their size
 _EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
 
 # The hub's own rule for ids: one or two words of letters, digits, "_", "-", "."; nothing doubled, nothing dangling.
@@ -112,3 +115,14 @@ def _folder(name: str, base_dir: Path) -> Path | None:
 
 def _is_hub_id(name: str) -> bool:
     return len(name) <= 96 and bool(_HUB_ID.fullmatch(name)) and "--" not in name and ".." not in name
+
+
+def model_identity(located: Located) -> dict[str, Any]:
+    """Which base model: where it is from, and for files at hand a hash of them (of large ones, of their size)."""
+    if located.path is None:
+        return {"from": "hub", "revision": located.revision}
+    digest = hashlib.sha256()
+    for file in sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md"):
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length} {sha256(file) if length < HASHED else ''}\n".encode())
+    return {"from": located.kind, "files": digest.hexdigest()}

@@ -1,7 +1,7 @@
 """Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
 
 from cl_runner.settings.resolve import Resolved, difference, differing_from_presets, resolve, settings_of
-from cl_runner.settings.text import as_yaml, dump, schema, show
+from cl_runner.settings.text import as_yaml, dump, dump_order, schema, show
 
 __all__ = [
     "Resolved",
@@ -9,6 +9,7 @@ __all__ = [
     "difference",
     "differing_from_presets",
     "dump",
+    "dump_order",
     "resolve",
     "schema",
     "settings_of",

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import looks_like_path, shipped
+from cl_runner.rundir import RunDir
 from cl_runner.settings.layers import (
     Given,
     Layer,
@@ -53,6 +54,7 @@ def resolve(
     presets: Sequence[str] = (),
     order: str | None = None,
     config_file: Path | None = None,
+    extending: bool = False,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     method_schema: MethodSchema | None = None,
@@ -64,6 +66,7 @@ def resolve(
         presets: names or files, weakest first; ``published`` goes last wherever it stands.
         order: name or file of the task order.
         config_file: YAML of the user, or the ``run.yaml`` of a run, which gives that run again.
+        extending: that run is extended by another order, under another name.
         flags: dotted key → value; None is not given.
         sets: ``section.key=value``, ``tasks.NAME.section.key=value``, ``stages.POSITION.section.key=value``.
         method_schema: gives the class of a method's own settings; without it they are not checked.
@@ -74,10 +77,14 @@ def resolve(
     """
     notes: list[str] = []
     file = from_document(load(config_file)) if config_file is not None else {}
+    if extending:
+        file = {path: given for path, given in file.items() if path not in (("order",), ("output", "name"))}
     given = {**(flags or {}), **({"order": order} if order is not None else {})}
     stronger = [file, from_flags(given), from_sets(sets)]
 
     chosen = [*_presets_of_file(file), *((name, "--preset") for name in presets)]
+    if extending:  # what was published for the shorter order stands in the file
+        chosen = [(name, where) for name, where in chosen if name != PUBLISHED]
     made = [Preset(name, where) for name, where in chosen if name != PUBLISHED]
     want_published = any(name == PUBLISHED for name, _ in chosen)
     shared = [preset.shared for preset in made]
@@ -88,7 +95,10 @@ def resolve(
     named = strongest([*(preset.shared for preset in made), *stronger], ("method", "name"))
     method = user_text(named, "method.name") or RunConfig().method.name
     own_settings = _own_settings(method_schema, method, named)
-    loaded = _order(strongest(stronger, ("order",)))
+    ordered = strongest(stronger, ("order",))
+    if config_file is not None and ordered is not None and ordered is file.get(("order",)):
+        ordered = _kept(ordered, RunDir(config_file.parent), config_file)
+    loaded = _order(ordered)
 
     weakest = [preset.layer(method) for preset in made]
     if want_published:
@@ -131,6 +141,12 @@ def _order(given: Given | None) -> Order | None:
     except UserError as error:
         raise refuse(_place(given, "--order"), str(error)) from error
     return load_order(name)
+
+
+def _kept(given: Given, run: RunDir, config_file: Path) -> Given:
+    """The order that a run keeps beside its ``run.yaml``: the file it was made from may have changed, or be gone."""
+    is_own = config_file.name == run.config_file.name and run.exists() and run.order_file.is_file()
+    return replace(given, value=str(run.order_file)) if is_own else given
 
 
 def _rerunnable(given: Given, order: Order) -> Given:

@@ -33,6 +33,13 @@ def dump(config: RunConfig) -> str:
     return "\n".join(text for text, _ in _lines(config)) + "\n"
 
 
+def dump_order(written: Mapping[str, Any]) -> str:
+    """An order (``Order.written``) as YAML, a task a line."""
+    lines = [f"{key}: {as_yaml(value)}" for key, value in written.items() if key != "tasks"]
+    names = (entry["task"] if set(entry) == {"task"} else entry for entry in written["tasks"])
+    return "\n".join([*lines, "tasks:", *(f"  - {as_yaml(entry)}" for entry in names)]) + "\n"
+
+
 def _lines(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Lines of YAML, each with the dotted key it sets ("" for the line of a section)."""
     for name, value in config.model_dump(mode="json").items():
@@ -71,6 +78,8 @@ def as_yaml(value: Any) -> str:
 def _escaped(letter: str) -> str:
     if letter in '"\\':
         return "\\" + letter
+    if letter in "\n\t":
+        return {"\n": "\\n", "\t": "\\t"}[letter]
     if letter.isprintable():
         return letter
     code = ord(letter)

@@ -5,11 +5,13 @@ tasks:
   - dbpedia
   - {task: MNLI, set: {training.epochs: 2}}
   - {name: own, kind: TC, labels: [a, b], source: {train: own.csv, test: own-test.csv}}
+  - {task: dbpedia, as: dbpedia-again}
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +30,38 @@ __all__ = ["Order", "OrderEntry", "find_order", "load_order", "new_order", "orde
 
 SETTABLE = ("training", "data")  # by an order; a method's settings belong to the run
 
-_KEYS = ("name", "description", "tasks")
+_KEYS = ("name", "description", "folder", "tasks")
 
 
 @dataclass(frozen=True)
 class OrderEntry:
-    """One task of an order, with what the order sets for it (``training.epochs`` → 2) and where that is written."""
+    """One task of an order, with what the order sets for it (``training.epochs`` → 2) and where that is written.
+
+    ``own``: the task as the order's file has it, its files not yet looked for; None of the benchmark's.
+    """
 
     task: Task
     set: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
-    own: bool = False  # written out in the order's file, not one of the benchmark's
+    own: Task | None = None
+
+    def written(self) -> dict[str, Any]:
+        """The entry as an order's file may have it."""
+        more = {"set": self.set} if self.set else {}
+        if self.own is not None:
+            return {**self.own.model_dump(mode="json", exclude_defaults=True), **more}
+        again = {"as": self.task.name} if self.task.dataset else {}
+        return {"task": self.task.called, **again, **more}
 
 
 @dataclass(frozen=True)
 class Order:
-    """Tasks in the order in which they are learned."""
+    """Tasks in the order in which they are learned; ``folder`` is where relative names of own files count from."""
 
     name: str
     entries: list[OrderEntry]
     file: Path
+    folder: Path
     description: str = ""
 
     @property
@@ -59,6 +73,23 @@ class Order:
     def names(self) -> list[str]:
         """The tasks' names, first to last."""
         return [entry.task.name for entry in self.entries]
+
+    def at(self, folders: Mapping[str, Path]) -> Order:
+        """The same order, the files of own tasks (by name) in other folders."""
+        entries = [
+            replace(entry, task=entry.own.beside(folders[entry.task.name]))
+            if entry.own is not None and entry.task.name in folders
+            else entry
+            for entry in self.entries
+        ]
+        [folder] = set(folders.values()) if len(set(folders.values())) == 1 else {self.folder}
+        return replace(self, entries=entries, folder=folder)
+
+    def written(self) -> dict[str, Any]:
+        """The order as a file may have it: whole by itself, wherever that file lies."""
+        about = {"description": self.description} if self.description else {}
+        own = {"folder": str(self.folder)} if any(entry.own for entry in self.entries) else {}
+        return {"name": self.name, **about, **own, "tasks": [entry.written() for entry in self.entries]}
 
 
 def _folders() -> list[Path]:
@@ -87,11 +118,23 @@ def load_order(name: str) -> Order:
     if not isinstance(entries, list) or not entries:
         problem = "the task list is empty" if entries in ([], None) else "tasks must be a list"
         raise refuse(document.position(("tasks",)), f"{problem}; write tasks: [dbpedia, amazon]")
+    folder = _folder(document, file)
     made: list[OrderEntry] = []
     for index, entry in enumerate(entries):
-        made.append(_entry(document, ("tasks", index), entry, file))
+        made.append(_entry(document, ("tasks", index), entry, folder, made))
         _refuse_twice(document, made)
-    return Order(_name(document, file), made, file, str(document.data.get("description") or ""))
+    return Order(_name(document, file), made, file, folder, str(document.data.get("description") or ""))
+
+
+def _folder(document: Document, file: Path) -> Path:
+    """Where the files of own tasks are: beside the order's, unless it says otherwise."""
+    beside = file.resolve().parent
+    if "folder" not in document.data:
+        return beside
+    folder = document.text(("folder",))
+    if not folder:
+        raise refuse(document.position(("folder",)), "folder must be text: where the files of own tasks are")
+    return beside / Path(folder).expanduser()
 
 
 def _name(document: Document, file: Path) -> str:
@@ -104,45 +147,62 @@ def _name(document: Document, file: Path) -> str:
     return name
 
 
-def _entry(document: Document, path: Key, entry: Any, file: Path) -> OrderEntry:
+def _entry(document: Document, path: Key, entry: Any, folder: Path, before: Sequence[OrderEntry]) -> OrderEntry:
     name = document.text(path)
     if name is not None:
-        return OrderEntry(_benchmark_task(name, document.position(path)))
+        return _known(name, document.position(path), before)
     if not isinstance(entry, dict):
         raise refuse(document.position(path), "a task is a name or a mapping")
     if "task" in entry:
         for key in entry:
-            if key not in ("task", "set"):
-                problem = f"'{printable(str(key))}' does not go with task:; only set: does"
+            if key not in ("task", "as", "set"):
+                problem = f"'{printable(str(key))}' does not go with task:; only as: and set: do"
                 raise refuse(document.position((*path, key), key=True), problem)
-        where = document.position((*path, "task"))
-        task = _benchmark_task(document.text((*path, "task")) or "", where)
-        return OrderEntry(task, *_set(document, path, entry))
-    return OrderEntry(_own_task(document, path, entry, file), *_set(document, path, entry), own=True)
+        known = _known(document.text((*path, "task")) or "", document.position((*path, "task")), before)
+        again = _again(known, document, path) if "as" in entry else known
+        values, places = _set(document, path, entry)
+        return replace(again, set=values, places=places)
+    own = _own_task(document, path, entry)
+    return OrderEntry(own.beside(folder), *_set(document, path, entry), own=own)
 
 
-def _benchmark_task(name: str, where: str) -> Task:
+def _known(name: str, where: str, before: Sequence[OrderEntry]) -> OrderEntry:
+    """A task that the order has already, or the benchmark's of that name."""
+    for entry in before:
+        if entry.task.name == name:
+            return OrderEntry(entry.task, own=entry.own)
     try:
-        return catalog.get(name)
+        return OrderEntry(catalog.get(name))
     except UserError as error:
         raise refuse(where, str(error)) from error
 
 
-def _own_task(document: Document, path: Key, entry: dict[str, Any], file: Path) -> Task:
+def _again(entry: OrderEntry, document: Document, path: Key) -> OrderEntry:
+    """The same task under another name: the model reads the first one."""
+    name = document.text((*path, "as"))
+    if name is None or not is_name(name):
+        problem = f"as '{printable(str(name))}' must be of letters, digits and - _ . + (it names a folder)"
+        raise refuse(document.position((*path, "as")), problem)
+    renamed = {"name": name, "dataset": entry.task.called}
+    own = entry.own.model_copy(update=renamed) if entry.own else None
+    return OrderEntry(entry.task.model_copy(update=renamed), own=own)
+
+
+def _own_task(document: Document, path: Key, entry: dict[str, Any]) -> Task:
     values = {key: value for key, value in entry.items() if key != "set"}
     for key in values:
         if key not in Task.model_fields:
             raise refuse(document.position((*path, key), key=True), unknown(str(key), str(key), Task))
     if "labels" in values:
         values["labels"] = _labels(document, (*path, "labels"), values["labels"])
-    for key in ("name", "kind"):  # `name: 2024` is text
+    for key in ("name", "kind", "dataset"):  # `name: 2024` is text
         values = {**values, key: document.text((*path, key))} if key in values else values
     name = values.get("name")
     if isinstance(name, str) and not is_name(name):
         problem = f"name '{printable(name)}' must be of letters, digits and - _ . + (it names a folder)"
         raise refuse(document.position((*path, "name")), problem)
     try:
-        return catalog.build(values).beside(file.resolve().parent)
+        return catalog.build(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         inner = tuple(fault["loc"])
@@ -198,4 +258,8 @@ def _refuse_twice(document: Document, entries: list[OrderEntry]) -> None:
     for index, name in enumerate(before):
         if name.casefold() == last.casefold():
             where = document.position(("tasks", len(before)))
-            raise refuse(where, f"task '{last}' is in the order twice (also as number {index + 1})")
+            raise refuse(
+                where,
+                f"task '{last}' is in the order twice (also as number {index + 1}); a second time it needs another "
+                f"name: {{task: {last}, as: {last}-again}}",
+            )

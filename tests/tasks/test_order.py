@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner.errors import UserError
+from cl_runner.settings import dump_order
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order, order_names
 
@@ -92,6 +93,51 @@ def test_all_forms_of_an_entry() -> None:
     assert own.task.source.test == "/data/b.csv"
 
 
+AGAIN = """\
+name: aba
+description: "back: to the first"
+tasks:
+- {task: MNLI, set: {training.epochs: 2, data: {max_train: 10}}}
+- {name: mine, kind: TC, labels: [-1, 007, "a: b", C++], source: {train: r/a.csv, test: r/b.csv},
+   set: {training.lr: 1e-3}}
+- {task: MNLI, as: MNLI-2}
+- {task: mine, as: mine-2, set: {training.epochs: 3}}
+- {name: free, kind: QA, instruction: "Say \\"it\\"\\tnow", metric: numeric, tolerance: 0.5,
+   source: {train: x.csv, test: x.csv}}
+"""
+
+
+def test_a_task_may_come_again_under_another_name() -> None:
+    order = load_order(write(AGAIN, "orders/aba.yaml"))
+    assert order.names == ["MNLI", "mine", "MNLI-2", "mine-2", "free"]
+    for first, again in ((0, 2), (1, 3)):
+        one, two = order.tasks[first], order.tasks[again]
+        assert two.name != one.name and two.called == one.called == one.name
+        assert two.prompt("x") == one.prompt("x") and two.asked == one.asked and two.source == one.source
+    assert order.entries[3].set == {"training.epochs": 3}, "not those of the first time"
+    third = load_order(write("tasks: [CB, {task: CB, as: b}, {task: b, as: c}]")).tasks[2]
+    assert (third.name, third.called) == ("c", "CB")
+
+
+def test_an_order_written_out_is_the_same_order_anywhere() -> None:
+    order = load_order(write(AGAIN, "orders/aba.yaml"))
+    kept = load_order(write(dump_order(order.written()), "elsewhere/kept.yaml"))
+    assert (kept.name, kept.description, kept.folder, kept.tasks) == (
+        order.name, order.description, order.folder, order.tasks,
+    )  # fmt: skip
+    assert [entry.set for entry in kept.entries] == [entry.set for entry in order.entries]
+    assert kept.folder == Path("orders").resolve()
+    there = order.at({name: Path("/there") for name in ("mine", "mine-2", "free")})
+    assert there.tasks[1].source is not None and there.tasks[1].source.train == "/there/r/a.csv"
+    assert load_order(write(dump_order(there.written()), "kept.yaml")).tasks == there.tasks
+
+
+def test_files_count_from_the_folder_that_is_said() -> None:
+    order = load_order(write(f"folder: ../data\ntasks: [{OWN}]", "orders/f.yaml"))
+    assert order.tasks[0].source is not None
+    assert Path(order.tasks[0].source.train).parent.resolve() == Path("data").resolve()
+
+
 def test_labels_are_taken_as_written() -> None:
     entry = OWN.replace("[a, b]", "[1, 1.0, 1e-4, 007, true, True, no, null, 2020-01-01, 'a, b']")
     labels = load_order(write(f"tasks: [{entry}]")).tasks[0].labels
@@ -129,6 +175,14 @@ def test_labels_are_taken_as_written() -> None:
         (f"tasks: [{OWN.replace('[a, b]', '[a, {b: c}]')}]", "a label must be text"),
         (f"tasks: [{OWN.replace('[a, b]', '[a, ]')}]".replace("[a, ]", "[a, '']"), "an empty label"),
         (f"tasks: [{OWN.replace('}}', '}, metric: rogue-l}')}]", "did you mean 'rouge-l'?"),
+        ("tasks: [CB, CB]", "a second time it needs another name: {task: CB, as: CB-again}"),
+        ("tasks: [CB, {task: CB, as: CB}]", "f.yaml:1:13: task 'CB' is in the order twice"),
+        ("tasks: [CB, {task: CB, as: cb}]", "task 'cb' is in the order twice"),
+        ("tasks: [CB, {task: CB, as: a/b}]", "f.yaml:1:28: as 'a/b' must be of letters"),
+        ("tasks: [CB, {task: CB, as: }]", "as '' must be of letters"),
+        ("tasks: [CB, {task: CB, as: [x]}]", "as 'None' must be of letters"),
+        (f"tasks: [{{task: mine, as: b}}, {OWN}]", "f.yaml:1:16: no task 'mine'"),
+        (f"folder: [x]\ntasks: [{OWN}]", "f.yaml:1:9: folder must be text"),
         ("tasks: [{task: CB, sets: {}}]", "f.yaml:1:20: 'sets' does not go with task:"),
         ("tasks: [{task: CB, set: [1]}]", "f.yaml:1:25: set must be a mapping"),
         ("tasks: [{task: CB, set: {training.epoch: 1}}]", "f.yaml:1:26: training.epoch is not a setting; did you mean"),
