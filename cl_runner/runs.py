@@ -336,6 +336,12 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
             f"the run {run.path} takes micro-batches of {_few(before['micro_batches'])}, and this many processes would "
             f"take {_few(now['micro_batches'])}, which changes numbers; use as many --gpus as before, or {how}"
         )
+    times, here = before.get("penalty_times", [1]), now.get("penalty_times", [1])
+    if times != here:
+        raise UserError(
+            f"the run {run.path} counts the penalty {_few(times)} times a step (training.penalty_at: micro), and this "
+            f"many processes would {_few(here)} times; use as many --gpus as before, or {how}"
+        )
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -209,6 +209,7 @@ class Session:
         if self.folder.name != (config.output.name or runs.folder_name(self.resolved)):
             config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
         notes = [] if config.data.max_train is None else [f"first {config.data.max_train} train rows of each task"]
+        notes += plan.data.scored_unknown()
         about = {
             "order": plan.order,
             "method": config.method.name,

@@ -35,4 +35,4 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
         yield "    labels: " + ", ".join(f"{label} {count}" for label, count in split["labels"].items())
     if split["unknown_labels"]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
-        yield f"    labels outside the task's set, rows left out: {left}"
+        yield f"    labels outside the task's set, rows {'scored' if split['unknown_scored'] else 'left out'}: {left}"

@@ -53,9 +53,10 @@ def _one(task: Task, data: DataConfig, lengths: Lengths | None) -> dict[str, Any
 
 
 def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) -> dict[str, Any]:
-    """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out),
-    ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50`` …), ``truncated`` (percent of inputs
-    longer than ``data.max_source``; None without a tokenizer), ``target_truncated`` (the same of targets)."""
+    """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out,
+    or among ``rows`` where they are ``unknown_scored``), ``length`` (``unit``: tokens or words of the whole input;
+    percentiles ``p50`` …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a
+    tokenizer), ``target_truncated`` (the same of targets)."""
     inputs = [str(_prompt(task, row, data)) for row in rows.rows]
     sizes = lengths(inputs) if lengths else [len(text.split()) for text in inputs]
     targets = lengths([row.label for row in rows.rows]) if lengths else None
@@ -66,6 +67,7 @@ def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) ->
         "fingerprint": rows.fingerprint,
         "labels": None if task.labels is None else {label: counts[label] for label in task.labels},
         "unknown_labels": rows.unknown,
+        "unknown_scored": rows.scored,
         "length": {"unit": "tokens" if lengths else "words"} | percentiles(sizes),
         "truncated": share_over(sizes, data.max_source) if lengths else None,
         "target_truncated": share_over(targets, data.max_target) if targets else None,

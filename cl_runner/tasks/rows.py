@@ -20,7 +20,8 @@ class Rows:
     """One split of one task, as it is used.
 
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
-    labels outside the task's set, whose rows were left out; ``fingerprint`` depends on the rows alone.
+    labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
+    (``data.unknown_test``); ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -28,6 +29,7 @@ class Rows:
     source: str
     synthetic: bool = False
     unknown: dict[str, int] = field(default_factory=dict)
+    scored: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,7 +42,7 @@ class Rows:
     @property
     def dropped(self) -> int:
         """How many rows were left out for their label."""
-        return sum(self.unknown.values())
+        return 0 if self.scored else sum(self.unknown.values())
 
 
 def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
@@ -51,11 +53,17 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     _check_scorable(task)
     rows, place, source, synthetic = _find(task, data, split)
     kept, unknown = _known(task, rows, split, place, data.unknown_labels)
+    scored = bool(unknown) and split == "test" and data.unknown_test == "score"
+    if scored:
+        kept = rows
     if not kept:
         why = f"all {len(rows)} rows have labels outside the task's set" if rows else "no rows"
         raise UserError(f"{place}: task {task.name} is empty: {why}")
     most = data.max_train if split == "train" else data.max_test
-    return Rows(kept[:most], split, source, synthetic, unknown)
+    used = kept[:most]
+    if scored:
+        unknown = dict(Counter(row.label for row in used if row.label in unknown))
+    return Rows(used, split, source, synthetic, unknown, scored)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
