@@ -20,7 +20,7 @@ from tests.adapters.test_past_dropout import unfolded
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
-from tests.methods.steps import off, values, vector
+from tests.methods.steps import off
 from tests.stages import tiny_config, tiny_model, widths
 
 DROPPED: dict[str, Any] = {
