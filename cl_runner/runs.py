@@ -340,7 +340,7 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
     if times != here:
         raise UserError(
             f"the run {run.path} counts the penalty {_few(times)} times a step (training.penalty_at: micro), and this "
-            f"many processes would {_few(here)} times; use as many --gpus as before, or {how}"
+            f"many processes would count it {_few(here)} times; use as many --gpus as before, or {how}"
         )
 
 
