@@ -47,6 +47,11 @@ class AdapterConfig(Section):
     max_r: int = Field(default=64, ge=1, description="r auto: largest rank.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    dropout_past: bool = Field(
+        default=False,
+        description="Past pairs read the dropped-out input too while training (reference): their factors stay in "
+        "memory, and a step costs more with every stage.",
+    )
     target_modules: list[str] | None = Field(
         default=None,
         description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
@@ -92,16 +97,27 @@ class DataConfig(Section):
         default=False, description="max_train and max_test take the first rows of each label, as evenly as can be."
     )
     unknown_labels: Literal["refuse", "drop"] = Field(
-        default="refuse", description="Train rows whose label is outside the task's set (test rows are always dropped)."
+        default="refuse", description="Train rows whose label is outside the task's set."
+    )
+    unknown_test: Literal["drop", "score"] = Field(
+        default="drop",
+        description="Test rows whose label is outside the task's set: left out, or scored by that label (reference), "
+        "which makes them wrong unless it is the answer.",
     )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
-    truncate: Literal["text", "tail"] = Field(
+    truncate: Literal["text", "tail", "reference"] = Field(
         default="text",
-        description="Too long an input loses the end of its text (text), or of the whole (tail, reference).",
+        description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "
+        "whole, read back as text and tokenised again, as the reference code of encoder-decoder models has it.",
     )
     max_source: int = Field(default=512, ge=8, description="Longest input in tokens.")
     max_target: int = Field(default=50, ge=2, description="Longest target in tokens, the end token included.")
+    long_targets: Literal["refuse", "cut"] = Field(
+        default="refuse",
+        description="Train targets over max_target: refused, or cut (reference). Test targets are always cut, and "
+        "scored as texts.",
+    )
 
 
 class TrainingConfig(Section):
@@ -128,6 +144,11 @@ class TrainingConfig(Section):
     loss_mean: Literal["global", "micro"] = Field(
         default="global",
         description="Mean over the label tokens of the global batch, or of each micro-batch (reference).",
+    )
+    penalty_at: Literal["step", "micro"] = Field(
+        default="step",
+        description="A method's penalty counts once an optimizer step, or (micro) once for each of its accumulated "
+        "micro-batches: the reference code run without DeepSpeed. With it, as published, it counts once.",
     )
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations again in the backward instead of keeping them: slower, smaller."

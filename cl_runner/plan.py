@@ -135,13 +135,21 @@ class Data:
 
     def left_out(self) -> list[str]:
         """A line on the rows left out because their label is outside the task's set; none where there are none."""
+        return self._unknown("left out", scored=False)
+
+    def scored_unknown(self) -> list[str]:
+        """A line on the test rows that are scored by such a label (``data.unknown_test``)."""
+        return self._unknown("scored all the same", scored=True)
+
+    def _unknown(self, what: str, *, scored: bool) -> list[str]:
         parts = [
-            f"{name} {rows.dropped} {rows.split} ({', '.join(f'{label}: {n}' for label, n in rows.unknown.items())})"
+            f"{name} {sum(rows.unknown.values())} {rows.split} "
+            f"({', '.join(f'{label}: {n}' for label, n in rows.unknown.items())})"
             for name in self.tasks
             for rows in (self.train[name], self.test[name])
-            if rows.dropped
+            if rows.unknown and rows.scored == scored
         ]
-        return [f"rows left out, their label being none of the task's: {'; '.join(parts)}"] if parts else []
+        return [f"rows {what}, their label being none of the task's: {'; '.join(parts)}"] if parts else []
 
     def unseen(self) -> list[str]:
         """A line for each split of a task that has no row of some label, as a cut of a sorted file has."""
@@ -223,6 +231,11 @@ def check_method(
         method.plan(order)
         if of_stage.adapter.r == "auto" and not (method.any_rank or method.prompts or method.full):
             raise UserError(f"adapter.r=auto: {method.name} needs the same rank at every stage; set a number")
+        if of_stage.adapter.dropout_past and method.past_as == "other":
+            raise UserError(
+                f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
+                "it to false"
+            )
         if method.reorthogonalise is not None:
             check_reorthogonalise(of_stage, method.reorthogonalise, method.full, shapes)
         method.check(of_stage, shapes)
@@ -299,9 +312,23 @@ class Plan:
 
     def notes(self) -> list[str]:
         """Lines on what is left out or will be missed: settings, rows of other labels, labels without rows, scores."""
-        data = self.data
-        unused = unused_settings(self.config, self.stages)
-        return [*unused, *self._never(), *data.left_out(), *data.unseen(), *data.constant()]
+        data, unused = self.data, unused_settings(self.config, self.stages)
+        rows = [*data.left_out(), *data.scored_unknown(), *data.unseen(), *data.constant()]
+        return [*unused, *self._never(), *self._no_past(), *rows]
+
+    def _no_past(self) -> list[str]:
+        """A line where past pairs are to read the dropped-out input, and there is no dropout or no past pair."""
+        adapter, method = self.config.adapter, self.method
+        if not adapter.dropout_past:
+            return []
+        why = ""
+        if method.full or method.past_as == "none":
+            why = f"{method.name} has no past pairs"
+        elif len(self.stages) == 1:
+            why = "there is one stage"
+        elif not adapter.dropout:
+            why = "adapter.dropout is 0"
+        return [f"adapter.dropout_past has no effect: {why}"] if why else []
 
     def _never(self) -> list[str]:
         """A line where a factor is to be put back every so many steps, and no stage has as many."""
@@ -329,13 +356,20 @@ class Plan:
         return found
 
     def identity(self, ranks: int) -> dict[str, Any]:
-        """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches."""
+        """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches.
+
+        The accumulation too where it is a factor of the penalty.
+        """
+        batches = self.batches(ranks)
+        at = [stage_config(self.config, index, plan).training.penalty_at for index, plan in enumerate(self.stages)]
+        times = [batch.accumulation if one == "micro" else 1 for batch, one in zip(batches, at, strict=True)]
         return {
             "stages": [[stage.name, *stage.tasks] for stage in self.stages],
             "definitions": self.data.definitions(),
             "scoring": self.data.scoring(),
             "data": self.data.about(),
-            "micro_batches": [batch.micro_batch for batch in self.batches(ranks)],
+            "micro_batches": [batch.micro_batch for batch in batches],
+            **({"penalty_times": times} if set(times) != {1} else {}),
         }
 
     def seen(self, index: int) -> list[str]:

@@ -64,12 +64,18 @@ class Tokens:
             try:
                 notes += sayable(task, data.test[name], vocabulary)
                 encoder = _encoder(base, settings, max_new_tokens)
-                train[name] = _encode(cache, encoder, task, data.train[name], settings)
+                cut = settings.long_targets == "cut"
+                train[name] = _encode(cache, encoder, task, data.train[name], settings, cut_target=cut)
                 examples = _encode(cache, encoder, task, data.test[name], settings, cut_target=True)
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
             test[name] = TestSet(task, data.test[name].rows, examples)
         return cls(train, test, notes)
+
+    def cut_targets(self) -> list[str]:
+        """A line on the train targets that lost tokens (``data.long_targets``); none where none did."""
+        parts = [f"{task} {rows.targets_cut}" for task, rows in self.train.items() if rows.targets_cut]
+        return [f"train targets cut to data.max_target: {', '.join(parts)}"] if parts else []
 
     def source(self, plan: StagePlan) -> Source:
         """The own rows of a stage."""
@@ -235,7 +241,7 @@ class Run:
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
-        for line in [*filter(None, [room.base.advice]), *tokens.notes]:
+        for line in [*filter(None, [room.base.advice]), *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)

@@ -364,6 +364,12 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
             f"the run {run.path} takes micro-batches of {_few(before_sizes)}, and this many processes would take "
             f"{_few(sizes)}, which changes numbers; use as many --gpus as before"
         )
+    times, here = (about.get("penalty_times") or [1] * len(about["stages"]) for about in (before, now))
+    if times != (here[: len(times)] if extending else here):
+        raise UserError(
+            f"the run {run.path} counts the penalty {_few(times)} times a step (training.penalty_at: micro), and this "
+            f"many processes would count it {_few(here)} times; use as many --gpus as before"
+        )
     if extending or run.committed([stage[0] for stage in stages]) < len(stages):
         _refuse_other_rule(run, before, now)
 

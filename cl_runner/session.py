@@ -202,7 +202,7 @@ class Session:
             config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
         cut = {name: rows for name, rows in plan.data.train.items() if rows.cut}
         taken = ", ".join(f"{name} {len(rows)} of {len(rows) + rows.cut}" for name, rows in cut.items())
-        notes = [f"train rows taken: {taken}"] if taken else []
+        notes = [*([f"train rows taken: {taken}"] if taken else []), *plan.data.scored_unknown()]
         about = {
             "order": plan.order,
             "method": config.method.name,

@@ -221,6 +221,8 @@ def _micro_batches(
         if last:
             with hooks:
                 penalty = method.penalty(stage)
+            if penalty is not None and stage.config.training.penalty_at == "micro":
+                penalty = plan.accumulation * penalty  # its gradient is the same at each of them
             if watch is not None:
                 watch.see(penalty, engine.parameters)
         engine.backward(loss if penalty is None else loss + penalty)

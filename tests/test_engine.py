@@ -252,6 +252,32 @@ def test_gradients_are_those_of_the_whole_batch(ranks: int, accumulation: int, p
         close(found, expected)
 
 
+def divided_by_deepspeed(place: Place, accumulation: int) -> Values:
+    """As the reference's scripts run: the penalty on every micro-batch's mean loss, DeepSpeed's division on all."""
+    work = Work(place, accumulation)
+    x, y = data()
+    for slot in range(accumulation):
+        start = (slot * place.ranks + place.rank) * work.micro
+        rows = slice(start, start + work.micro)
+        loss = work.engine.forward(lambda rows=rows: loss_of(work.model, x[rows], y[rows]) / work.micro)  # type: ignore[misc]
+        work.engine._engine.backward(loss + 3.0 * work.model.A.abs().sum())
+        if slot < accumulation - 1:
+            work.engine.next_micro_batch()
+    found = work.engine.whole_gradients()
+    work.engine.step()
+    work.engine.destroy()
+    return found
+
+
+@both
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_under_deepspeed_the_references_penalty_counts_once_a_step(ranks: int, accumulation: int) -> None:
+    """What ``training.penalty_at: step`` rests on in the published settings, whatever the accumulation."""
+    expected = naive_gradients(Small(), penalty=lambda model: 3.0 * model.A.abs().sum())
+    for found in on_ranks(ranks, divided_by_deepspeed, accumulation):
+        close(found, expected)
+
+
 def experts(place: Place) -> Values:
     """Rank r asks expert r: indexed out of one stacked parameter, with a mask for what is not there."""
     model = Small()

@@ -174,6 +174,20 @@ def test_other_numbers_under_the_same_name_are_refused(stopped: Finished) -> Non
     assert tree(stopped.cwd) == before
 
 
+def test_as_many_processes_where_the_penalty_counts_by_micro_batch(stopped: Finished) -> None:
+    """16 = 8 × 2 × 1 and 8 × 1 × 2: the same gradient of the loss, and half the penalty."""
+    config, about = stopped.run / "run.yaml", stopped.run / "run.json"
+    config.write_text(config.read_text().replace("penalty_at: step", "penalty_at: micro"))
+    known = json.loads(about.read_text())
+    assert "penalty_times" not in known["identity"]
+    known["identity"]["penalty_times"] = [2, 2, 2]
+    about.write_text(json.dumps(known))
+    micro = ("--set", "training.penalty_at=micro")
+    assert call(*with_name(stopped, *micro), cwd=stopped.cwd).code == 0
+    two = call(*with_name(stopped, *micro, "--gpus", "2"), cwd=stopped.cwd)
+    refused(two, ("counts the penalty 2 times a step (training.penalty_at: micro)", "would count it 1 times", "--gpus"))
+
+
 def test_what_changes_no_number_goes_on(stopped: Finished, tmp_path: Path) -> None:
     elsewhere = setup(tmp_path / "elsewhere")
     moved = elsewhere / "three.yaml"

@@ -297,10 +297,24 @@ def test_published(case: tuple[str, str, str, list[float], list[int], tuple[int,
         assert training.length_window == 1  # the reference shuffles
         assert (adapter.r, adapter.alpha, adapter.dropout) == (8, 32, 0.1)
         assert adapter.target_modules == (["q", "v"] if model == T5 else ["q_proj", "v_proj"])
-        assert (data.truncate, data.max_source, data.max_target, one.eval.max_new_tokens) == ("tail", 512, 50, 50)
+        assert (data.max_source, data.max_target, one.eval.max_new_tokens) == (512, 50, 50)
+        # What the reference code does and the defaults do not; the scripts run under DeepSpeed.
+        assert adapter.dropout_past and data.unknown_test == "score" and training.penalty_at == "step"
+        assert (data.truncate, data.long_targets) == (("reference", "cut") if model == T5 else ("tail", "refuse"))
         assert (training.precision, one.model.dtype) == (("fp32", "fp32") if model == T5 else ("bf16", "bf16"))
         assert one.method.own()["reference"] is True
     assert any("https://github.com/" in note for note in result.notes)
+
+
+def test_the_reference_codes_ways_are_no_defaults_and_show_where_they_come_from() -> None:
+    keys = {
+        "adapter.dropout_past": False, "data.unknown_test": "drop", "data.truncate": "text",
+        "data.long_targets": "refuse", "training.penalty_at": "step",
+    }  # fmt: skip
+    plain = RunConfig()
+    assert {key: getattr(getattr(plain, key.split(".")[0]), key.split(".")[1]) for key in keys} == keys
+    origin = resolved(presets=["published"], order="order1", flags={"method.name": "nlora"}).origin
+    assert {origin[key] for key in keys} == {"preset published"}
 
 
 def test_published_second_coefficient_of_the_long_order() -> None:

@@ -335,6 +335,58 @@ def test_training_is_that_of_the_plain_loop(ranks: int, method: str, training: d
         assert (ours.trained.penalty is not None) == (method in ("penalised", "by the loss"))
 
 
+class Kept(Penalised):
+    """Keeps the gradients of each step."""
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.given: list[Values] = []
+
+    def edit_gradients(self, stage: Any, gradients: Values) -> None:
+        self.given.append({name: gradient.clone() for name, gradient in gradients.items()})
+
+
+def first_gradients(place: Place, config: RunConfig) -> tuple[Values, float | None, int]:
+    method = Kept(Section())
+    outcome = train(open_stage(tiny_room(method, config, place), config), some_rows(config.training.global_batch))
+    return method.given[0], outcome.rows[0]["penalty"], outcome.trained.plan.accumulation
+
+
+def added_at_every_micro_batch(config: RunConfig, ranks: int) -> tuple[Values, Values]:
+    """The loss divided by the accumulation, then the penalty, a backward; the mean over ranks. And of losses alone."""
+    stage = open_stage(tiny_room(plain_method(), config, Place()), config)
+    examples, micro = some_rows(config.training.global_batch).examples, config.training.micro_batch
+    plan = BatchPlan.make(len(examples), config.training, ranks)
+    (rows,) = plan.step_rows(config.seed, 0, widths(examples))
+    named = stage.adapters.parameters()
+    both = []
+    for weight in (0.5, 0.0):
+        for parameter in named.values():
+            parameter.grad = None
+        for number in range(0, len(rows), micro):
+            loss = naive_loss(stage.adapters.model, "t5", [examples[row] for row in rows[number : number + micro]])
+            penalty = sum(p.abs().sum() for name, p in named.items() if name.endswith("lora_A"))
+            (loss / plan.accumulation + weight * penalty).backward()
+        both.append({name: parameter.grad / ranks for name, parameter in named.items()})
+    stage.close()
+    return both[0], both[1]
+
+
+@both
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_penalty_at_every_micro_batch_counts_as_often(ranks: int, accumulation: int) -> None:
+    shape = {"micro_batch": 2, "global_batch": 2 * ranks * accumulation, "loss_mean": "micro", "length_window": 1}
+    wanted, losses = added_at_every_micro_batch(settings(**shape), ranks)
+    given = on_ranks(ranks, first_gradients, settings(**shape, penalty_at="micro"))
+    once = on_ranks(ranks, first_gradients, settings(**shape))
+    for (found, penalty, took), (other, single, _) in zip(given, once, strict=True):
+        assert took == accumulation
+        assert distance(found, wanted) < 1e-4
+        assert penalty == pytest.approx(accumulation * single)  # what is logged is what was added
+        for name, loss in losses.items():
+            assert torch.allclose(found[name] - loss, accumulation * (other[name] - loss), atol=1e-5)
+
+
 @both
 def test_training_a_decoder_only_model(ranks: int) -> None:
     config = settings(**FULL)

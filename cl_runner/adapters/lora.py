@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.past_dropout import PastDropout
 from cl_runner.adapters.terms import Term, Terms
 from cl_runner.config import AdapterConfig
 from cl_runner.errors import UserError, did_you_mean
@@ -150,6 +151,7 @@ class Adapters:
         UserError: a target that the model does not have, that is no linear layer, or that shares its weight.
     """
 
+    past_dropout: PastDropout | None = None  # where past pairs read the dropped-out input too
     terms: Terms | None = None  # what stands in the layers in the place of the pair
     condition: Mapping[str, Tensor] = MappingProxyType({})  # a method's own rows of the batch that is being computed
     _hooks: Sequence[Any] = ()  # of the terms
@@ -199,6 +201,8 @@ class Adapters:
             # PEFT casts every input up to the factors' fp32 and autocast casts it down again: two passes for nothing.
             for layer in self.layers.values():
                 layer.cast_input_dtype_enabled = False
+        if config.dropout_past and config.dropout:
+            self.past_dropout = PastDropout(self.layers, NAME, compute or torch.float32)
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         self.past: dict[str, Accumulator] = {
             name: Accumulator(layer, is_transposed(layer), compute) for name, layer in bases.items()
@@ -405,7 +409,7 @@ class Adapters:
         for target, accumulator in self.past.items():
             accumulator.add(pair.update(target, accumulator.weight.device))
         self.folded.append(pair)
-        self._past_factors.clear()
+        self._pairs_changed()
 
     def fold_live(self) -> None:
         """Fold the live pair; what answers from now on is the weight alone."""
@@ -431,8 +435,11 @@ class Adapters:
     def let_go(self, reads: Mapping[str, str]) -> None:
         """Free the factors of folded pairs that neither a coming adapter folder nor the method will read.
 
-        ``reads`` says what the method does (``Method.reads_past``). The sum of past updates is untouched.
+        ``reads`` says what the method does (``Method.reads_past``). The sum of past updates is untouched. Where past
+        pairs read the dropped-out input, all are needed at every step.
         """
+        if self.past_dropout:
+            return
         pairs, rank = self.folded, sum(pair.rank for pair in self.folded)
         if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target in self.layers):
             return
@@ -443,7 +450,7 @@ class Adapters:
             past = self._past(targets)
             self._grams[targets] = {factor: past.gram(factor) for factor in reads}
         self.folded = [pair.let_go() for pair in pairs]
-        self._past_factors.clear()
+        self._pairs_changed()
 
     def keep_live(self) -> None:
         """Keep the live pair as a parameter set of its own, named by its stage; terms stay, and the method has them."""
@@ -476,9 +483,15 @@ class Adapters:
                     total = update if total is None else total + update
             accumulator.set(total)
         self.folded, self.dense, self.kept = list(folded), list(dense), dict(kept)
-        self._past_factors.clear()
+        self._pairs_changed()
         self._grams.clear()
         self.show(self.kept[live] if live else None)
+
+    def _pairs_changed(self) -> None:
+        """What was made of the folded pairs is made anew when it is asked for."""
+        self._past_factors.clear()
+        if self.past_dropout:
+            self.past_dropout.hold(self.folded)
 
     # Factors for methods.
 

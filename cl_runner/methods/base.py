@@ -244,6 +244,7 @@ class Method:
     forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
+    past_as: ClassVar[Literal["pairs", "none", "other"]] = "pairs"  # what earlier stages left beside what trains
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
@@ -345,7 +346,10 @@ class Method:
         return {"A": "rows", "B": "rows"}
 
     def penalty(self, stage: Stage) -> Tensor | None:
-        """Runs once per optimizer step, the same on every rank, fp32; None adds nothing."""
+        """Runs once per optimizer step, the same on every rank, fp32; None adds nothing.
+
+        ``training.penalty_at: micro`` takes it as many times as the step has micro-batches.
+        """
         return None
 
     def logged(self, stage: Stage) -> dict[str, Any]:

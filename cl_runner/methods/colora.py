@@ -92,6 +92,7 @@ class CoLoRA(Method):
     task_id = "optional"
     by_shape = True
     trains = "a shared LoRA pair, a pair for each task, and how each task mixes the two at each layer"
+    past_as = "other"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

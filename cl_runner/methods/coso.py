@@ -73,6 +73,7 @@ class CoSO(Method):
     trains = "ΔW of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
     factors = "none: ΔW (m × n) itself; on disk A = I, B = ΔW"
     frozen = "the base and all past updates"
+    past_as = "other"
     dense = True
     by_shape = True
 

@@ -21,6 +21,7 @@ class MultiTask(Method):
     growth = "constant"
     any_rank = True
     frozen = "the base"
+    past_as = "none"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan("mtl", tuple(order))]

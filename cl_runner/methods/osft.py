@@ -53,6 +53,7 @@ class OSFT(Method):
     trains = "U, S, V of every target layer (no LoRA: of adapter.*, target_modules alone is used)"
     factors = "none: U (m × k), S (k), V (k × n); on disk A = I, B = ΔW"
     frozen = "the base, past updates, and U_h, S_h, V_h, the high end of their sum"
+    past_as = "other"
     dense = True
     by_shape = True
     by_order = True

@@ -26,6 +26,7 @@ class PerTask(Method):
     any_rank = True
     task_id = "yes"
     frozen = "the base; other tasks have no part in a task's answer"
+    past_as = "none"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan(task, (task,), start="base") for task in order]

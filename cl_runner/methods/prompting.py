@@ -29,6 +29,7 @@ class Prompting(Method):
     trains = "soft prompts (no LoRA: adapter.* is not used)"
     factors = "none; a prompt is PEFT's prompt_embeddings"
     frozen = "the base"
+    past_as = "none"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

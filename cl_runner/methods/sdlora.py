@@ -83,6 +83,7 @@ class SDLoRA(Method):
     carried = "all A_i, B_i and α, in the forward"
     growth = "one pair and its α a task for each target, in every forward and in each stage's files (reuse: fewer)"
     trains = "a LoRA pair, and the magnitudes of all past ones"
+    past_as = "other"
     by_shape = True
 
     def __init__(self, config: Section) -> None:

@@ -21,6 +21,7 @@ class SeqLoRA(Method):
     equation = "W_t = W0 + s·B A;  A, B train on at every task"
     paper = "2310.14152 (baseline of O-LoRA)"
     frozen = "the base"
+    past_as = "none"
     carried = "A, B"
     growth = "constant"
 

@@ -70,6 +70,7 @@ class SharedBasisMethod(Method):
     )
     paper = "2602.06043 (Shared LoRA Subspaces) is near; the equations are ours"
     trains = "A_t (r × n), B_t (m × r) and α_t of each task; U (m × r), slowly"
+    past_as = "other"
     factors = "lora_A is A_t, lora_B is alpha/r · (α_t U + B_t); in blocks both one under, and beside, the other"
     carried = "U (and C, mask); past updates: folded, or under similarity the pairs of all tasks"
     growth = (

@@ -24,7 +24,8 @@ class Encoder:
     tokenised by itself and the end token, so that training and evaluation mean the same ids.
 
     ``truncate="text"`` drops tokens from the end of the prompt's text; ``"tail"`` from the end of the whole string,
-    as transformers does.
+    as transformers does. ``"reference"`` is what the reference code's collator makes of it: the first ``max_source``
+    ids as text, tokenised again and cut by ``"tail"``; of encoder-decoder models alone, others raise UserError.
     """
 
     def __init__(
@@ -33,13 +34,18 @@ class Encoder:
         layout: Layout,
         max_source: int = 512,
         max_target: int = 50,
-        truncate: Literal["text", "tail"] = "text",
+        truncate: Literal["text", "tail", "reference"] = "text",
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.max_source = max_source
         self.max_target = max_target
         self.truncate = truncate
+        if truncate == "reference" and not layout.encoder_decoder:
+            raise UserError(
+                "data.truncate: reference is how the reference code cuts inputs of encoder-decoder models; a "
+                "decoder-only one takes tail or text"
+            )
         self.before, self.after = self._special_ids()
         self._check_positions()
 
@@ -51,8 +57,8 @@ class Encoder:
         """Examples of many rows, in order.
 
         A label of more than ``max_target`` tokens (its end token included) raises UserError naming it, or, with
-        ``cut_target`` (test rows: nothing is trained on them), loses its last tokens and says so in the example. A
-        prompt whose head and tail alone exceed ``max_source``, or that has no token at all, raises UserError.
+        ``cut_target``, loses its last tokens and says so in the example. A prompt whose head and tail alone exceed
+        ``max_source``, or that has no token at all, raises UserError.
         """
         if len(prompts) != len(labels):
             raise ValueError(f"{len(labels)} labels for {len(prompts)} prompts")
@@ -78,6 +84,8 @@ class Encoder:
                 truncated = len(content) > room
                 if truncated and self.truncate == "tail":
                     content = content[:room]
+                elif truncated and self.truncate == "reference":
+                    content = self._read_back(content)[:room]
                 elif truncated:
                     content = self._without_end_of_text(prompt, room)
                 yield self._checked(self.before + content + self.after), truncated
@@ -93,7 +101,7 @@ class Encoder:
                 if len(ids) > room and not cut:
                     raise UserError(
                         f"label {_short(label)!r} has {len(ids)} tokens and the end token, over data.max_target "
-                        f"{self.max_target}; raise it to {len(ids) + 1}"
+                        f"{self.max_target}; raise it to {len(ids) + 1}, or set data.long_targets to cut"
                     )
                 targets[label] = ([*self._checked(ids[:room]), self.layout.eos_id], len(ids) > room)
         return targets
@@ -118,6 +126,15 @@ class Encoder:
             keep -= 1
         dropped = set(text[keep:])
         return [token for i, token in enumerate(ids) if i not in dropped]
+
+    def _read_back(self, content: list[int]) -> list[int]:
+        """What of a string's ids lies within ``max_source``, behind the special ones before it, as text and back.
+
+        The text has no space before punctuation: decoding tidied that up by default, in the transformers of the time.
+        """
+        ids = content[: self.max_source - len(self.before)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._ids([self.tokenizer.clean_up_tokenization(text)])[0]
 
     def _with_shorter_text(self, prompt: Prompt, room: int) -> list[int]:
         """For tokenizers without offsets: the longest beginning of the text (in characters) that fits, by bisection."""

@@ -86,6 +86,11 @@ class Encoded(Examples):
         """Tokens of each source and of each target."""
         return np.diff(self._source_starts), np.diff(self._target_starts)
 
+    @property
+    def targets_cut(self) -> int:
+        """How many targets lost tokens."""
+        return int(self._target_cut.sum())
+
     def checksum(self, name: str) -> bytes:
         """Of every number in the columns, and of the name they are kept under; hexadecimal."""
         digest = hashlib.blake2b(name.encode(), digest_size=16)

@@ -42,6 +42,6 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
         yield "    labels: " + ", ".join(f"{label} {count}" for label, count in split["labels"].items())
     if split["unknown_labels"]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
-        yield f"    labels outside the task's set, rows left out: {left}"
+        yield f"    labels outside the task's set, rows {'scored' if split['unknown_scored'] else 'left out'}: {left}"
     if split["unsayable"]:
         yield f"    {split['unsayable']} targets come back otherwise from this tokenizer: no answer equals them"

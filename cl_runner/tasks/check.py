@@ -64,10 +64,11 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[st
 
 
 def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out),
-    ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50`` …), ``truncated`` (percent of inputs
-    longer than ``data.max_source``; None without a tokenizer), ``target_truncated`` (the same of targets),
-    ``unknown_tokens`` (percent of the inputs' tokens), ``unsayable`` (targets of free text that no answer equals)."""
+    """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out,
+    or among ``rows`` where they are ``unknown_scored``), ``length`` (``unit``: tokens or words of the whole input;
+    percentiles ``p50`` …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a
+    tokenizer), ``target_truncated`` (the same of targets), ``unknown_tokens`` (percent of the inputs' tokens),
+    ``unsayable`` (targets of free text that no answer equals)."""
     inputs = [str(_prompt(task, row, data)) for row in rows.rows]
     golds = [row.label for row in rows.rows]
     sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
@@ -80,6 +81,7 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
         "fingerprint": rows.fingerprint,
         "labels": None if task.labels is None else {label: counts[label] for label in task.labels},
         "unknown_labels": rows.unknown,
+        "unknown_scored": rows.scored,
         "length": {"unit": "tokens" if vocabulary else "words"} | percentiles(sizes),
         "truncated": share_over(sizes, data.max_source) if vocabulary else None,
         "target_truncated": share_over(targets, data.max_target) if targets else None,

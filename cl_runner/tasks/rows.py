@@ -21,8 +21,8 @@ class Rows:
     """One split of one task, as it is used.
 
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
-    labels outside the task's set, whose rows were left out; ``cut`` is how many rows more there are; ``fingerprint``
-    depends on the rows alone.
+    labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
+    (``data.unknown_test``); ``cut`` is how many rows more there are; ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -30,6 +30,7 @@ class Rows:
     source: str
     synthetic: bool = False
     unknown: dict[str, int] = field(default_factory=dict)
+    scored: bool = False
     cut: int = 0
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class Rows:
     @property
     def dropped(self) -> int:
         """How many rows were left out for their label."""
-        return sum(self.unknown.values())
+        return 0 if self.scored else sum(self.unknown.values())
 
 
 def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
@@ -54,13 +55,20 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     The task's own files win over ``data.source``. UserError names the file, the row and what to do.
     """
     rows, place, source, synthetic = _find(task, data, split)
+    if task.sets:
+        rows = [replace(row, label=_in_order(row.label, task.labels or [])) for row in rows]
     kept, unknown = _known(task, rows, split, place, data.unknown_labels)
+    scored = bool(unknown) and split == "test" and data.unknown_test == "score"
+    if scored:
+        kept = rows
     if not kept:
         raise UserError(f"{place}: task {task.name} is empty: {_all_unknown(task, unknown) if rows else 'no rows'}")
     _check_golds(task, kept, split, place)
     most = data.max_train if split == "train" else data.max_test
     taken = first_of_each(kept, most) if most and data.balanced and task.labels else kept[:most]
-    return Rows(taken, split, source, synthetic, unknown, len(kept) - len(taken))
+    if scored:
+        unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
+    return Rows(taken, split, source, synthetic, unknown, scored, len(kept) - len(taken))
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -112,8 +120,6 @@ def _known(task: Task, rows: list[Row], split: Split, place: str, policy: str) -
             if not row.label.strip():
                 raise UserError(f"{files.where(place, split, number)}: the target text is empty")
         return rows, {}
-    if task.sets:
-        rows = [replace(row, label=_in_order(row.label, task.labels)) for row in rows]
     unknown = Counter(other for row in rows if (other := _other(task, row.label)) is not None)
     if unknown and split == "train" and policy == "refuse":
         first = next(row for row in rows if _other(task, row.label) is not None)

@@ -53,8 +53,9 @@ def base_model(family: str, layers: int = 2, seed: int = 0, **settings: Any) -> 
 
 
 def adapters_of(model: Any, family: str = "t5", *, r: int = 2, alpha: float = 6.0, **more: Any) -> Adapters:
-    """Adapters around ``model`` itself."""
-    config = AdapterConfig(r=r, alpha=alpha, dropout=0.0, target_modules=more.pop("targets", None))
+    """Adapters around ``model`` itself; no dropout unless told."""
+    dropped = {"dropout": more.pop("dropout", 0.0), "dropout_past": more.pop("dropout_past", False)}
+    config = AdapterConfig(r=r, alpha=alpha, target_modules=more.pop("targets", None), **dropped)
     more = {"name_or_path": "some/base", "encoder_decoder": family == "t5", **more}
     return Adapters(model, config, **more)
 

@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
+from cl_runner.config import DataConfig, ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.base import Layout
+from cl_runner.models.base import Layout, load_base
 from cl_runner.models.batch import Example, collate, collate_prompts
 from cl_runner.models.encoding import Encoder
+from cl_runner.tasks import catalog
+from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Prompt
 from tests.models.tiny_models import byte_tokenizer, t5_tokenizer
 
+SAMPLES = Path(__file__).parents[3] / "shared" / "CL_Benchmark"
 T5 = Layout(True, pad_id=1, eos_id=0, end_ids=(0,), decoder_start_id=1, vocab_size=420)
 CAUSAL = Layout(False, pad_id=0, eos_id=0, end_ids=(0,), decoder_start_id=None, vocab_size=420)
 LONG = Prompt("Option: World, Sports\n", "naïve {café} in Zürich and 日本 " * 8, "\nAnswer:")
@@ -71,6 +75,68 @@ def test_tail_is_what_transformers_does(encoder: Encoder) -> None:
     example = encoder.encode(LONG, "A")
     expected = encoder.tokenizer(str(LONG), truncation=True, max_length=40)["input_ids"]
     assert example.source == expected and len(expected) == 40 and example.truncated
+
+
+TIDY = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+        (" 've", "'ve"), (" 're", "'re")]  # fmt: skip
+
+
+def collated(tokenizer: Any, text: str, limit: int) -> list[int]:
+    """The reference collator's steps, one by one; the clean-up was what decoding did by default."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) > limit:
+        text = tokenizer.decode(ids[:limit], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for apart, together in TIDY:
+            text = text.replace(apart, together)
+    found: list[int] = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    return found
+
+
+WORDS = st.sampled_from(["fox", " , ", " do n't", " 's", ".", " ?", "é", "日本", "</s>", "<pad>", "\n", "  ", "Zürich"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(head=st.text(max_size=12), text=st.lists(WORDS, max_size=30), limit=st.integers(8, 60))
+def test_reference_is_what_its_collator_does(head: str, text: list[str], limit: int) -> None:
+    prompt = Prompt(head, "".join(text), "\nAnswer:")
+    example = t5(max_source=limit, truncate="reference").encode(prompt, "A")
+    tokenizer = t5_tokenizer()
+    assert example.source == collated(tokenizer, str(prompt), limit)
+    assert example.truncated == (len(tokenizer(str(prompt))["input_ids"]) > limit)
+
+
+def test_reference_is_not_tail_where_a_space_stands_before_punctuation() -> None:
+    prompt = Prompt("", "It was n't a fox , he said . " * 5, "\nAnswer:")
+    example = t5(max_source=40, truncate="reference").encode(prompt, "A")
+    tail = t5(max_source=40, truncate="tail").encode(prompt, "A")
+    text = t5().decode(example.source)
+    assert text.startswith("It wasn't a fox, he said. It") and "Answer:" not in text
+    assert example.source != tail.source and len(example.source) < 40 and example.source[-1] == 0
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/CL_Benchmark beside the checkout")
+def test_reference_on_real_rows() -> None:
+    base = load_base(ModelConfig(), torch.device("cpu"))
+    cut, differing = 0, 0
+    for file in sorted(SAMPLES.glob("*/*/test.json")):
+        task = catalog.get(file.parent.name)
+        rows = load_rows(task, DataConfig(source="folder", dir=str(SAMPLES), max_test=60), "test").rows
+        prompts, labels = [task.prompt(row.text) for row in rows], [row.label for row in rows]
+        ours, tail = (
+            Encoder(base.tokenizer, base.layout, 256, 50, how).encode_many(prompts, labels)
+            for how in ("reference", "tail")  # type: ignore[arg-type]
+        )
+        for prompt, found, other in zip(prompts, ours, tail, strict=True):
+            assert found.source == collated(base.tokenizer, str(prompt), 256)
+            cut += found.truncated
+            differing += found.source != other.source
+            assert found.truncated or found.source == other.source
+    assert 0 < differing < cut
+
+
+def test_reference_is_of_encoder_decoder_models() -> None:
+    with pytest.raises(UserError, match=r"^data\.truncate: reference .* decoder-only one takes tail or text"):
+        causal(truncate="reference")
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,6 +198,7 @@ def test_labels_too_long() -> None:
         t5(max_target=need - 1).encode(LONG, label)
     cut = t5(max_target=need - 1).encode(LONG, label, cut_target=True)
     assert cut.target_cut and len(cut.target) == need - 1 and cut.target[-1] == 0
+    assert cut.target == t5_tokenizer()(label, truncation=True, max_length=need - 1)["input_ids"]  # the reference's
 
 
 def test_an_empty_label_is_the_end_token_alone() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cl_runner.config import DataConfig
 from cl_runner.models.vocabulary import Vocabulary
+from cl_runner.report.data import data_lines
 from cl_runner.tasks import catalog
 from cl_runner.tasks.check import check, percentiles, share_over, show
 from cl_runner.tasks.task import Task
@@ -45,6 +46,19 @@ def test_report(mine: Task) -> None:
     assert train["length"] == {"unit": "words", "p50": 7, "p90": 8, "p99": 8, "p100": 8}
     assert train["truncated"] is None and train["target_truncated"] is None
     json.dumps(report, allow_nan=False)
+
+
+def test_rows_of_other_labels_that_are_scored_are_said(mine: Task) -> None:
+    for how, said, count in (("drop", "rows left out", 3), ("score", "rows scored", 4)):
+        (report,) = check([mine], DataConfig(unknown_test=how))
+        test = report["splits"]["test"]
+        assert (test["rows"], test["unknown_labels"], test["unknown_scored"]) == (count, {"?": 1}, how == "score")
+        assert not report["splits"]["train"]["unknown_scored"]
+        lines = list(data_lines([report]))
+        assert [line.strip() for line in lines if "outside" in line] == [
+            "labels outside the task's set, rows left out: '-' 1",
+            f"labels outside the task's set, {said}: '?' 1",
+        ]
 
 
 def test_lengths_in_tokens_and_truncated_share(mine: Task) -> None:

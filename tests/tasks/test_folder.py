@@ -11,6 +11,7 @@ import pytest
 
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
+from cl_runner.metrics.text import score
 from cl_runner.tasks import catalog, folder
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Row
@@ -114,3 +115,17 @@ def test_real_samples_load() -> None:
         assert [(row.text, row.label) for row in rows.rows] == [(r["sentence"], r["label"]) for r in golds]
         assert rows.unknown == ({"-": len(raw) - len(golds)} if name == "MNLI" else {})
         assert len(load_rows(task, data(SAMPLES), "train")) > 200
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/CL_Benchmark beside the checkout")
+def test_real_rows_of_another_label_are_scored_as_the_reference_has_it() -> None:
+    """All test rows, each by its own label: 12 of 600 have none that the task has."""
+    task = catalog.get("MNLI")
+    raw = json.loads((SAMPLES / "NLI" / "MNLI" / "test.json").read_text(encoding="utf-8"))
+    rows = load_rows(task, data(SAMPLES).model_copy(update={"unknown_test": "score"}), "test")
+    assert [(row.text, row.label) for row in rows.rows] == [(r["sentence"], r["label"]) for r in raw]
+    assert rows.unknown == {"-": 12}
+    kept = load_rows(task, data(SAMPLES), "test").rows
+    best = [row.label if row.label in (task.labels or []) else "neutral" for row in rows.rows]
+    assert score("exact", [row.label for row in kept], [row.label for row in kept]) == 100
+    assert score("exact", best, [row.label for row in rows.rows]) == pytest.approx(100 * 588 / 600)

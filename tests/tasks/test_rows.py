@@ -36,6 +36,19 @@ def test_test_rows_without_a_known_label_are_dropped_and_counted(mine: Task) -> 
     assert rows.unknown == {"-": 2, "Yes": 1} and rows.dropped == 3
 
 
+def test_test_rows_without_a_known_label_may_be_scored(mine: Task) -> None:
+    data = DataConfig(unknown_test="score", unknown_labels="drop")
+    rows = load_rows(mine, data, "test")
+    assert [(row.text, row.label) for row in rows.rows] == RECORDS and rows.scored
+    assert rows.unknown == {"-": 2, "Yes": 1} and rows.dropped == 0
+    cut = load_rows(mine, data.model_copy(update={"max_test": 2}), "test")
+    assert [row.text for row in cut.rows] == ["one", "two"] and cut.unknown == {"-": 1}  # of the rows in use
+    train = load_rows(mine, data, "train")
+    assert len(train) == 3 and train.dropped == 3 and not train.scored  # nobody trains on them
+    with pytest.raises(UserError, match="label '-' is not one of task mine's"):
+        load_rows(mine, DataConfig(unknown_test="score"), "train")
+
+
 def test_train_rows_without_a_known_label_are_refused(mine: Task, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_rows(mine, DataConfig(), "train")
