@@ -150,8 +150,6 @@ def _pearson(predictions: Sequence[str], golds: Sequence[str]) -> float:
     right = [float(found) for gold in golds if (found := number(gold)) is not None]
     said = [None if (found := number(answer)) is None else float(found) for answer in predictions]
     parsed = [value for value in said if value is not None]
-    if not parsed:
-        raise Undefined("no answer is a number")
     _varied(parsed, right)
     middle = fmean(parsed)
     filled = [middle if value is None else value for value in said]
@@ -163,4 +161,4 @@ def _varied(said: Sequence[float], right: Sequence[float]) -> None:
     if len(set(right)) < 2:
         raise Undefined("the golds are all the same")
     if len(set(said)) < 2:
-        raise Undefined("the answers are all the same")
+        raise Undefined("the answers are all the same" if said else "no answer is a number")
