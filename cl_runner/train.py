@@ -1,7 +1,7 @@
 """One stage's training: the batch arithmetic, the loop over optimizer steps, and what is logged.
 
-One step reads: micro-batches (condition, loss, backward), the penalty on the last one, clip, edit, whole steps, engine
-step, after_step, log.
+One step reads: micro-batches (condition, loss, backward), the penalty on the last one, clip, edit (first edit, then
+clip where a method says so), whole steps, engine step, after_step, log.
 """
 
 from __future__ import annotations
@@ -150,13 +150,16 @@ def train_stage(
                 loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, looking)
                 if watch.waits:
                     watch.compare(engine.whole_gradients())
+                if method.edits_before_clip:
+                    _edit(stage, hooks)
                 norm = engine.clip()
                 if not math.isfinite(norm):
                     raise TrainingError(
                         f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not "
                         "finite; try a lower training.lr"
                     )
-                _edit(stage, lr, muon, hooks)
+                gradients = {} if method.edits_before_clip else _edit(stage, hooks)
+                _whole_steps(stage, gradients, lr, muon, hooks)
                 engine.step()
                 stage.step += 1
                 with hooks:
@@ -236,20 +239,27 @@ def _seed(stage: StageRun, *of: object) -> None:
     torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
 
 
-def _edit(stage: StageRun, lr: float, muon: Muon, hooks: HookTime) -> None:
-    """The method's edits of whole gradients, and the updates by rules that take whole gradients."""
+def _edit(stage: StageRun, hooks: HookTime) -> dict[str, Tensor]:
+    """The method's edits of whole gradients; all of them as they are then, or nothing where it edits none."""
     method, engine = stage.room.method, stage.engine
     assert engine is not None
-    gradients: dict[str, Tensor] = {}
-    if overrides(method, "edit_gradients"):
-        with hooks:
-            gradients = engine.whole_gradients()
-            changed = method.edit_gradients(stage, gradients)
-            if changed:
-                engine.set_whole_gradients(changed)
-                gradients.update(changed)
-    elif engine.whole:
-        gradients = engine.whole_gradients(engine.whole)
+    if not overrides(method, "edit_gradients"):
+        return {}
+    with hooks:
+        gradients = engine.whole_gradients()
+        changed = method.edit_gradients(stage, gradients)
+        if changed:
+            engine.set_whole_gradients(changed)
+            gradients.update(changed)
+    return gradients
+
+
+def _whole_steps(stage: StageRun, gradients: dict[str, Tensor], lr: float, muon: Muon, hooks: HookTime) -> None:
+    """The updates by rules that take whole gradients: those given, where they are at hand."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    if engine.whole:
+        gradients = gradients or engine.whole_gradients(engine.whole)
     updates: dict[str, Tensor] = {}
     for group in engine.groups:
         rate = lr * group.lr_scale

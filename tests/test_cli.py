@@ -62,8 +62,8 @@ def test_train_ends_with_table_folder_and_next_command(finished: Finished) -> No
 def test_what_a_run_leaves(finished: Finished) -> None:
     run = finished.run
     top = sorted(path.name for path in run.iterdir())
-    assert top == [".lock", "environment.json", "log.jsonl", "matrix.csv", "metrics.json", "run.json", "run.log",
-                   "run.yaml", "stages", "status.json"]  # fmt: skip
+    assert top == [".lock", "environment.json", "log.jsonl", "matrix.csv", "metrics.json", "order.yaml", "run.json",
+                   "run.log", "run.yaml", "stages", "status.json"]  # fmt: skip
     assert sorted(path.name for path in (run / "stages").iterdir()) == ["01-dbpedia", "02-amazon", "03-agnews"]
     for stage in (run / "stages").iterdir():
         assert {"DONE", "adapter", "metrics.json", "predictions.jsonl", "state.json"} <= {

@@ -127,7 +127,7 @@ json.dump(answers, sys.stdout)
 def test_transformers_alone_answers_as_the_run_did(seqft: Path) -> None:
     found = resolve(config_file=seqft / "run.yaml", method_schema=method_schema)
     assert found.order is not None
-    data = Plan.make(found.config, found.order.name, found.order.tasks, training=False).data
+    data = Plan.make(found.config, found.order.name, found.order.tasks, only=STAGES).data
     prompts = [str(data.tasks[task].prompt(row.text)) for task in STAGES for row in data.test[task].rows]
     stage = seqft / "stages" / "03-agnews"
     outputs = [json.loads(line)["output"] for line in (stage / "predictions.jsonl").read_text().splitlines()]

@@ -209,6 +209,8 @@ def test_changed_order_is_refused_by_name(stopped: Finished, finished: Finished)
     refused(call(*stopped.arguments, cwd=stopped.cwd), ("other stages (dbpedia, amazon, agnews)",))
     config = stopped.run / "run.yaml"
     config.write_text(config.read_text().replace(str(finished.cwd / "three.yaml"), str(order)))
+    assert "as committed" in call("eval", stopped.name, cwd=stopped.cwd).out, "the run has an order of its own"
+    (stopped.run / "order.yaml").unlink()  # as a run of an earlier version
     refused(call("eval", stopped.name, cwd=stopped.cwd), ("order three has changed", "dbpedia, amazon, agnews"))
     order.write_text("name: three\ntasks: [dbpedia, amazon]\n")
     refused(call(*stopped.arguments, cwd=stopped.cwd), ("other stages",))
@@ -238,7 +240,11 @@ def test_another_path_to_the_same_data_goes_on_and_other_data_do_not(tmp_path: P
     rows.write_text(kept)
     own_order(tmp_path, "mine.yaml", "Which one?")
     refused(call(*arguments, "--data-dir", "two", cwd=tmp_path), ("asked own otherwise",))
-    refused(call("eval", "mine", "--data-dir", "two", cwd=tmp_path), ("asked own otherwise",))
+    [run] = (tmp_path / "runs").iterdir()
+    assert "as committed" in call("eval", "mine", "--data-dir", "two", cwd=tmp_path).out
+    kept = (run / "order.yaml").rename(tmp_path / "kept.yaml")  # as a run of an earlier version
+    refused(call("eval", "mine", "--tasks", "own", "--data-dir", "two", cwd=tmp_path), ("asked own otherwise",))
+    kept.rename(run / "order.yaml")
     # The order's file may move too: what it says is the same.
     (tmp_path / "sub").mkdir()
     own_order(tmp_path / "sub", "mine.yaml")

@@ -665,7 +665,7 @@ def test_begin_task_sees_the_same_model_in_a_fresh_process_as_after_a_stage() ->
 
 
 class Whole(Method):
-    """A by plain gradient descent of its own, B left alone by a zero gradient; gradients doubled first."""
+    """A by plain gradient descent of its own, B by sgd; gradients doubled first, those of A's first row gone."""
 
     def parameter_groups(self, stage: Any) -> list[ParameterGroup]:
         named = stage.parameters()
@@ -674,38 +674,53 @@ class Whole(Method):
         return [ParameterGroup(A, rule="whole", lr_scale=3.0), ParameterGroup(B, rule="sgd", lr_scale=0.5)]
 
     def edit_gradients(self, stage: Any, gradients: Values) -> Values:
-        return {name: 2.0 * gradient for name, gradient in gradients.items()}
+        return {name: edited(name, gradient) for name, gradient in gradients.items()}
 
     def whole_step(self, stage: Any, name: str, gradient: Tensor, lr: float) -> Tensor:
         assert stage.parameters()[name].shape == gradient.shape
         return -lr * gradient
 
 
-def by_whole(place: Place, config: RunConfig) -> Values:
-    stage = open_stage(tiny_room(Whole(Section()), config, place), config)
-    return train(stage, some_rows(ROWS)).parameters
+class WholeFirst(Whole):
+    edits_before_clip = True
+
+
+def edited(name: str, gradient: Tensor) -> Tensor:
+    doubled = 2.0 * gradient
+    if name.endswith("lora_A"):
+        doubled[0] = 0.0
+    return doubled
+
+
+def by_whole(place: Place, config: RunConfig, first: bool) -> tuple[Values, list[float]]:
+    stage = open_stage(tiny_room((WholeFirst if first else Whole)(Section()), config, place), config)
+    outcome = train(stage, some_rows(ROWS))
+    return outcome.parameters, outcome.norms
 
 
 @both
-def test_whole_steps_and_edits(ranks: int) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["clipped first", "edited first"])
+def test_whole_steps_and_edits(ranks: int, first: bool) -> None:
     config = settings(lr=1.0, clip=0.05, epochs=2, schedule="linear", micro_batch=1)
     stage = open_stage(tiny_room(plain_method(), config, Place()), config)
     named = stage.adapters.parameters()
     plan = BatchPlan.make(ROWS, config.training, 1)
     examples = some_rows(ROWS).examples
+    norms = []
     for number, rows in enumerate(plan.step_rows(config.seed, 0, widths(examples))):
         loss = naive_loss(stage.adapters.model, "t5", [examples[row] for row in rows])
-        for parameter, gradient in zip(named.values(), torch.autograd.grad(loss, list(named.values())), strict=True):
-            parameter.grad = gradient
-        assert float(nn.utils.clip_grad_norm_(named.values(), 0.05)) > 0.06
+        for (name, p), gradient in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
+            p.grad = edited(name, gradient) if first else gradient
+        norms.append(float(nn.utils.clip_grad_norm_(named.values(), 0.05)))
+        assert norms[-1] > 0.06
         lr = learning_rate(config.training, number, plan.steps)
-        for name, parameter in named.items():
-            assert parameter.grad is not None
-            scale = 3.0 if name.endswith("lora_A") else 0.5
-            parameter.data -= lr * scale * 2.0 * parameter.grad  # doubled after the clip, and not clipped again
+        for name, p in named.items():
+            assert p.grad is not None
+            step = p.grad if first else edited(name, p.grad)  # after the clip, and not clipped again
+            p.data -= lr * (3.0 if name.endswith("lora_A") else 0.5) * step
     expected = {name: p.detach() for name, p in named.items()}
-    for values in on_ranks(ranks, by_whole, config):
-        assert distance(values, expected) < 1e-4
+    for values, logged in on_ranks(ranks, by_whole, config, first):
+        assert distance(values, expected) < 1e-4 and logged == pytest.approx(norms, rel=1e-3)
 
 
 class Writing(Method):

@@ -247,6 +247,7 @@ class Method:
     past_as: ClassVar[Literal["pairs", "none", "other"]] = "pairs"  # what earlier stages left beside what trains
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
+    edits_before_clip: ClassVar[bool] = False  # ``edit_gradients`` comes first, and the clip goes by what it left
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
 
     def __init__(self, config: Section) -> None:
@@ -357,7 +358,10 @@ class Method:
         return {}
 
     def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Runs after clipping, on whole fp32 mean gradients; returns those to replace. None leaves all."""
+        """Runs after clipping, on whole fp32 mean gradients; returns those to replace. None leaves all.
+
+        Before clipping where ``edits_before_clip``: the norm that is clipped, and logged, is then that of the result.
+        """
         return None
 
     def whole_step(self, stage: Stage, name: str, gradient: Tensor, lr: float) -> Tensor:

@@ -25,13 +25,15 @@ class L2P(Prompting):
     The nearest prompt stands first. Each input chooses for itself, in training too (the official code can have a batch
     choose as one: the answers then depend on the batch). Its loss masks the classes of other tasks and averages a
     head over the prompts; a language model that answers in words has neither. Prompts begin as embeddings of random
-    tokens. The pull of a row counts by its label tokens.
+    tokens, keys uniform in [0, 0.01), as the official ones. The pull of a row counts by its label tokens.
     """
 
     class Config(Section):
         """Settings of L2P."""
 
-        pool: int = Field(10, ge=1, description="M: prompts in the pool (published for CIFAR-100).")
+        pool: int = Field(
+            10, ge=1, description="M: prompts in the pool, keys from U(0, 0.01) (published for CIFAR-100)."
+        )
         length: int = Field(5, ge=1, description="L: vectors of a prompt (the paper; its code: 10).")
         top: int = Field(5, ge=1, description="N: prompts that an input takes (the paper; its code: 4).")
         lr: float = Field(0.03, gt=0, description="Learning rate, in place of training.lr (published, with Adam).")
@@ -60,7 +62,7 @@ class L2P(Prompting):
 
         M, L = self.config.pool, self.config.length
         pool = prompts_of(stage).of_vocabulary(M * L, stage.rng("pool")).view(M, L, -1)
-        return {"pool": pool, "keys": torch.rand(M, pool.shape[-1], generator=stage.rng("keys")) * 2 - 1}
+        return {"pool": pool, "keys": 0.01 * torch.rand(M, pool.shape[-1], generator=stage.rng("keys"))}
 
     def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
         parameters = stage.adapters.parameters()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 MOST = 1000  # examples to draw of a task, however many labels it has
+WRITING = ""  # in the place of the task, of a row that is to be written: no task has that name
 
 
 @dataclass
@@ -85,9 +86,9 @@ class LFPT5(Prompting):
     Here a task brings thousands of rows, each of which is also to be written, so that an epoch has twice as many; what
     asks for an example is what all inputs of the task begin with, and no token is added to the vocabulary. The prompt
     stands before the input (the official one behind). Each loss is the mean over its tokens of the stage's rows, in
-    expectation, and the KL a mean over the label tokens of the step (officially a sum). The official code writes as
-    many examples again for validation, of which there is none here. Published with Adafactor, for which AdamW stands
-    here, and weight decay 1e-5.
+    expectation, and the KL, of the answers to what was written alone, a mean over the label tokens of all answers
+    (officially a sum over positions, padding too). The official code writes as many examples again for validation, of
+    which there is none here. Published with Adafactor, for which AdamW stands here, and weight decay 1e-5.
     """
 
     class Config(Section):
@@ -102,7 +103,7 @@ class LFPT5(Prompting):
             0.01,
             ge=0,
             lt=1,
-            description="Weight λ of the KL, 1 − λ being that of the rest (published, classification).",
+            description="Weight λ of the KL, 1 − λ being that of the rest, at every task (published, classification).",
         )
         pseudo: int = Field(2, ge=0, description="Pseudo samples of each label of each past task (published).")
         draws: int = Field(8, ge=1, description="Examples the model writes for each one that is wanted (ours).")
@@ -113,7 +114,8 @@ class LFPT5(Prompting):
     name = "lfpt5"
     title = "LFPT5: one soft prompt that also writes examples of past tasks, to rehearse them"
     equation = (
-        "[P; x];  (1 − λ) (CE(y | x) + λ_lm · CE(x, y | task)) + λ · KL(p_old ‖ p_new) on what it wrote of past tasks"
+        "[P; x];  (1 − λ) (CE(y | x) + λ_lm · CE(x, y | task)) + λ · KL(p_old ‖ p_new)  "
+        "at the answers to what it wrote of past tasks"
     )
     paper = "2110.07298 (LFPT5)"
     carried = "prompt; what the inputs of each task share, and its labels; the last written examples"
@@ -181,28 +183,33 @@ class LFPT5(Prompting):
         # Each loss is to be a mean over its own tokens; a step divides by those of both.
         answer, write = (sum(len(example.target) for example in rows) for rows in (examples, writing))
         both = answer + write
-        return [Source(examples, tasks, both / answer), Source(writing, tasks, self.config.lambda_lm * both / write)]
+        weight = self.config.lambda_lm * both / write
+        return [Source(examples, tasks, both / answer), Source(writing, [WRITING] * len(writing), weight)]
 
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
-        if not self.config.lambda_kl or not any(self.written.tasks.values()):
-            return super().loss(stage, batch)
+        from cl_runner.models.forward import token_loss
+
+        now, weight = stage.forward(batch), self.config.lambda_kl
+        losses = (1 - weight) * token_loss(now, batch.labels)  # at the first task too, as in the official code
+        if weight and any(self.written.tasks.values()):
+            losses = losses + weight * self._moved(stage, batch, now)
+        total: Tensor = (losses * batch.token_weights).sum()
+        return total
+
+    def _moved(self, stage: Stage, batch: Batch, now: Tensor) -> Tensor:
+        """KL(p_old ‖ p_new) (b, t) at the answers to what was written of past tasks, 0 elsewhere."""
         import torch
 
-        from cl_runner.models.forward import evaluating, token_loss
+        from cl_runner.models.forward import evaluating
 
         assert self.old is not None
-        now = stage.forward(batch)
-        past = [task not in stage.plan.tasks for task in batch.tasks]
+        past = [task in self.written.tasks for task in batch.tasks]
         before = now.detach()
         if any(past):  # the graph is the same without: it is of what is now
             condition = {"prefix": self.old.to(stage.device).expand(batch.size, -1, -1)}
             with torch.no_grad(), evaluating(stage.adapters.model):
                 before = stage.forward(replace(batch, condition=condition))
-        kept = divergence(before, now, 1.0) * torch.tensor(past, device=now.device)[:, None]
-        weight = self.config.lambda_kl
-        mixed = (1 - weight) * token_loss(now, batch.labels) + weight * kept
-        total: Tensor = (mixed * batch.token_weights).sum()
-        return total
+        return divergence(before, now, 1.0) * torch.tensor(past, device=now.device)[:, None]
 
     def end_task(self, stage: Stage) -> None:
         super().end_task(stage)

@@ -21,9 +21,10 @@ class MIGU(SeqLoRA):
     """Rows of B are chosen by the whole layer's output W x + s·B A x, rows of A by A's own output A x.
 
     That is the rule the official code means for LoRA (it is not wired up there). In full, rows of every linear layer's
-    weight are chosen by its output; biases, norms and embeddings (a head tied to one too) all learn. Padding does not
-    count, nor dropout in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as in the
-    official code.
+    weight are chosen by its output; biases, norms and embeddings (a head tied to one too) all learn. Every token counts
+    that the official code hands the model: the label's last one too, from which nothing is predicted. Padding does not
+    (there it does), nor dropout in A x. Only gradients are masked: Adam's moments and weight decay still move a row, as
+    in the official code.
     """
 
     class Config(LoraOrFull):
@@ -35,10 +36,14 @@ class MIGU(SeqLoRA):
 
     name = "migu"
     title = "MIGU: one LoRA (or all weights), of which only rows with large outputs learn"
-    equation = "from task 2 on:  g_j ← 1[n_j ≥ q-quantile(n)] · g_j,  n_j = mean |output j| over the step's tokens"
+    equation = (
+        "from task 2 on, before the clip:  g_j ← 1[n_j ≥ q-quantile(n)] · g_j,  "
+        "n_j = mean |output j| over the step's tokens"
+    )
     paper = "2406.17245 (Unlocking Continual Learning Abilities in Language Models)"
     carried = "A, B (full: the weights)"
     growth = "constant"
+    edits_before_clip = True  # as in the official code: a step is as long as the clip lets it be
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -48,6 +53,7 @@ class MIGU(SeqLoRA):
         if not stage.index:
             return super().loss(stage, batch)
         parameters = stage.parameters()
+        batch = batch.read_to_the_end(head=head_learns(stage))
         real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
 
         def add(name: str, rows: Tensor, mask: Tensor | None) -> None:
@@ -85,6 +91,15 @@ class MIGU(SeqLoRA):
             edited[name] = (mask if upright else mask[:, None]) * gradients[name]
         self.sizes = {}
         return edited
+
+
+def head_learns(stage: Stage) -> bool:
+    """Whether rows of the head are chosen: not where it is tied to the embedding, or has no pair."""
+    from cl_runner.models.forward import unwrapped
+
+    head = unwrapped(stage.adapters.model).get_output_embeddings()  # type: ignore[operator]
+    targets = {target for target, layer in stage.adapters.layers.items() if layer is head}
+    return any(name.rpartition(".")[0] in targets for name in stage.parameters())
 
 
 def learning(sizes: Tensor, quantile: float) -> Tensor:

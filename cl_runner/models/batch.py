@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cl_runner.models.base import Layout
 
@@ -62,6 +63,24 @@ class Batch:
         """The given rows, padding unchanged."""
         numbers = torch.arange(self.size)[rows].tolist() if self.tasks else []
         return replace(self._each(lambda value: value[rows]), tasks=tuple(self.tasks[i] for i in numbers))
+
+    def read_to_the_end(self, head: bool) -> Batch:
+        """Decoder-only rows with their last label token too, a column more; for those who look at layers.
+
+        Nothing is predicted from it: the loss is the same. ``head``: label columns for all positions (IGNORE where
+        there were none), so that the head's output is computed at each. Encoder-decoder rows are whole as they are.
+        """
+        if self.position_ids is None:
+            return self
+        before = self.input_ids.shape[1] - self.labels.shape[1] if head else 0
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, self.labels[:, -1:]], dim=1),
+            attention_mask=functional.pad(self.attention_mask, (0, 1), value=1),
+            position_ids=torch.cat([self.position_ids, self.position_ids[:, -1:] + 1], dim=1),
+            labels=functional.pad(self.labels, (before, 1), value=IGNORE),
+            token_weights=functional.pad(self.token_weights, (before, 1)),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

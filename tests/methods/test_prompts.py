@@ -156,6 +156,22 @@ def test_l2p_takes_the_nearest_keys_and_trains_as_a_naive_loop(kind: Kind) -> No
     on_ranks(1, _l2p, kind)
 
 
+def _keys(place: Place) -> list[Tensor]:
+    room, config = opened(place, "l2p", method__pool=20)
+    return [begun(room, config.model_copy(update={"seed": seed}), 0)["keys"] for seed in range(50)]
+
+
+def test_l2p_keys_begin_near_one_another() -> None:
+    """Uniform in [0, 0.01), as flax's initialiser has it: two keys' mean cosine is E[x]² / E[x²] = 3/4."""
+    (found,) = on_ranks(1, _keys)
+    keys = torch.stack(found)
+    assert 0 <= float(keys.min()) < 1e-5 and 0.01 - 1e-5 < float(keys.max()) < 0.01
+    torch.testing.assert_close(float(keys.mean()), 0.005, rtol=0.01, atol=0)
+    torch.testing.assert_close(float(keys.std()), 0.01 / 12**0.5, rtol=0.01, atol=0)
+    cosines = [float(a @ b / (a.norm() * b.norm())) for pool in keys for i, a in enumerate(pool) for b in pool[:i]]
+    assert sum(cosines) / len(cosines) == pytest.approx(0.75, abs=0.01)
+
+
 # Progressive Prompts.
 
 
@@ -252,6 +268,66 @@ def kl(before: Tensor, now: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
 
 
+def lfpt5_loss(
+    model: Any,
+    kind: Kind,
+    prompt: Tensor,
+    old: Tensor,
+    answers: Sequence[Example],
+    texts: Sequence[Example],
+    past: Sequence[Example],
+) -> Tensor:
+    """As the official code adds up its three: λ 0.3, λ_lm 0.25, the KL of the answers ``past`` alone; means of tokens.
+
+    The factor 1 − λ is there whether or not there is something past.
+    """
+    task = torch.stack([row_loss(model, kind, prompt, e) for e in answers]).sum() / tokens(answers)
+    language = torch.stack([row_loss(model, kind, prompt, e) for e in texts]).sum() / tokens(texts)
+    moved = [kl(row_scores(model, kind, old, e).detach(), row_scores(model, kind, prompt, e)) for e in past]
+    return 0.7 * (task + 0.25 * language) + 0.3 * sum(moved, torch.zeros(())) / tokens(answers)
+
+
+def _lfpt5_loss(place: Place, kind: Kind, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, config = opened(place, "lfpt5", kind=kind)
+    method: Any = room.method
+    monkeypatch.setattr(StageRun, "sample", writes_well(room) if case == "written" else lambda *_: [[3, 4]])
+    index = 0 if case == "first" else 1
+    if index:
+        learn(room, config, 0, opposed(0))
+    stage, own = StageRun(room, config, index), opposed(index)
+    method.build(stage)
+    method.begin_task(stage)
+    answering, writing = method.training_data(stage, own)
+    past = method.written.source().examples
+    assert len(past) == (3 if case == "written" else 0) and answering.examples == [*own.examples, *past]
+    prompt = room.adapters.parameters()["prompt"]
+    old = prompt.detach().clone()
+    prompt.data += 3 * torch.randn(prompt.shape, generator=stage.rng("moved"))  # as after some steps
+    rows = [(e, t, source.weight) for source in (answering, writing)
+            for e, t in zip(source.examples, source.tasks, strict=True)]  # fmt: skip
+    examples, tasks, weights = (list(column) for column in zip(*rows, strict=True))
+    batch = stage.make_batch(examples, tasks, [weight / tokens(examples) for weight in weights])
+    ours = method.loss(stage, batch)
+    naive = lfpt5_loss(tiny_model(kind), kind, prompt, old, answering.examples, writing.examples, past)
+    torch.testing.assert_close(ours, naive, rtol=1e-5, atol=0)
+    found, wanted = (torch.autograd.grad(loss, prompt)[0] for loss in (ours, naive))
+    assert off(found, wanted) < 1e-4
+    if past:  # the KL of those that are to be written is no part of it, and would have shown
+        extra = [kl(row_scores(tiny_model(kind), kind, old, e).detach(), row_scores(tiny_model(kind), kind, prompt, e))
+                 for e in writing.examples[len(own.examples) :]]  # fmt: skip
+        (pulled,) = torch.autograd.grad(0.3 * 0.25 * torch.stack(extra).sum() / tokens(writing.examples), prompt)
+        assert pulled.norm() > 1e-3 * wanted.norm()
+    stage.close()
+
+
+@pytest.mark.parametrize("case", ["first", "nothing written", "written"])
+@both_kinds
+def test_lfpt5_holds_the_answers_alone_and_weighs_the_rest_by_what_is_left(
+    kind: Kind, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ranks(1, _lfpt5_loss, kind, case, monkeypatch)
+
+
 def _lfpt5(place: Place, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     room, config = opened(place, "lfpt5", kind=kind, training__global_batch=30, training__micro_batch=10)
     method: Any = room.method
@@ -268,29 +344,15 @@ def _lfpt5(place: Place, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
         writing = [frame.to_write(e, 12) for e in own.examples]
         rewriting = [method.frames["a"].to_write(e, 12) for e in past]
         answers, texts = [*own.examples, *past], [*writing, *rewriting]
-        a, w = tokens(answers), tokens(texts)
 
         def whole(
             parameters: dict[str, Tensor],
             answers: Sequence[Example] = answers,
             texts: Sequence[Example] = texts,
-            kept: Sequence[tuple[Example, float]] = tuple(
-                [(e, 1 / a) for e in past] + [(e, 0.25 / w) for e in rewriting]
-            ),
+            past: Sequence[Example] = tuple(past),
             old: Tensor = start["prompt"],
-            a: int = a,
-            w: int = w,
         ) -> Tensor:
-            P = parameters["prompt"]
-            task = torch.stack([row_loss(model, kind, P, e) for e in answers]).sum() / a
-            language = torch.stack([row_loss(model, kind, P, e) for e in texts]).sum() / w
-            if not kept:
-                return task + 0.25 * language
-            old_new = [
-                weight * kl(row_scores(model, kind, old, e).detach(), row_scores(model, kind, P, e))
-                for e, weight in kept
-            ]
-            return 0.7 * (task + 0.25 * language) + 0.3 * torch.stack(old_new).sum()
+            return lfpt5_loss(model, kind, parameters["prompt"], old, answers, texts, past)
 
         wanted = trained(start, whole)
         end = learn(room, config, index, own).parameters
@@ -436,7 +498,8 @@ def test_two_ranks_do_what_one_does() -> None:
 
 def _bf16(place: Place) -> None:
     for number, name in enumerate(OWN):
-        room, config = opened(place, name, kind="t5" if number % 2 else "llama", bf16=True)
+        # All rows in every step, those to be written too: losses of steps compare.
+        room, config = opened(place, name, kind="t5" if number % 2 else "llama", bf16=True, training__global_batch=12)
         for index in range(2):
             outcome = learn(room, config, index, opposed(index))
         half = len(outcome.losses) // 2

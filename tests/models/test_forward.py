@@ -120,6 +120,36 @@ def test_loss_equals_the_rows_own(saved: Callable[[str], Path], family: str) -> 
     assert batch.label_tokens == len(examples[0].target) + len(examples[1].target)
 
 
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_read_to_their_end_have_the_same_loss_and_show_every_token(
+    saved: Callable[[str], Path], family: str, head: bool
+) -> None:
+    """What the trunk, or the head, puts out of each row is what it does of the row by itself, its last token too."""
+    base = load(saved(family))
+    examples = examples_of(base)
+    batch = collate(examples, base.layout, weights=[0.5, 2.0, 0.0])
+    whole = batch.read_to_the_end(head=head)
+    if base.encoder_decoder:
+        assert whole is batch
+        return
+    seen: list[torch.Tensor] = []
+    network: Any = base.model
+    watched = network.get_output_embeddings() if head else network.base_model
+    hook = watched.register_forward_hook(
+        lambda module, given, out: seen.append(out.detach() if head else out[0].detach())
+    )
+    losses = [(token_loss(logits(base.model, each), each.labels) * each.token_weights).sum() for each in (batch, whole)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert whole.label_tokens == batch.label_tokens
+    for row, example in enumerate(examples):
+        real = whole.attention_mask[row].bool()
+        assert whole.input_ids[row][real].tolist() == [*example.source, *example.target]
+        base.model(input_ids=torch.tensor([[*example.source, *example.target]]))
+        torch.testing.assert_close(seen[1][row][real], seen[-1][0], rtol=0, atol=1e-5)
+    hook.remove()
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "peft"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_a_naive_loop(saved: Callable[[str], Path], family: str, wrapped: bool) -> None:
