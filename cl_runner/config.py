@@ -91,6 +91,9 @@ class DataConfig(Section):
     unknown_labels: Literal["refuse", "drop"] = Field(
         default="refuse", description="Train rows whose label is outside the task's set (test rows are always dropped)."
     )
+    empty_texts: Literal["refuse", "keep"] = Field(
+        default="refuse", description="A split more than 1 % of whose texts are empty or lack a part (missing cells)."
+    )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
     truncate: Literal["text", "tail"] = Field(

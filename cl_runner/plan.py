@@ -137,6 +137,13 @@ class Data:
         ]
         return [f"rows left out, their label being none of the task's: {'; '.join(parts)}"] if parts else []
 
+    def read_as(self) -> list[str]:
+        """Lines on how own files were read, and one on texts that are empty; none where all is plain."""
+        splits = [(name, rows) for name in self.tasks for rows in (self.train[name], self.test[name])]
+        lines = dict.fromkeys(f"task {name}: {note}" for name, rows in splits for note in rows.notes)
+        empty = [f"{name} {rows.empty} {rows.split}" for name, rows in splits if rows.empty]
+        return [*lines, *([f"texts that are empty or lack a part, kept: {', '.join(empty)}"] if empty else [])]
+
     def about(self) -> dict[str, Any]:
         """What a run says of its data: rows, source and fingerprint of every split."""
         return {
@@ -273,8 +280,12 @@ class Plan:
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:
-        """Lines on what is left out: settings that no stage can follow or is too short for, rows of other labels."""
-        return [*unused_settings(self.config, self.stages), *self._never(), *self.data.left_out()]
+        """Lines on what is left out, and on how files were read.
+
+        Settings that no stage can follow or is too short for; rows of other labels; forms that were recognised.
+        """
+        data = [*self.data.left_out(), *self.data.read_as()]
+        return [*unused_settings(self.config, self.stages), *self._never(), *data]
 
     def _never(self) -> list[str]:
         """A line where a factor is to be put back every so many steps, and no stage has as many."""

@@ -36,3 +36,7 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     if split["unknown_labels"]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
         yield f"    labels outside the task's set, rows left out: {left}"
+    if split["empty_texts"]:
+        yield f"    texts that are empty or lack a part: {split['empty_texts']}"
+    for note in split["notes"]:
+        yield f"    {note}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cl_runner.config import DataConfig
-from cl_runner.tasks import folder
+from cl_runner.tasks import files, folder
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Row, Task
 
@@ -32,9 +32,9 @@ def check(tasks: Sequence[Task], data: DataConfig, lengths: Lengths | None = Non
     Keys: ``task, kind, synthetic, dev_equals_test`` (None where there is no such pair), ``names_task, names_dataset``
     (whether the input tells the model), ``duplicates`` (``train, test``: rows whose text an earlier row of the split
     has; ``conflicting``: texts in train under more than one label; ``train_in_test``: test rows whose text is in
-    train) and ``splits`` (see ``_split``). Rows with unknown labels are counted here, in train too.
+    train) and ``splits`` (see ``_split``). Rows with unknown labels and empty texts are counted here, in train too.
     """
-    data = data.model_copy(update={"unknown_labels": "drop"})
+    data = data.model_copy(update={"unknown_labels": "drop", "empty_texts": "keep"})
     return [_one(task, data, lengths) for task in tasks]
 
 
@@ -54,6 +54,7 @@ def _one(task: Task, data: DataConfig, lengths: Lengths | None) -> dict[str, Any
 
 def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) -> dict[str, Any]:
     """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out),
+    ``empty_texts`` (how many are empty or lack a part), ``notes`` (lines on how the files were read),
     ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50`` …), ``truncated`` (percent of inputs
     longer than ``data.max_source``; None without a tokenizer), ``target_truncated`` (the same of targets)."""
     inputs = [str(_prompt(task, row, data)) for row in rows.rows]
@@ -66,6 +67,8 @@ def _split(task: Task, rows: Rows, data: DataConfig, lengths: Lengths | None) ->
         "fingerprint": rows.fingerprint,
         "labels": None if task.labels is None else {label: counts[label] for label in task.labels},
         "unknown_labels": rows.unknown,
+        "empty_texts": rows.empty,
+        "notes": list(rows.notes),
         "length": {"unit": "tokens" if lengths else "words"} | percentiles(sizes),
         "truncated": share_over(sizes, data.max_source) if lengths else None,
         "target_truncated": share_over(targets, data.max_target) if targets else None,
@@ -107,8 +110,10 @@ def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:
 
 def _dev_equals_test(task: Task, data: DataConfig) -> bool | None:
     if task.source is not None:
-        dev, test = task.source.path("dev"), task.source.path("test")
-        return folder.same_file(dev, test) if dev and test else None
+        if not task.source.named("dev"):
+            return None
+        dev, test = (files.find(task.source.named(split), split, f"task {task.name}") for split in ("dev", "test"))
+        return len(dev) == len(test) and all(map(folder.same_file, dev, test))
     if data.dir is None or data.source in {"hub", "synthetic"}:
         return None
     base = folder.task_folder(task, data.dir)

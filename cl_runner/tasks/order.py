@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import find, is_name, shipped
-from cl_runner.tasks import catalog
+from cl_runner.tasks import catalog, files
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.task import Task
 from cl_runner.validation import check_override, explain, flattened, refuse, unknown
@@ -142,13 +142,15 @@ def _own_task(document: Document, path: Key, entry: dict[str, Any], file: Path) 
         problem = f"name '{printable(name)}' must be of letters, digits and - _ . + (it names a folder)"
         raise refuse(document.position((*path, "name")), problem)
     try:
-        return catalog.build(values).beside(file.resolve().parent)
+        task = catalog.build(values).beside(file.resolve().parent)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         inner = tuple(fault["loc"])
         label = ".".join(str(part) for part in inner)
         is_key = fault["type"] in ("extra_forbidden", "missing")
         raise refuse(document.position((*path, *inner), key=is_key), f"{label} {explain(fault)}".strip()) from error
+    given = files.instruction(task.source) if task.source is not None and "instruction" not in values else None
+    return task if given is None else task.model_copy(update={"instruction": given + "\n"})
 
 
 def _labels(document: Document, path: Key, labels: Any) -> Any:
