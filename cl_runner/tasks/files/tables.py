@@ -97,8 +97,9 @@ class _Swallowed:
     """Cells that a stray quote may have made of whole rows.
 
     A quote that opens a cell and is meant as text takes all that follows into the cell, up to the next quote that ends
-    one: the rows between vanish. Each line that such a record spans then holds the delimiter as often as a row does. A
-    true text of several lines does so by chance at most, so the file is judged by most of them.
+    one: the rows between vanish. Each line that such a record spans then is like a row: it holds the delimiter as often
+    as one, and after each there stands something other than a space. A true text of several lines is so by chance at
+    most, and the file is judged by most of them.
     """
 
     def __init__(self, path: Path, delimiter: str, asked: bool, notes: list[str]) -> None:
@@ -108,10 +109,16 @@ class _Swallowed:
     def look(self, record: list[str], line: int) -> None:
         """Take note of a record that begins in ``line`` and spans several."""
         self.spanning += 1
-        lines = self.delimiter.join(record).split("\n")
-        if len(record) > 1 and all(part.count(self.delimiter) == len(record) - 1 for part in lines):
+        whole = self.delimiter.join(record)
+        # A quote inside was written twice: who does that knows how to quote.
+        lines = [] if '"' in whole else [line for line in whole.split("\n") if line.strip()]
+        if len(lines) > 1 and all(self._like_row(each, len(record)) for each in lines):
             self.like_rows += 1
             self.first = self.first or line
+
+    def _like_row(self, line: str, width: int) -> bool:
+        cells = line.rstrip("\r").split(self.delimiter)
+        return len(cells) == width > 1 and all(cell and cell[0] != " " for cell in cells[1:])
 
     def judge(self) -> None:
         """Refuse the file, or (where CSV's quoting was asked for) say what was read, once all is read."""
@@ -119,7 +126,7 @@ class _Swallowed:
             return
         found = f"{self.path}:{self.first}: a cell in quotes spans lines each of which is like a row by itself"
         if not self.asked and 2 * self.like_rows > self.spanning:
-            raise UserError(f"{found}; {_TRY_NONE}, if it is a text of several lines, source.quoting: csv")
+            raise UserError(f"{found}; {_TRY_NONE}; if it is one text, source.quoting: csv")
         more = f" ({self.like_rows} of {self.spanning} such cells)" if self.spanning > 1 else ""
         self.notes.append(f"{found}{more}; {_TRY_NONE}")
 
