@@ -37,6 +37,7 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
         yield f"    labels outside the task's set, rows left out: {left}"
     if split["empty_texts"]:
-        yield f"    texts that are empty or lack a part: {split['empty_texts']}"
+        bound = "train refuses more than 1 %, unless data.empty_texts=keep"
+        yield f"    texts that are empty or lack a part: {split['empty_texts']} ({bound})"
     for note in split["notes"]:
         yield f"    {note}"

@@ -38,7 +38,7 @@ def candidates(folder: Path) -> tuple[list[Candidate], list[str]]:
     found: list[Candidate] = []
     lines: list[str] = []
     for each in _folders(folder, DEEPEST):
-        here, unclear = _of_folder(each)
+        here, unclear = _of_folder(each, folder)
         found += here
         lines += [f"{path.relative_to(folder)}: its name says neither train nor test; left out" for path in unclear]
     return sorted(found, key=lambda each: (each.name.casefold(), str(each.folder))), lines
@@ -69,11 +69,12 @@ def _split_folders(folder: Path) -> dict[Split, list[Path]]:
     return splits
 
 
-def _of_folder(folder: Path) -> tuple[list[Candidate], list[Path]]:
+def _of_folder(folder: Path, root: Path) -> tuple[list[Candidate], list[Path]]:
     """The tasks whose files lie in this very folder, and the files that are of no split."""
-    own = folder.absolute()
-    while own.name.lower() in _PLAIN and own.parent != own:
+    own = folder
+    while own.name.lower() in _PLAIN and own != root:
         own = own.parent
+    own = own.absolute()
     if opening.is_saved(folder):
         return [], []
     inner = _split_folders(folder)

@@ -26,6 +26,7 @@ from cl_runner.yamlfile import printable
 # A set of labels is listed where it is no larger than this, its labels are short, and each is there twice on average.
 MOST_LABELS = 150
 LONGEST_LABEL = 60
+FEW_LABELS = 5  # so few need not be there again in train itself
 SHORT_ANSWER = 3  # words: of longer ones the wording counts less than what they share with the gold
 _PLAIN = re.compile(r"(\.\.?/)*[A-Za-z][\w./+-]*( [\w./+-]+)*")
 _NO_TEXT = {"true", "false", "null", "yes", "no", "on", "off"}
@@ -157,7 +158,8 @@ def _label_set(candidate: Candidate, train: Sequence[Row], test: Sequence[Row]) 
     if len(counts) > MOST_LABELS or any(len(label) > LONGEST_LABEL or "\n" in label for label in counts):
         return None, ""
     new = {row.label for row in test} - {row.label for row in train}
-    if counts.total() < (10 if new else 2) * len(counts):
+    few = len(counts) <= FEW_LABELS and not new and counts.total() >= 2 * len(counts)
+    if not few and len(train) < (10 if new else 2) * len(counts):
         return None, ""
     return sorted(counts), f"all answers in {counts.total()} rows"
 

@@ -72,7 +72,7 @@ class FileFormat(Frozen):
     @classmethod
     def _known_encoding(cls, value: str | None) -> str | None:
         try:
-            b"".decode(value or "utf-8")
+            "a".encode(value or "utf-8")
         except (LookupError, ValueError) as error:
             raise ValueError(f"{value!r} is no text encoding; such as utf-16, latin-1 or cp1252") from error
         return value

@@ -171,7 +171,7 @@ def test_encodings_are_named_and_taken(tmp_path: Path, raw: bytes, encoding: str
 def test_utf8_needs_no_word_and_another_word_is_refused(tmp_path: Path) -> None:
     for raw in (WORDS.encode(), WORDS.encode("utf-8-sig")):
         assert pairs(read(tmp_path, "x.csv", raw)) == pairs(read(tmp_path, "x.csv", raw, encoding="utf-8"))
-    with pytest.raises(UserError, match="not ascii text .*source.encoding names another"):
+    with pytest.raises(UserError, match=r"not ascii text .*source.encoding names another"):
         read(tmp_path, "x.csv", WORDS, encoding="ascii")
 
 

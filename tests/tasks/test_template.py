@@ -22,8 +22,8 @@ def test_values_are_put_in_as_they_are() -> None:
     ("template", "text"),
     [
         ("{a}", "x"), ("{{a}}", "{a}"), ("{{{a}}}", "{x}"), ("{{}}", "{}"), ("no field", "no field"),
-        ("{#1 String}|{a b}", "first|second"), ("{a}{a}", "xx"), ("{n} of {f}", "7 of 1.50"), ("{t} {d}", "True 2024-01-02"),
-        ('{{"q": "{a}"}}', '{"q": "x"}'),
+        ("{#1 String}|{a b}", "first|second"), ("{a}{a}", "xx"), ("{n} of {f}", "7 of 1.50"),
+        ("{t} {d}", "True 2024-01-02"), ('{{"q": "{a}"}}', '{"q": "x"}'),
     ],
 )  # fmt: skip
 def test_templates(template: str, text: str) -> None:
