@@ -110,10 +110,10 @@ def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:
 
 def _dev_equals_test(task: Task, data: DataConfig) -> bool | None:
     if task.source is not None:
-        if not task.source.named("dev"):
-            return None
-        dev, test = (files.find(task.source.named(split), split, f"task {task.name}") for split in ("dev", "test"))
-        return len(dev) == len(test) and all(map(folder.same_file, dev, test))
+        what = f"task {task.name}, source.dev"
+        dev, test = (files.find(task.source.named(split), split, what) for split in ("dev", "test"))
+        same = [folder.same_file(*both) for both in zip(dev, test, strict=False)]
+        return None if not same or None in same else len(dev) == len(test) and all(same)
     if data.dir is None or data.source in {"hub", "synthetic"}:
         return None
     base = folder.task_folder(task, data.dir)

@@ -83,7 +83,7 @@ def _of_folder(folder: Path, root: Path) -> tuple[list[Candidate], list[Path]]:
     tasks: dict[str, Candidate] = {}
     unclear: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or opening.ending(path) not in opening.ENDINGS or path.name[0] in "._":
+        if not (path.is_file() and opening.is_data(path)):
             continue
         stem = (Path(path.stem) if opening.packed(path) else path).stem
         match = _LAST.fullmatch(stem) or _FIRST.fullmatch(stem)

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import ValidationError
+
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.lookup import is_name
@@ -21,6 +23,7 @@ from cl_runner.tasks.discovery import Candidate
 from cl_runner.tasks.files.opening import ending, packed
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, Row, Source, Split
+from cl_runner.validation import explain
 from cl_runner.yamlfile import printable
 
 # A set of labels is listed where it is no larger than this, its labels are short, and each is there twice on average.
@@ -121,8 +124,13 @@ def _own(
         entry["columns"] = {"text": form.columns.text, "label": form.columns.label}
         read_as = ", ".join(f"{key}: {_yaml(str(value))}" for key, value in entry["columns"].items())
         place = [f"source: {_source(paths)}", f"columns: {{{read_as}}}"]
+    try:
+        task = catalog.build(entry)
+    except ValidationError as error:  # such as a label twice in labels.json
+        fault = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, fault['loc']))} {explain(fault)}") from error
     for split in ("train", "test"):  # all that a run asks of them
-        load_rows(catalog.build(entry), DataConfig(), split)
+        load_rows(task, DataConfig(), split)
     counts = f"{len(train.rows)} train, {len(test.rows)} test rows{note and '; ' + note}"
     lines = [
         *(f"# {printable(said)}" for said in dict.fromkeys([*train.notes, *test.notes])),
@@ -220,4 +228,5 @@ def _yaml(text: str) -> str:
     """A text as YAML has it: bare where nothing in it means more than itself."""
     if _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXT:
         return text
-    return json.dumps(text, ensure_ascii=False)
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)

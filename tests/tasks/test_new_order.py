@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
 from cl_runner.tasks import catalog
+from cl_runner.tasks.drafts import _yaml as as_yaml
 from cl_runner.tasks.drafts import task_name
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order
+from cl_runner.yamlfile import parse
 from tests.command_line import call
 
 WORDS = ["billing", "technical"]
@@ -212,6 +216,25 @@ def test_when_answers_are_a_set(data: Path, answers: list[str], labels: bool) ->
     (task,) = load_order("o.yaml").tasks
     assert (task.labels is not None) == labels
     assert task.labels is None or set(task.labels) == set(answers)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_stands_in_yaml(text: str) -> None:
+    assert parse(f"[{as_yaml(text)}]", "x.yaml").data == [text]
+
+
+def test_labels_that_cannot_be_are_a_comment(data: Path) -> None:
+    for split in ("train", "test"):
+        put(data / f"{split}.jsonl", lines(rows(8)))
+    put(data / "labels.json", '["billing", "technical", "billing"]')
+    with pytest.raises(UserError, match="could not be told: labels 'billing' is there twice"):
+        new_order(Path("o.yaml"), from_folder=data)
+    odd = ["a\u2028b", "\x85 \x7f", '"quoted" \\ 🎉', "é: #1"]
+    for split in ("train", "test"):
+        put(data / f"{split}.jsonl", lines(rows(8, answers=odd)))
+    (data / "labels.json").unlink()
+    new_order(Path("o.yaml"), from_folder=data)
+    assert set(load_order("o.yaml").tasks[0].labels or []) == set(odd)
 
 
 def test_names_that_cannot_be(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
 from cl_runner.tasks import files
@@ -200,6 +202,27 @@ def test_refused_with_file_line_and_row(tmp_path: Path, content: str, says: str)
     with pytest.raises(UserError, match=says) as caught:
         read(tmp_path, "x.csv", content)
     assert "\n" not in str(caught.value)
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1).filter(str.strip)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), st.sampled_from([",", ";", "|", "\t"]))
+def test_what_the_standard_writes_is_read_again(rows: list[tuple[str, str]], delimiter: str) -> None:
+    import csv
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.csv"
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, delimiter=delimiter).writerows([("text", "label"), *rows])
+        how = FileFormat(quoting="csv", delimiter=delimiter)
+        assert pairs(files.read([str(path)], "train", Columns(), "", how)) == rows
+        plain = [row for row in rows if not set("\n\t") & set("".join(row))]
+        if plain:
+            path.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in plain), encoding="utf-8")
+            assert pairs(files.read([str(path)], "train", Columns(), "", FileFormat(delimiter="\t"))) == plain
 
 
 def test_the_column_of_numbers_that_pandas_writes_is_no_matter(tmp_path: Path) -> None:

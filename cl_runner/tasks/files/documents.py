@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cl_runner.tasks.task import Source, Split
 from cl_runner.tasks.template import WrittenFloat
 
 _DECODER = json.JSONDecoder(parse_float=WrittenFloat)
+_OBJECT = re.compile(r"\s*\{")
 
 
 def document(path: Path, encoding: str | None = None) -> Any:
@@ -101,18 +103,19 @@ def _definition(path: Path, encoding: str | None) -> str | None:
 
 def _text(path: Path, encoding: str | None) -> str:
     text = opening.text(path, encoding)
-    if not text.strip():
+    if not text or text.isspace():
         raise UserError(f"{path}: the file is empty")
     return text
 
 
 def _is_lines(text: str) -> bool:
-    """Whether the first line is an object by itself, and more follow."""
-    first, _, rest = text.lstrip().partition("\n")
-    if not first.startswith("{") or not first.rstrip().endswith("}") or not rest.lstrip().startswith("{"):
+    """Whether the first line is an object by itself, and another begins after it."""
+    begin = _OBJECT.match(text)
+    end = text.find("\n", begin.end()) if begin else -1
+    if begin is None or end < 0 or not _OBJECT.match(text, end):
         return False
     try:
-        _DECODER.decode(first)
+        _DECODER.decode(text[begin.start() : end])
     except (ValueError, RecursionError):
         return False
     return True

@@ -36,6 +36,11 @@ def ending(path: Path) -> str:
     return (Path(path.stem) if packed(path) else path).suffix.lower()
 
 
+def is_data(path: Path) -> bool:
+    """Whether a file of a folder may hold rows, by its name; ``_SUCCESS`` and hidden files do not."""
+    return ending(path) in ENDINGS and path.name[0] not in "._"
+
+
 def packed(path: Path) -> bool:
     """Whether the file is compressed, by its ending."""
     return path.suffix.lower() in PACKED
@@ -89,7 +94,7 @@ def _folder(path: Path, split: Split, what: str) -> list[Path]:
         raise UserError(
             f"{what}: {path} is a saved DatasetDict without {split}; it has {has}: name one, as {path}/NAME"
         )
-    files = [file for file in sorted(path.iterdir()) if ending(file) in ENDINGS and file.name[0] not in "._"]
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and is_data(file)]
     kinds = sorted({ending(file) for file in files})
     splits = {SPLITS[word] for file in files for word in _WORDS.findall(file.name.lower())}
     if not files:
