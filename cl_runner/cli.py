@@ -242,15 +242,19 @@ def data_show(
 @new_app.command("order")
 def new_order(
     file: Annotated[Path, typer.Argument(help="The YAML file to write.")],
+    from_folder: Annotated[
+        Path | None, typer.Option("--from", metavar="FOLDER", help="A folder of data files: an order of what it holds.")
+    ] = None,
     from_olora: Annotated[Path | None, typer.Option("--from-olora", help="An O-LoRA order folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a commented example of a task order."""
+    """Write a commented example of a task order, or one of the files in a folder."""
     from cl_runner.tasks.order import new_order as write
 
-    lines = write(file, from_olora)
+    lines = write(file, from_olora, from_folder)
     if as_json:
-        console.print_json({"file": str(file)})
+        found = {"found": lines[1:]} if from_folder is not None else {}
+        console.print_json({"file": str(file), **found})
     else:
         for line in lines:
             print(line)

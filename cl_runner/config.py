@@ -104,6 +104,9 @@ class DataConfig(Section):
         description="Test rows whose label is outside the task's set: left out, or scored by that label (reference), "
         "which makes them wrong unless it is the answer.",
     )
+    empty_texts: Literal["refuse", "keep"] = Field(
+        default="refuse", description="A split more than 1 % of whose texts are empty or lack a part (missing cells)."
+    )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
     truncate: Literal["text", "tail", "reference"] = Field(

@@ -14,6 +14,14 @@ class TrainingError(Exception):
     """Training itself failed (a loss that is not finite, a lost process). Exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """The deepest cause's message, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'olora'?"`` where something known is close, else ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -39,7 +39,7 @@ def with_files(
         known = about["identity"]["data"]
         folders = list(dict.fromkeys(_places(order.folder, run, about.get("folder"), config.data.dir)))
         plans = make_method(config).plan(order.names)
-        places = {}
+        places: dict[str, Path] = {}
         for entry in order.entries:
             name = entry.task.name
             if entry.own is not None and (only is None or name in only):
@@ -65,7 +65,7 @@ def _place(
     assert entry.own is not None
     faults, other = [], None
     for folder in folders:
-        task = entry.own.beside(folder)
+        task = entry.own.beside(folder, moved=folder != folders[0])
         try:
             rows = [load_rows(task, data, split) for split in expected]
         except UserError as error:

@@ -170,6 +170,13 @@ class Data:
         whys = {name: no_variance(task.metric, golds[name]) for name, task in self.tasks.items()}
         return [f"task {name}: {self.tasks[name].metric} will be undefined: {why}" for name, why in whys.items() if why]
 
+    def read_as(self) -> list[str]:
+        """Lines on how own files were read, and one on texts that are empty; none where all is plain."""
+        splits = [(name, rows) for name in self.tasks for rows in (self.train[name], self.test[name])]
+        lines = dict.fromkeys(f"task {name}: {note}" for name, rows in splits for note in rows.notes)
+        empty = [f"{name} {rows.empty} {rows.split}" for name, rows in splits if rows.empty]
+        return [*lines, *([f"texts that are empty or lack a part, kept: {', '.join(empty)}"] if empty else [])]
+
     def about(self) -> dict[str, Any]:
         """What a run says of its data: rows, source and fingerprint of every split."""
         return {
@@ -311,9 +318,12 @@ class Plan:
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:
-        """Lines on what is left out or will be missed: settings, rows of other labels, labels without rows, scores."""
+        """Lines on how files were read, and on what is left out or will be missed.
+
+        Settings that no stage can follow or is too short for; rows of other labels; labels without rows; scores.
+        """
         data, unused = self.data, unused_settings(self.config, self.stages)
-        rows = [*data.left_out(), *data.scored_unknown(), *data.unseen(), *data.constant()]
+        rows = [*data.read_as(), *data.left_out(), *data.scored_unknown(), *data.unseen(), *data.constant()]
         return [*unused, *self._never(), *self._no_past(), *rows]
 
     def _no_past(self) -> list[str]:

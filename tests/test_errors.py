@@ -113,6 +113,10 @@ USAGE: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("new", "order", "three.yaml"), ("three.yaml", "already there")),
     (("new", "order", "nowhere/x.yaml"), ("nowhere/x.yaml",)),
     (("new", "order", "new.yaml", "--from-olora", "good"), ("good", "stage")),
+    (("new", "order", "new.yaml", "--from", "nowhere"), ("nowhere", "no such folder")),
+    (("new", "order", "new.yaml", "--from", "taken"), ("taken: no task was found there", "NAME-train.*")),
+    (("new", "order", "new.yaml", "--from", "good", "--from-olora", "good"), ("--from and --from-olora", "one")),
+    (("new", "order", "three.yaml", "--from", "good"), ("three.yaml", "already there")),
 ]
 SETTINGS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("train",), ("no task order", "--order")),

@@ -43,5 +43,10 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     if split["unknown_labels"]:
         left = ", ".join(f"'{label}' {count}" for label, count in split["unknown_labels"].items())
         yield f"    labels outside the task's set, rows {'scored' if split['unknown_scored'] else 'left out'}: {left}"
+    if split["empty_texts"]:
+        bound = "train refuses more than 1 %, unless data.empty_texts=keep"
+        yield f"    texts that are empty or lack a part: {split['empty_texts']} ({bound})"
     if split["unsayable"]:
         yield f"    {split['unsayable']} targets come back otherwise from this tokenizer: no answer equals them"
+    for note in split["notes"]:
+        yield f"    {note}"

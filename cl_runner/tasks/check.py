@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cl_runner.config import DataConfig
 from cl_runner.metrics.comparison import Comparison
 from cl_runner.metrics.text import MATCHES
-from cl_runner.tasks import folder
+from cl_runner.tasks import files, folder
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Row, Task
 
@@ -40,9 +40,9 @@ def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None
     tokenizer; empty if it can), ``synthetic, dev_equals_test`` (None where there is no such pair), ``names_task,
     names_dataset`` (whether the input tells the model), ``duplicates`` (``train, test``: rows whose text an earlier row
     of the split has; ``conflicting``: texts in train under more than one label; ``train_in_test``: test rows whose text
-    is in train) and ``splits`` (see ``_split``). Rows with unknown labels are counted here, in train too.
+    is in train) and ``splits`` (see ``_split``). Rows of unknown labels and empty texts are counted here, in train too.
     """
-    data = data.model_copy(update={"unknown_labels": "drop"})
+    data = data.model_copy(update={"unknown_labels": "drop", "empty_texts": "keep"})
     return [_one(task, data, vocabulary) for task in tasks]
 
 
@@ -65,10 +65,11 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[st
 
 def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
     """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out,
-    or among ``rows`` where they are ``unknown_scored``), ``length`` (``unit``: tokens or words of the whole input;
-    percentiles ``p50`` …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a
-    tokenizer), ``target_truncated`` (the same of targets), ``unknown_tokens`` (percent of the inputs' tokens),
-    ``unsayable`` (targets of free text that no answer equals)."""
+    or among ``rows`` where they are ``unknown_scored``), ``empty_texts`` (how many are empty or lack a part), ``notes``
+    (lines on how the files were read), ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50``
+    …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a tokenizer),
+    ``target_truncated`` (the same of targets), ``unknown_tokens`` (percent of the inputs' tokens), ``unsayable``
+    (targets of free text that no answer equals)."""
     inputs = [str(_prompt(task, row, data)) for row in rows.rows]
     golds = [row.label for row in rows.rows]
     sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
@@ -82,6 +83,8 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
         "labels": None if task.labels is None else {label: counts[label] for label in task.labels},
         "unknown_labels": rows.unknown,
         "unknown_scored": rows.scored,
+        "empty_texts": rows.empty,
+        "notes": list(rows.notes),
         "length": {"unit": "tokens" if vocabulary else "words"} | percentiles(sizes),
         "truncated": share_over(sizes, data.max_source) if vocabulary else None,
         "target_truncated": share_over(targets, data.max_target) if targets else None,
@@ -130,8 +133,10 @@ def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:
 
 def _dev_equals_test(task: Task, data: DataConfig) -> bool | None:
     if task.source is not None:
-        dev, test = task.source.path("dev"), task.source.path("test")
-        return folder.same_file(dev, test) if dev and test else None
+        what = f"task {task.name}, source.dev"
+        dev, test = (files.find(task.source.named(split), split, what) for split in ("dev", "test"))
+        same = [folder.same_file(*both) for both in zip(dev, test, strict=False)]
+        return None if not same or None in same else len(dev) == len(test) and all(same)
     if data.dir is None or data.source in {"hub", "synthetic"}:
         return None
     base = folder.task_folder(task, data.dir)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.tasks import files
-from cl_runner.tasks.task import Columns, Row, Split, Task
+from cl_runner.tasks.task import Columns, Split, Task
 
 COLUMNS = Columns(text="sentence", label="label")
 
 
-def read(task: Task, root: str, split: Split) -> tuple[list[Row], Path]:
-    """One split's rows and the file they are from. What is missing or malformed is a UserError of one line."""
+def read(task: Task, root: str, split: Split) -> files.Found:
+    """One split's rows. What is missing or malformed is a UserError of one line."""
     folder = task_folder(task, root)
     _check_labels(task, folder / "labels.json")
     path = folder / f"{split}.json"
@@ -22,7 +22,9 @@ def read(task: Task, root: str, split: Split) -> tuple[list[Row], Path]:
         raise UserError(
             f"task {task.name}: no split {path} (there is {there}); every task needs train.json and test.json"
         )
-    return files.read(path, split, COLUMNS, f"task {task.name}"), path
+    found = files.read([str(path)], split, COLUMNS, f"task {task.name}")
+    found.source = f"folder {root}"
+    return found
 
 
 def task_folder(task: Task, root: str) -> Path:
@@ -54,7 +56,7 @@ def _check_labels(task: Task, path: Path) -> None:
     if not path.exists():
         return
     files.existing(path, f"task {task.name}")
-    labels = files.json_document(path)
+    labels = files.document(path)
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise UserError(f"{path}: must be a list of labels, each a text")
     if task.labels is None or set(labels) == set(task.labels):

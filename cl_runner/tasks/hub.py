@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cl_runner.errors import UserError
-from cl_runner.tasks.files import first_line
+from cl_runner.errors import UserError, first_line
+from cl_runner.tasks.files import Found, where
 from cl_runner.tasks.quiet import quiet
 from cl_runner.tasks.sampling import shares
 from cl_runner.tasks.task import Hub, Row, Split, Task
+from cl_runner.tasks.template import Templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FIELD = re.compile(r"\{(\w+)\}")
 
-
-def read(task: Task, split: Split, seed: int) -> tuple[list[Row], str]:
-    """One split's rows, cut and shuffled, and where they are from: ``hub <id> <config>@<commit>, split <name>``."""
+def read(task: Task, split: Split, seed: int) -> Found:
+    """One split's rows, cut and shuffled; their source is ``hub <id> <config>@<commit>, split <name>``."""
     hub = task.hub
     if hub is None:
         raise UserError(f"task {task.name} is not on the hub; give it files of its own (source: {{train, test}})")
@@ -36,22 +35,20 @@ def read(task: Task, split: Split, seed: int) -> tuple[list[Row], str]:
     size = task.sizes.train if split == "train" else task.sizes.test
     data, commit = _load(task, hub, split, name)
     place = _place(hub, name, commit)
-    _check_columns(hub, data.column_names, place)
+    templates = Templates(hub.text)
+    _check_columns({*templates.names, hub.label}, data.column_names, place)
     labels = _labels(hub, data, place)
     chosen = cut(labels, size, random.Random(f"{seed}/{task.called}/{split}"))
-    records = zip(chosen, data.select(chosen), strict=True)
-    return [Row(f"{split}/{k}", fill(hub.text, record), labels[k] or "") for k, record in records], place
-
-
-def fill(templates: list[str], record: Mapping[str, Any]) -> str:
-    """The first template whose fields are all filled, else the last, with the record's values in place.
-
-    One pass: braces inside a value are text like any other.
-    """
-    for template in templates:
-        if all(str(record[name] or "").strip() for name in _FIELD.findall(template)):
-            break
-    return _FIELD.sub(lambda match: str(record[match[1]]), template)
+    found = Found([], place, place)
+    for number, record in zip(chosen, data.select(chosen), strict=True):
+        try:
+            text, whole = templates.fill(record)
+        except ValueError as error:
+            raise UserError(f"{where(place, split, number)}: {error}") from error
+        found.rows.append(Row(f"{split}/{number}", text, labels[number] or ""))
+        if not whole:
+            found.incomplete.add(f"{split}/{number}")
+    return found
 
 
 def cut(labels: list[str | None], size: int | None, rng: random.Random) -> list[int]:
@@ -100,8 +97,7 @@ def _labels(hub: Hub, data: Dataset, place: str) -> list[str | None]:
     return labels
 
 
-def _check_columns(hub: Hub, columns: list[str], place: str) -> None:
-    needed = {name for template in hub.text for name in _FIELD.findall(template)} | {hub.label}
+def _check_columns(needed: set[str], columns: list[str], place: str) -> None:
     missing = sorted(needed - set(columns))
     if missing:
         raise UserError(f"{place}: no column '{missing[0]}', only {', '.join(columns)}; the data set has changed")

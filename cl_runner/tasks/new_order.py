@@ -1,4 +1,4 @@
-"""A new order's file: a commented example, or one made of an old O-LoRA folder of stage configs."""
+"""A new order's file: a commented example, one of what a folder holds, or one of an old O-LoRA folder of configs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from cl_runner.errors import UserError
 from cl_runner.lookup import is_name
 from cl_runner.tasks import catalog
+from cl_runner.tasks.discovery import candidates
+from cl_runner.tasks.drafts import Draft, draft, task_name
 from cl_runner.yamlfile import printable, read_text
 
 EXAMPLE = """\
@@ -22,27 +24,35 @@ tasks:
   # The same, with settings of its own. A method's settings do not live here: they belong to --config or --set.
   - {{task: amazon, set: {{training.epochs: 2}}}}
 
-  # Your own task. Uncomment it and name your files: JSON, JSON Lines, CSV or Parquet, relative to this file.
+  # Your own task. Uncomment it and name your files, relative to this file: JSON, JSON Lines, CSV, TSV, Parquet, packed
+  # or not, a pattern (part-*.parquet) or a list. cl-runner new order FILE --from FOLDER writes this from what it finds.
   # - name: mine
   #   kind: TC                       # the kind gives the instruction, unless you write one
   #   instruction: What is the topic of the following paragraph? Choose one from the option.
   #   labels: [sports, politics]     # leave out for free text, and choose a metric, such as rouge-l
   #   metric: exact
   #   source: {{train: mine-train.csv, test: mine-test.csv}}
-  #   columns: {{text: body, label: topic}}
+  #   columns: {{text: body, label: topic}}    # or several: text: "{{title}}\\n{{body}}"; chats and Alpaca need none
 """
 
 
-def new_order(file: Path, from_olora: Path | None = None) -> list[str]:
+def new_order(file: Path, from_olora: Path | None = None, from_folder: Path | None = None) -> list[str]:
     """Write a new order file and say what was written, line by line. Refuses to overwrite.
 
-    ``from_olora`` is a folder such as ``order1_configs`` of the O-LoRA repository: one folder a stage, with
-    ``train_tasks.json`` (its task) and ``test_tasks.json`` (all tasks up to it), which together give the order.
+    ``from_folder`` is a folder of data files: one entry for each task that is found there, by the names of the files
+    and what is in them. ``from_olora`` is a folder such as ``order1_configs`` of the O-LoRA repository: one folder a
+    stage, with ``train_tasks.json`` (its task) and ``test_tasks.json`` (all up to it), which together give the order.
     """
     if not is_name(file.stem) or file.suffix not in (".yaml", ".yml"):
         problem = "the name must be of letters, digits and - _ . + and end in .yaml"
         raise UserError(f"{printable(str(file))}: {problem}")
-    if from_olora is None:
+    if from_olora is not None and from_folder is not None:
+        raise UserError("--from and --from-olora: an order is made of one folder; leave one out")
+    if file.exists():
+        raise UserError(f"{file}: already there; choose another name")
+    if from_folder is not None:
+        text, lines = _of_folder(file, from_folder)
+    elif from_olora is None:
         text, lines = EXAMPLE.format(name=file.stem, file=file), [f"wrote {file}, an example to change"]
     else:
         tasks = _stages_of(from_olora)
@@ -57,6 +67,33 @@ def new_order(file: Path, from_olora: Path | None = None) -> list[str]:
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
     return lines
+
+
+def _of_folder(file: Path, folder: Path) -> tuple[str, list[str]]:
+    """The order of what a folder holds, and what is said of it."""
+    if not folder.is_dir():
+        raise UserError(f"{printable(str(folder))}: no such folder; --from takes one that holds data files")
+    found, lines = candidates(folder)
+    drafts: list[Draft] = []
+    names: set[str] = set()
+    for candidate in found:
+        name = task_name(candidate.name)
+        if name.casefold() in names:
+            name = task_name(f"{candidate.folder.parent.name}-{name}")
+        while name.casefold() in names:
+            name += "-2"
+        names.add(name.casefold())
+        drafts.append(draft(candidate, name, folder, file.resolve().parent))
+    ready = [each for each in drafts if each.works]
+    lines = [*(each.says for each in drafts), *lines]
+    if not ready:
+        looked = "; ".join(lines[:3]) or "looked for train.* and test.*, NAME-train.* and NAME-test.*, NAME/train.*"
+        raise UserError(f"{folder}: no task was found there: {looked}")
+    text = f"# Of the files in {printable(folder.resolve().name)}. The tasks are learned from top to bottom.\n"
+    text += f"# Look at them: cl-runner data check --order {file}\nname: {file.stem}\n\ntasks:\n"
+    for each in [*ready, *(each for each in drafts if not each.works)]:
+        text += each.entry + ("\n" if "\n" in each.entry.rstrip() else "")
+    return text.rstrip() + "\n", [f"wrote {file}: {len(ready)} task{'s' if len(ready) > 1 else ''}", *lines]
 
 
 def _stages_of(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import find, is_name, shipped
-from cl_runner.tasks import catalog
+from cl_runner.tasks import catalog, files
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.task import Task
 from cl_runner.validation import check_override, explain, flattened, refuse, unknown
@@ -49,7 +49,9 @@ class OrderEntry:
         """The entry as an order's file may have it."""
         more = {"set": self.set} if self.set else {}
         if self.own is not None:
-            return {**self.own.model_dump(mode="json", exclude_defaults=True), **more}
+            # The instruction in any case: left out, it would be the kind's.
+            own = self.own.model_dump(mode="json", exclude_defaults=True)
+            return {**own, "instruction": self.own.instruction, **more}
         again = {"as": self.task.name} if self.task.dataset else {}
         return {"task": self.task.called, **again, **more}
 
@@ -76,14 +78,15 @@ class Order:
 
     def at(self, folders: Mapping[str, Path]) -> Order:
         """The same order, the files of own tasks (by name) in other folders."""
-        entries = [
-            replace(entry, task=entry.own.beside(folders[entry.task.name]))
-            if entry.own is not None and entry.task.name in folders
-            else entry
-            for entry in self.entries
-        ]
+
+        def there(entry: OrderEntry) -> OrderEntry:
+            folder = folders.get(entry.task.name)
+            if entry.own is None or folder is None:
+                return entry
+            return replace(entry, task=entry.own.beside(folder, moved=folder != self.folder))
+
         [folder] = set(folders.values()) if len(set(folders.values())) == 1 else {self.folder}
-        return replace(self, entries=entries, folder=folder)
+        return replace(self, entries=[there(entry) for entry in self.entries], folder=folder)
 
     def written(self) -> dict[str, Any]:
         """The order as a file may have it: whole by itself, wherever that file lies."""
@@ -163,6 +166,9 @@ def _entry(document: Document, path: Key, entry: Any, folder: Path, before: Sequ
         values, places = _set(document, path, entry)
         return replace(again, set=values, places=places)
     own = _own_task(document, path, entry)
+    if own.source is not None and "instruction" not in entry:
+        defined = files.instruction(own.source.beside(folder))  # a Definition that stands in the files
+        own = own if defined is None else own.model_copy(update={"instruction": defined + "\n"})
     return OrderEntry(own.beside(folder), *_set(document, path, entry), own=own)
 
 

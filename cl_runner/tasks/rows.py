@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from cl_runner.tasks import files, folder
 from cl_runner.tasks.sampling import first_of_each
 from cl_runner.tasks.task import Row, Split, Task
 
+MOST_EMPTY = 0.01  # of a split's texts; more is a fault of the data
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -22,7 +25,8 @@ class Rows:
 
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
     labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
-    (``data.unknown_test``); ``cut`` is how many rows more there are; ``fingerprint`` depends on the rows alone.
+    (``data.unknown_test``); ``cut`` is how many rows more there are; ``empty`` counts the split's rows whose text is
+    empty or lacks a part; ``notes`` are lines on how the files were read; ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -32,6 +36,8 @@ class Rows:
     unknown: dict[str, int] = field(default_factory=dict)
     scored: bool = False
     cut: int = 0
+    empty: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,7 +60,8 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
 
     The task's own files win over ``data.source``. UserError names the file, the row and what to do.
     """
-    rows, place, source, synthetic = _find(task, data, split)
+    found = _find(task, data, split)
+    rows, place = found.rows, found.place
     if task.sets:
         rows = [replace(row, label=_in_order(row.label, task.labels or [])) for row in rows]
     kept, unknown = _known(task, rows, split, place, data.unknown_labels)
@@ -64,11 +71,13 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     if not kept:
         raise UserError(f"{place}: task {task.name} is empty: {_all_unknown(task, unknown) if rows else 'no rows'}")
     _check_golds(task, kept, split, place)
+    empty = _empty(found, kept, split, data.empty_texts)
     most = data.max_train if split == "train" else data.max_test
     taken = first_of_each(kept, most) if most and data.balanced and task.labels else kept[:most]
     if scored:
         unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
-    return Rows(taken, split, source, synthetic, unknown, scored, len(kept) - len(taken))
+    cut, notes = len(kept) - len(taken), tuple(found.notes)
+    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, empty, notes)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -79,18 +88,13 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _find(task: Task, data: DataConfig, split: Split) -> tuple[list[Row], str, str, bool]:
-    """The rows as they stand in their source, the file (for messages), the source in words, and if it is synthetic."""
+def _find(task: Task, data: DataConfig, split: Split) -> files.Found:
+    """The rows as they stand in their source."""
     if task.source is not None:
-        path = task.source.path(split)
-        if path is None:
+        named = task.source.named(split)
+        if not named:
             raise UserError(f"task {task.name}: its source names no {split} file")
-        return (
-            files.read(path, split, task.columns, f"task {task.name}, source.{split}"),
-            str(path),
-            f"file {path}",
-            False,
-        )
+        return files.read(named, split, task.columns, f"task {task.name}, source.{split}", task.source, task.sets)
     if data.source == "synthetic":
         from cl_runner.tasks import synthetic
 
@@ -99,21 +103,31 @@ def _find(task: Task, data: DataConfig, split: Split) -> tuple[list[Row], str, s
                 f"task {task.name}: no synthetic stand-in; give it files of its own (source: {{train, test}})"
             )
         made = synthetic.sample(task.called, split, None, data.seed)
-        return made, f"synthetic {task.called}", f"synthetic (seed {data.seed})", True
+        return files.Found(made, f"synthetic {task.called}", f"synthetic (seed {data.seed})", synthetic=True)
     if data.source == "hub":
         from cl_runner.tasks import hub
 
-        loaded, place = hub.read(task, split, data.seed)
-        return loaded, place, place, False
+        return hub.read(task, split, data.seed)
     if data.dir is None:
         raise UserError(
             f"task {task.name}: no data: give --data-dir FOLDER (benchmark layout), --data hub, or --data synthetic"
         )
-    found, json_file = folder.read(task, data.dir, split)
-    return found, str(json_file), f"folder {data.dir}", False
+    return folder.read(task, data.dir, split)
 
 
-def _known(task: Task, rows: list[Row], split: Split, place: str, policy: str) -> tuple[list[Row], dict[str, int]]:
+def _empty(found: files.Found, kept: list[Row], split: Split, policy: str) -> int:
+    """How many texts are empty or lack a part; refused where they are more than ``MOST_EMPTY`` and not to be kept."""
+    empty = [row for row in kept if not row.text or row.text.isspace() or row.id in found.incomplete]
+    if policy == "refuse" and len(empty) > MOST_EMPTY * len(kept):
+        here = files.where(found.place, split, int(empty[0].id.rpartition("/")[2]))
+        raise UserError(
+            f"{here}: the text is empty or lacks a part; so are {len(empty)} of {len(kept)} {split} rows, more than "
+            f"{MOST_EMPTY:.0%}; correct the file, or keep such rows with --set data.empty_texts=keep"
+        )
+    return len(empty)
+
+
+def _known(task: Task, rows: list[Row], split: Split, place: object, policy: str) -> tuple[list[Row], dict[str, int]]:
     """The rows whose label the task has, and the count of each other label; train rows are refused unless dropped."""
     if task.labels is None:
         for number, row in enumerate(rows):
@@ -156,7 +170,7 @@ def _all_unknown(task: Task, unknown: Mapping[str, int]) -> str:
     )
 
 
-def _check_golds(task: Task, rows: list[Row], split: Split, place: str) -> None:
+def _check_golds(task: Task, rows: list[Row], split: Split, place: object) -> None:
     """Refuse a gold that the metric cannot score."""
     if task.labels is not None and task.metric != "pearson":
         return
@@ -166,11 +180,24 @@ def _check_golds(task: Task, rows: list[Row], split: Split, place: str) -> None:
 
 
 def _nearest(label: str, labels: list[str]) -> str:
-    """The nearest label if one is near, else the first few."""
+    """The nearest label if one is near, and what alone they differ in; else the first few."""
     import difflib
 
-    folded = {known.casefold(): known for known in labels}
-    close = difflib.get_close_matches(label.strip().casefold(), list(folded), n=1, cutoff=0.6)
+    def composed(text: str) -> str:
+        return unicodedata.normalize("NFC", text.strip())
+
+    folded = {composed(known).casefold(): known for known in labels}
+    key = composed(label).casefold()
+    if key in folded:
+        near = folded[key]
+        differences = {
+            "white space": label.strip() != label,
+            "Unicode form": composed(label) != label.strip() or composed(near) != near.strip(),
+            "case": composed(label) != composed(near),
+        }
+        what = " and ".join(name for name, differs in differences.items() if differs)
+        return f"nearest: '{near}'; labels are compared exactly, and these differ by {what} only"
+    close = difflib.get_close_matches(key, list(folded), n=1, cutoff=0.6)
     if close:
         return f"nearest: '{folded[close[0]]}'; labels are compared exactly"
     return ", ".join(f"'{known}'" for known in labels[:6]) + (", …" if len(labels) > 6 else "")

@@ -11,11 +11,13 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cl_runner.config import Section
 from cl_runner.metrics.comparison import Comparison, comparison_of
+from cl_runner.tasks.template import Templates, is_template
 
 Metric = Literal[
     "exact", "accuracy", "normalised", "numeric", "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson"
 ]
 Split = Literal["train", "dev", "test"]
+Format = Literal["auto", "columns", "alpaca", "sharegpt", "messages", "instances"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,108 @@ class Frozen(Section):
     model_config = ConfigDict(frozen=True)
 
 
-class Source(Frozen):
-    """A task's own files: JSON, JSON Lines, CSV, TSV or Parquet, by their ending."""
+class FileFormat(Frozen):
+    """How files are read; each ``auto`` is worked out from the files themselves, and said where it is not plain."""
 
-    train: str = Field(description="File of the train rows.")
-    test: str = Field(description="File of the test rows.")
-    dev: str | None = Field(default=None, description="File of the dev rows, if there are any.")
+    format: Format = Field(
+        default="auto",
+        description="What a row is: columns, alpaca, sharegpt, messages or instances; auto: known by the first row.",
+    )
+    delimiter: str | None = Field(
+        default=None,
+        description="What parts the cells of delimited text; default: a tab in .tsv, else a comma (or as the header).",
+    )
+    quoting: Literal["auto", "csv", "none"] = Field(
+        default="auto",
+        description="csv: cells may stand in double quotes; none: quotes are text; auto: none where a tab parts cells.",
+    )
+    encoding: str | None = Field(default=None, description="Encoding of text files; default: UTF-8.")
 
-    def path(self, split: Split) -> Path | None:
-        """The split's file, or None where there is none."""
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = {"tab": "\t", "\\t": "\t"}.get(value or "", value)
+        if value is not None and (len(value) != 1 or value in '"\r\n\0'):
+            raise ValueError("must be one character, such as ';', or tab")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        try:
+            "a".encode(value or "utf-8")
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"{value!r} is no text encoding; such as utf-16, latin-1 or cp1252") from error
+        return value
+
+
+class Source(FileFormat):
+    """A task's own files: JSON, JSON Lines, CSV, TSV or Parquet by their ending, or a saved ``datasets`` folder.
+
+    Each split is a path, a pattern (``part-*.parquet``), or a list of these.
+    """
+
+    train: str | list[str] = Field(description="File, folder or pattern of the train rows, or a list of them.")
+    test: str | list[str] = Field(description="File, folder or pattern of the test rows, or a list of them.")
+    dev: str | list[str] | None = Field(default=None, description="The same of the dev rows, if there are any.")
+
+    @field_validator("train", "test", "dev", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        named = value if isinstance(value, list) else [value]
+        if value is not None and not (named and all(isinstance(path, str) and path.strip() for path in named)):
+            raise ValueError("must be a path, or a list of paths")
+        return value
+
+    def named(self, split: Split) -> list[str]:
+        """What is named for the split; empty where nothing is."""
         named = {"train": self.train, "dev": self.dev, "test": self.test}[split]
-        return Path(named).expanduser() if named else None
+        return [named] if isinstance(named, str) else named or []
+
+    def beside(self, folder: Path, moved: bool = False) -> Source:
+        """The same files, relative paths taken from ``folder``; ``moved``: the others too, by the last part."""
+
+        def there(path: str) -> str:
+            given = Path(path).expanduser()
+            return str(folder / (given.name if moved and given.is_absolute() else given))
+
+        paths = {
+            split: [there(path) for path in named] if isinstance(named, list) else there(named)
+            for split, named in (("train", self.train), ("test", self.test), ("dev", self.dev))
+            if named
+        }
+        return self.model_copy(update=paths)
 
 
 class Columns(Frozen):
-    """Which fields of a task's own files hold what."""
+    """Which fields of a task's own files hold what. Where neither is named, they are known by the first row."""
 
-    text: str = Field(default="text", min_length=1, description="Field that holds the text.")
-    label: str = Field(
-        default="label", min_length=1, description="Field that holds the label, or the free-text target."
+    text: str | list[str] | None = Field(
+        default=None,
+        description="Field that holds the text, or a template such as '{premise}\\n{hypothesis}' ('{{' is a brace); of "
+        "a list of templates the first whose fields are all filled is taken, else the last.",
     )
+    label: str | None = Field(default=None, min_length=1, description="Field that holds the label or free-text target.")
+    separator: str = Field(
+        default=",", min_length=1, description="What parts the labels of a cell that holds several (labels-f1)."
+    )
+
+    @field_validator("text")
+    @classmethod
+    def _readable(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for text in [value] if isinstance(value, str) else value or []:
+            if is_template(text) or isinstance(value, list):
+                Templates([text])
+            elif not text:
+                raise ValueError("must not be empty")
+        if value == []:
+            raise ValueError("must not be empty")
+        return value
+
+    @property
+    def given(self) -> bool:
+        """Whether the text's field or the label's is named."""
+        return self.text is not None or self.label is not None
 
 
 class Sizes(Frozen):
@@ -111,6 +195,12 @@ class Hub(Frozen):
     @classmethod
     def _one_template(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("text")
+    @classmethod
+    def _readable(cls, value: list[str]) -> list[str]:
+        Templates(value)
+        return value
 
 
 def check_name(name: str) -> str:
@@ -173,6 +263,8 @@ class Task(Frozen):
     def _consistent(self) -> Task:
         if self.tolerance and self.metric != "numeric":
             raise ValueError(f"tolerance goes with metric numeric, not with {self.metric}")
+        if self.source is not None and self.columns.given and self.source.format not in ("auto", "columns"):
+            raise ValueError(f"columns name the fields, and source.format {self.source.format} too; leave one out")
         if self.labels is None:
             if self.metric in ("matthews", "labels-f1"):
                 raise ValueError(f"metric {self.metric} needs labels")
@@ -224,12 +316,8 @@ class Task(Frozen):
             head += "Option: " + ", ".join(self.labels) + " \n"
         return Prompt(head, text, "\nAnswer:")
 
-    def beside(self, folder: Path) -> Task:
-        """The same task, its relative files taken from ``folder`` (where its order's file lies)."""
+    def beside(self, folder: Path, moved: bool = False) -> Task:
+        """The same task, its files taken from ``folder`` (where its order's file lies), as ``Source.beside`` has it."""
         if self.source is None:
             return self
-        paths = {
-            key: str(folder / Path(value).expanduser()) if value else None
-            for key, value in self.source.model_dump().items()
-        }
-        return self.model_copy(update={"source": Source.model_validate(paths)})
+        return self.model_copy(update={"source": self.source.beside(folder, moved)})

@@ -217,10 +217,6 @@ def test_cut_takes_what_it_can_as_evenly_as_it_can(labels: list[str | None], siz
         assert taken[label] >= most - 1 or taken[label] == there[label], "short only where there is no more"
 
 
-def test_values_are_put_in_as_they_are() -> None:
-    assert hub.fill(["{a}-{b}"], {"a": "{b} {0} \\1", "b": "%s"}) == "{b} {0} \\1-%s"
-
-
 def test_a_folder_of_the_same_name_does_not_pass_for_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cl_runner.errors import UserError
 

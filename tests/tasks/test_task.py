@@ -101,9 +101,14 @@ def test_a_task_does_not_change() -> None:
 def test_own_files_lie_beside_the_order(tmp_path: Path) -> None:
     mine = task(source={"train": "a.csv", "test": "/abs/b.csv"}).beside(tmp_path)
     assert mine.source is not None
-    assert mine.source.path("train") == tmp_path / "a.csv"
-    assert mine.source.path("test") == Path("/abs/b.csv")
-    assert mine.source.path("dev") is None
+    assert mine.source.named("train") == [str(tmp_path / "a.csv")] and mine.source.train == str(tmp_path / "a.csv")
+    assert mine.source.named("test") == ["/abs/b.csv"]
+    assert mine.source.named("dev") == []
+    several = task(source={"train": ["a.csv", "/b.csv"], "test": "part-*.csv", "encoding": "latin-1"}).beside(tmp_path)
+    assert several.source is not None and several.source.encoding == "latin-1"
+    assert several.source.train == [str(tmp_path / "a.csv"), "/b.csv"]
+    assert several.source.named("test") == [str(tmp_path / "part-*.csv")]
+    assert Task.model_validate(several.model_dump(mode="json")) == several, "a run keeps it as it is"
 
 
 def test_kind_gives_the_instruction_unless_the_task_has_one() -> None:

@@ -1,0 +1,245 @@
+"""Entries of an order, drafted from the files of a task that was found: form, columns, labels, metric."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import ValidationError
+
+from cl_runner.config import DataConfig
+from cl_runner.errors import UserError
+from cl_runner.lookup import is_name
+from cl_runner.metrics.comparison import number
+from cl_runner.metrics.text import require
+from cl_runner.tasks import catalog, files
+from cl_runner.tasks.discovery import Candidate
+from cl_runner.tasks.files.opening import ending, packed
+from cl_runner.tasks.rows import load_rows
+from cl_runner.tasks.task import Columns, Row, Source, Split
+from cl_runner.validation import explain
+from cl_runner.yamlfile import printable
+
+# A set of labels is listed where it is no larger than this, its labels are short, and each is there twice on average.
+MOST_LABELS = 150
+LONGEST_LABEL = 60
+FEW_LABELS = 5  # so few need not be there again in train itself
+SHORT_ANSWER = 3  # words: of longer ones the wording counts less than what they share with the gold
+_PLAIN = re.compile(r"(\.\.?/)*[A-Za-z][\w./+-]*( [\w./+-]+)*")
+_NO_TEXT = {"true", "false", "null", "yes", "no", "on", "off"}
+
+
+@dataclass
+class Draft:
+    """One task's entry as YAML, and what is said of it. ``works`` is false where it can only be a comment."""
+
+    name: str
+    entry: str
+    says: str
+    works: bool = True
+
+
+def draft(candidate: Candidate, name: str, root: Path, base: Path) -> Draft:
+    """The entry of a task that was found.
+
+    Args:
+        candidate: what was found.
+        name: what the task is to be called.
+        root: the folder that was looked at.
+        base: the folder of the order, from which paths are written.
+    """
+    splits, note = dict(candidate.splits), ""
+    if "test" not in splits and "dev" in splits:
+        splits["test"], note = splits.pop("dev"), "no test file: the dev file tests"
+    splits = {split: splits[split] for split in ("train", "dev", "test") if split in splits}
+    paths = {split: _as_named(files, base) for split, files in splits.items()}
+    try:
+        for split in ("train", "test"):
+            _check(split, splits.get(split, []))
+        return _benchmark(candidate, root) or _own(candidate, name, splits, paths, note)
+    except UserError as error:
+        why = printable(str(error))
+        lines = [f"{name}: could not be told: {why}", f"- name: {_yaml(name)}", "  kind: classification"]
+        lines += [f"  source: {_source(paths)}", "  columns: {text: …, label: …}"]
+        return Draft(name, "".join(f"  # {line}\n" for line in lines), f"{name}: could not be told: {why}", works=False)
+
+
+def task_name(text: str) -> str:
+    """A name that a task may have, as near as can be to that of a file or folder."""
+    name = re.sub(r"[^\w.+-]+", "-", text).strip("-.+") or "task"
+    name = re.sub(r"\.\.+", ".", name)[:80]
+    return name if is_name(name) else "task-" + re.sub(r"\W+", "-", name)
+
+
+def _benchmark(candidate: Candidate, root: Path) -> Draft | None:
+    """The benchmark's own task, where the folder is laid out as the benchmark and has the task's labels."""
+    name, kind = candidate.folder.name, candidate.folder.parent.name
+    if candidate.folder.parent.parent != root or name not in catalog.names() or catalog.get(name).kind != kind:
+        return None
+    task = catalog.get(name)
+    data = DataConfig(source="folder", dir=str(root), unknown_labels="drop")
+    try:
+        train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
+    except UserError:
+        return None
+    if any(rows.dropped > len(rows) for rows in (train, test)):
+        return None
+    counts = f"{len(train)} train, {len(test)} test rows"
+    return Draft(
+        name,
+        f"  - {name}  # of the benchmark: {counts} with --data-dir {printable(str(root))}\n",
+        f"{name}: of the benchmark, {counts}; read them with --data-dir {root}",
+    )
+
+
+def _own(
+    candidate: Candidate,
+    name: str,
+    splits: Mapping[Split, Sequence[Path]],
+    paths: Mapping[Split, str | list[str]],
+    note: str,
+) -> Draft:
+    """An entry with all that the files tell. UserError where a run would refuse them."""
+    source: dict[str, Any] = {split: [str(path) for path in files] for split, files in splits.items()}
+    try:
+        train, test = (files.read(source[split], split, Columns(), name) for split in ("train", "test"))
+        many = False
+    except UserError as error:
+        if "labels-f1" not in str(error):  # what it says of rows that have several labels
+            raise
+        train, test = (files.read(source[split], split, Columns(), name, many=True) for split in ("train", "test"))
+        many = True
+    form = train.form
+    if form is None:
+        raise UserError(f"{train.place}: no rows")
+    labels, told = _label_set(candidate, *(_answers(found.rows, many) for found in (train, test)))
+    metric, why = ("labels-f1" if many else "exact", "") if labels else _metric(train.rows)
+    own_kind = candidate.folder.parent.name
+    kind = own_kind if own_kind in catalog.kinds() else "classification" if labels else "generation"
+    entry: dict[str, Any] = {"name": name, "kind": kind, "metric": metric, "source": source}
+    entry |= {"labels": labels} if labels else {}
+    if form.columns is None:
+        read_as = source["format"] = str(form.name)
+        place = [f"source: {_source({**paths, 'format': read_as})}"]
+    else:
+        entry["columns"] = {"text": form.columns.text, "label": form.columns.label}
+        read_as = ", ".join(f"{key}: {_yaml(str(value))}" for key, value in entry["columns"].items())
+        place = [f"source: {_source(paths)}", f"columns: {{{read_as}}}"]
+    try:
+        task = catalog.build(entry)
+    except ValidationError as error:  # such as a label twice in labels.json
+        fault = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, fault['loc']))} {explain(fault)}") from error
+    for split in ("train", "test"):  # all that a run asks of them
+        load_rows(task, DataConfig(), split)
+    counts = f"{len(train.rows)} train, {len(test.rows)} test rows{note and '; ' + note}"
+    lines = [
+        *(f"# {printable(said)}" for said in dict.fromkeys([*train.notes, *test.notes])),
+        f"kind: {kind}  # the input begins with it",
+        _instruction(form.name, files.instruction(Source.model_validate(source)), kind, bool(labels)),
+        *([f"labels: [{', '.join(map(_yaml, labels))}]  # {told}"] if labels else []),
+        f"metric: {metric}{why and '  # ' + why}",
+        *place,
+    ]
+    text = f"  - name: {_yaml(name)}  # {counts}\n" + "".join(f"    {line}\n" for line in lines)
+    what = f"{len(labels)} labels" if labels else f"free text, scored by {metric}"
+    return Draft(name, text, f"{name}: {counts}; {read_as}; {what}")
+
+
+def _instruction(form: str, given: str | None, kind: str, choice: bool) -> str:
+    """The line that says what is asked, or where that stands."""
+    if given:
+        return f"# the instruction is the Definition in the files: {printable(given[:80])}"
+    if form not in ("columns", "instances"):
+        return 'instruction: ""  # the texts say what is asked'
+    if kind in catalog.kinds():
+        return f"# the instruction is that of the kind: {catalog.kinds()[kind].strip()}"
+    asked = "Choose one from the option." if choice else '""'
+    return f"instruction: {asked}  # say here what is asked"
+
+
+def _answers(rows: Sequence[Row], many: bool) -> list[str]:
+    """All answers, those of rows that have several one by one."""
+    return [part for row in rows for part in (row.label.split(", ") if many else [row.label])]
+
+
+def _label_set(candidate: Candidate, train: Sequence[str], test: Sequence[str]) -> tuple[list[str] | None, str]:
+    """The answers, if they are a set (few, short, each there again and again, none new in test), and how many."""
+    counts = Counter((*train, *test))
+    listed = _labels_file(candidate)
+    if listed is not None and set(counts) <= set(listed):
+        return listed, "of labels.json"
+    if len(counts) > MOST_LABELS or any(len(label) > LONGEST_LABEL or "\n" in label for label in counts):
+        return None, ""
+    new = set(test) - set(train)
+    few = len(counts) <= FEW_LABELS and not new and counts.total() >= 2 * len(counts)
+    if not few and len(train) < (10 if new else 2) * len(counts):
+        return None, ""
+    return sorted(counts), f"of {counts.total()} answers"
+
+
+def _labels_file(candidate: Candidate) -> list[str] | None:
+    """The list of labels beside a task's files, as the benchmark has it."""
+    path = candidate.folder / "labels.json"
+    if not path.is_file():
+        return None
+    content = files.document(path)
+    return content if isinstance(content, list) and all(isinstance(label, str) for label in content) else None
+
+
+def _metric(train: Sequence[Row]) -> tuple[str, str]:
+    """The metric of free text, and why."""
+    answers = [row.label for row in train]
+    if all(number(answer) is not None for answer in answers):
+        return "numeric", "the answers are numbers; tolerance: 0.1 lets them be off"
+    words = median(len(answer.split()) for answer in answers)
+    if words <= SHORT_ANSWER:
+        return "exact", "short answers of many kinds"
+    try:
+        require("rouge-l")
+    except UserError:
+        return "exact", f"answers of {words:g} words: rouge-l suits (pip install 'cl-runner[metrics]')"
+    return "rouge-l", f"answers of {words:g} words; data.max_target cuts those that are long"
+
+
+def _check(split: Split, paths: Sequence[Path]) -> None:
+    """UserError where files cannot be those of one split."""
+    if not paths:
+        raise UserError(f"no {split} file")
+    kinds = {ending(path) for path in paths}
+    if len(kinds) > 1 or (len(paths) > 1 and not all(re.search(r"\d", path.name) for path in paths)):
+        raise UserError(f"several files for {split}: {', '.join(path.name for path in paths)}")
+
+
+def _as_named(paths: Sequence[Path], base: Path) -> str | list[str]:
+    """Files as an order names them: one, a pattern that means all of them, or a list."""
+    if len(paths) > 3:
+        begin, _, _ = re.split(r"(\d)", paths[0].name, maxsplit=1)
+        pattern = f"{begin}*{''.join(paths[0].suffixes[-2 if packed(paths[0]) else -1 :])}"
+        if sorted(paths[0].parent.glob(pattern)) == list(paths):
+            return os.path.relpath(paths[0].parent / pattern, base)
+    named = [os.path.relpath(path, base) for path in paths]
+    return named[0] if len(named) == 1 else named
+
+
+def _source(source: Mapping[Any, str | list[str]]) -> str:
+    parts = [
+        f"{key}: " + (_yaml(value) if isinstance(value, str) else f"[{', '.join(map(_yaml, value))}]")
+        for key, value in source.items()
+    ]
+    return f"{{{', '.join(parts)}}}"
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML has it: bare where nothing in it means more than itself."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXT:
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)

@@ -1,0 +1,73 @@
+"""A split's rows from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_runner.errors import UserError
+from cl_runner.tasks.files import columnar, documents, opening, tables
+from cl_runner.tasks.files.forms import Form, form_of
+from cl_runner.tasks.files.place import Found, Place, where
+from cl_runner.tasks.files.values import Fault, check
+from cl_runner.tasks.task import Columns, FileFormat, Row, Split
+
+
+def read(
+    named: Sequence[str], split: Split, columns: Columns, what: str, how: FileFormat | None = None, many: bool = False
+) -> Found:
+    """The rows of a split, text and answer checked; UserError names the file and the row in it.
+
+    Args:
+        named: paths, patterns and folders, as the order names them.
+        split: the split that they are of; ids are ``split/number`` in reading order, over all files.
+        columns: which fields hold what.
+        what: how a message begins if a file is not there.
+        how: how the files are to be read; by default all is worked out.
+        many: whether a row may have several labels, which are then joined: ``a, b``.
+    """
+    how = how or FileFormat()
+    files = opening.find(named, split, what)
+    place = Place()
+    found = Found([], place, "")
+    form: Form | None = None
+    for file in files:
+        place.begin(file, len(found.rows))
+        records, instances = _records(file, how, found.notes)
+        for record in records:
+            number = len(found.rows)
+            try:
+                if form is None:
+                    form = form_of(record, how, columns, many, instances)
+                text, answer, whole = form.take(record)
+                check(form.fields[0], text)
+                check(form.fields[1], answer)
+            except Fault as fault:
+                raise UserError(f"{where(place, split, number)}{fault}") from fault
+            found.rows.append(Row(f"{split}/{number}", text, answer))
+            if not whole:
+                found.incomplete.add(f"{split}/{number}")
+    found.form = form
+    found.source = f"file {place}" if len(files) == 1 else f"{len(files)} files {place}"
+    found.notes[:0] = [] if form is None else form.notes(split)
+    return found
+
+
+def _records(path: Path, how: FileFormat, notes: list[str]) -> tuple[Iterable[Any], bool]:
+    """A file's records, and whether they are Instances of Super-NaturalInstructions."""
+    if path.is_dir():
+        return columnar.saved(path), False
+    kind = opening.ending(path)
+    if kind == ".json":
+        return documents.records(path, how.encoding, notes)
+    if kind in (".jsonl", ".ndjson"):
+        return documents.lines(path, how.encoding), False
+    if kind in (".csv", ".tsv") or (how.delimiter is not None and kind != ".parquet"):
+        return tables.records(path, how, notes), False
+    if kind == ".parquet" and not opening.packed(path):
+        return columnar.parquet(path), False
+    raise UserError(
+        f"{path}: rows are read from files that end in {', '.join(opening.ENDINGS)} (text also with "
+        f"{', '.join(opening.PACKED)}); for delimited text of another name set source.delimiter"
+    )
