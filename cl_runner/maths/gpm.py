@@ -2,6 +2,9 @@
 
 Of an input x a layer's update sees Σ x xᵀ, the second moment C (n, n). What new tasks must not touch is spanned by its
 leading directions; once these are more than half, the smaller complement is kept instead (arXiv 2404.00228).
+
+Energies are squares: in fp32 a direction that is a thousandth of another in length drowns in the rounding of C. So
+moments and bases are fp64; the functions compute in the precision that they are given.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ class Memory:
         return k / n if self.free else 1 - k / n
 
 
-ROUNDING = 1e-6  # of the moment's norm: singular values under it are no energy
+def resolution(moment: Tensor) -> float:
+    """The largest singular value of ``moment`` (n, n) that rounding in its precision can make: this is no energy."""
+    n = len(moment)
+    return float(n**0.5 * torch.finfo(moment.dtype).eps * torch.linalg.matrix_norm(moment))
 
 
 def designed_rows(moment: Tensor, memory: Memory | None, r: int) -> Tensor:
@@ -41,7 +47,7 @@ def designed_rows(moment: Tensor, memory: Memory | None, r: int) -> Tensor:
     energy beside rounding, the last rows are zero: they might lie anywhere.
     """
     U, S, _ = torch.linalg.svd(moment if memory is None else memory.allowed(moment))
-    leading = U[:, :r][:, S[:r] > ROUNDING * torch.linalg.matrix_norm(moment)]
+    leading = U[:, :r][:, S[:r] > resolution(moment)]
     rows = moment.new_zeros(r, len(moment))
     count = 0
     for column in leading.unbind(1):
@@ -73,7 +79,7 @@ def updated(memory: Memory | None, moment: Tensor, threshold: float) -> Memory:
     total = moment.square().sum()
     U, S, _ = torch.linalg.svd(moment if memory is None else memory.allowed(moment))
     energy = (S.square() / total).double()
-    energy[ROUNDING * total.sqrt() > S] = 0
+    energy[resolution(moment) >= S] = 0
     # What is left after the first k directions, for k = 0 … n − 1: summed from its end, exactly 0 where nothing is.
     left = energy.flip(0).cumsum(0).flip(0)
     count = int((left > 1 - threshold).sum())

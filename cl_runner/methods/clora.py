@@ -140,8 +140,8 @@ class CLoRA(SeqLoRA):
         if self.config.subspace == "data":
             for targets, moment in input_moments(stage).items():
                 self.inputs[targets[0]] = list(targets)
-                past = self.moments.get(targets[0])
-                self.moments[targets[0]] = moment.cpu() if past is None else past + moment.cpu()
+                past, now = self.moments.get(targets[0]), moment.float().cpu()
+                self.moments[targets[0]] = now if past is None else past + now
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * sum(n * n for _, n in shapes) if self.config.subspace == "data" else 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_runner.methods.base import Stage
+    from cl_runner.models.batch import Batch
     from cl_runner.optim import ParameterGroup
 
 BETAS, EPSILON = (0.9, 0.999), 1e-6
@@ -38,7 +39,8 @@ class CoSO(Method):
     """ΔW (m, n) of every target trains from zero; each step lies in Q, and Q is orthogonal to M.
 
     Adam runs in Q's coordinates. When Q is replaced its moments stay as they are, as in the official code, or are
-    turned with it (``rotate``).
+    turned with it (``rotate``). Weight decay shrinks ΔW, not W0, and ΔW as it was before the step; the official code
+    decays the whole weight after the step (published with none).
     """
 
     class Config(Section):
@@ -53,6 +55,9 @@ class CoSO(Method):
         threshold: float = Field(0.98, gt=0, le=1, description="Share of the sketch's energy that goes into M.")
         decay: float = Field(1.0, ge=0, le=1, description="Weight of the sketch so far beside a new gradient.")
         lr: float = Field(1e-4, gt=0, description="Learning rate, in place of training.lr.")
+        temperature: float = Field(
+            1.0, gt=0, description="The loss is that of logits / temperature; 1: of the logits (published: 3)."
+        )
         side: Literal["output", "input"] = Field(
             "output", description="What M spans: the rows of ΔW (output, as the code) or its columns (input)."
         )
@@ -64,8 +69,8 @@ class CoSO(Method):
     name = "coso"
     title = "CoSO: dense updates in a moving subspace, orthogonal to past ones"
     equation = (
-        "G ← G − M Mᵀ G;  ΔW ← ΔW − lr·Q Adam(Qᵀ G),  Q: top-r left singular vectors of G, every K steps;  "
-        "M ← [M, top of the sketch of G] at the end"
+        "G ← G − M Mᵀ G;  ΔW ← (1 − lr·weight_decay) ΔW − lr·Q Adam(Qᵀ G),  Q: top-r left singular vectors of G, every "
+        "K steps;  M ← [M, top of the sketch of G] at the end"
     )
     paper = "2505.11816 (Continuous Subspace Optimization for Continual Learning)"
     carried = "past updates, folded into the weight; M"
@@ -129,6 +134,14 @@ class CoSO(Method):
         from cl_runner.optim import ParameterGroup
 
         return [ParameterGroup(stage.parameters(), "whole", lr_scale=self.config.lr / stage.config.training.lr)]
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        if self.config.temperature == 1:
+            return super().loss(stage, batch)
+        from cl_runner.models.forward import token_loss
+
+        scores = stage.forward(batch).float() / self.config.temperature
+        return (token_loss(scores, batch.labels) * batch.token_weights).sum()
 
     def whole_step(self, stage: Stage, name: str, gradient: Tensor, lr: float) -> Tensor:
         from cl_runner.maths.sketch import without

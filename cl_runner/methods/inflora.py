@@ -25,7 +25,7 @@ class InfLoRA(Method):
     """Past inputs, but for the share 1 − ε of their energy, lie off the rows of A and are answered as before.
 
     Targets with the same input share A, and one memory. Inputs are those of the task's own rows, padding left out,
-    before the stage for A and after it for the memory.
+    before the stage for A and after it for the memory. Moments and memories are fp64, A and B fp32 as all that trains.
     """
 
     class Config(Section):
@@ -40,7 +40,7 @@ class InfLoRA(Method):
             le=1,
             description="ε grows linearly to this, for a task after the last. Published: 0.95 or 0.98 to 1.",
         )
-        max_gb: float = Field(8.0, gt=0, description="Most that moments and bases of all layers may take, 10⁹ bytes.")
+        max_gb: float = Field(16.0, gt=0, description="Most that moments and bases of all layers may take, 10⁹ bytes.")
 
     name = "inflora"
     title = "InfLoRA: A designed off the inputs of past tasks, only B trains"
@@ -49,7 +49,7 @@ class InfLoRA(Method):
     trains = "B of a LoRA pair"
     frozen = "the base, all past updates, and A"
     carried = "past updates, folded into the weight; M, or its complement where that is smaller"
-    growth = "at most n / 2 columns of length n for each input that layers share"
+    growth = "at most n / 2 columns of length n, fp64, for each input that layers share"
     by_shape = True
     by_order = True
 
@@ -64,7 +64,7 @@ class InfLoRA(Method):
                 f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
             )
         if shapes is not None:
-            gigabytes = sum(1.5 * n * n for _, n in shapes) * 4e-9
+            gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
             of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
             refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
         r = config.adapter.largest
@@ -105,14 +105,14 @@ class InfLoRA(Method):
         from cl_runner.maths.gpm import Memory
 
         found = self.memories.get(name)
-        return None if found is None else Memory(found.basis.to(like.device), found.free)
+        return None if found is None else Memory(found.basis.to(like), found.free)  # fp32 as runs once wrote it
 
     def free_share(self, stage: Stage) -> float:
         each = {name: memory.free_share for name, memory in self.memories.items()}
         return statistics.fmean(each.get(targets[0], 1.0) for targets in stage.input_groups() for _ in targets)
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
-        return 4 * sum(n * n // 2 for _, n in shapes)
+        return 8 * sum(n * n // 2 for _, n in shapes)
 
     def state(self) -> State:
         tensors = {f"memory.{name}": memory.basis for name, memory in self.memories.items()}

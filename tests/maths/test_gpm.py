@@ -70,7 +70,7 @@ class Naive:
 
 def ours_used(memory: Memory) -> Any:
     onto = memory.basis @ memory.basis.mT
-    return torch.eye(N, dtype=onto.dtype) - onto if memory.free else onto
+    return torch.eye(len(onto), dtype=onto.dtype) - onto if memory.free else onto
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.8])
@@ -136,6 +136,43 @@ def test_directions_without_energy_are_no_rows_of_a() -> None:
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(N)[:2]
     A = designed_rows(x.T @ x, Memory(torch.eye(N)[:, 1:2]), 3)
     assert bool(A[0].any()) and not A[1:].any() and float(A[0, 1].abs()) < 1e-6
+
+
+def loud(ratio: float, seed: int) -> Any:
+    """Inputs (500, 64), fp32: one direction ``ratio`` times the others in length, the same for every seed."""
+    turn = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    lengths = torch.logspace(0, -0.5, 64, dtype=torch.float64)
+    lengths[0] = ratio
+    dice = torch.Generator().manual_seed(seed)
+    return ((torch.randn(500, 64, dtype=torch.float64, generator=dice) * lengths) @ turn.T).float()
+
+
+@pytest.mark.parametrize("ratio", [1200.0, 1e5])
+def test_directions_beside_a_loud_one_are_rows_too(ratio: float) -> None:
+    """1,200 times their length, one direction has 1.4 million times their energy: A has all 8 rows, as officially."""
+    memory: Memory | None = None
+    used = np.zeros((64, 0))
+    for seed in (1, 2):
+        x = loud(ratio, seed).double()
+        C = x.numpy().T @ x.numpy() / 500
+        U = np.linalg.svd(C - used @ (used.T @ C))[0][:, :8]
+        A = designed_rows(x.T @ x / 500, memory, 8).numpy()
+        np.testing.assert_allclose(np.linalg.norm(A, axis=1), 3**-0.5, rtol=1e-9)
+        np.testing.assert_allclose(3 * A.T @ A, U @ U.T, atol=1e-5)
+        assert float(np.abs(A @ used).max(initial=0)) < 1e-12
+        memory = updated(memory, torch.from_numpy(C), 0.95)
+        used = np.linalg.svd(C)[0][:, :1] if seed == 1 else used  # the second task has most of its energy there
+        assert memory.basis.shape == (64, 1)
+        np.testing.assert_allclose(ours_used(memory), used @ used.T, atol=1e-9)
+
+
+def test_what_rounding_leaves_of_past_inputs_is_no_row() -> None:
+    """A task whose inputs past ones span, loud and turned: nothing is left, and no row lies anywhere."""
+    x = loud(1200.0, 1).double()
+    C = x.T @ x / 500
+    memory = Memory(torch.linalg.svd(C)[0][:, :5])
+    within = x @ memory.basis @ memory.basis.T
+    assert not designed_rows(within.T @ within / 500, memory, 8).any()
 
 
 @pytest.mark.parametrize("used", [1, 3])

@@ -14,14 +14,16 @@ from torch import Tensor
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import limits, make_method
+from cl_runner.methods.base import Method
 from cl_runner.place import Place
 from cl_runner.plan import check_method
+from cl_runner.stage import StageRun
 from tests.distributed import on_ranks
 from tests.maths.test_sketch import naive_shrunk
 from tests.methods.orders import learn, order_room
-from tests.methods.steps import STEPS, THREE, off, opposed
+from tests.methods.steps import STEPS, THREE, label_logits, off, opposed
 from tests.methods.test_terms import farthest, learned
-from tests.stages import Kind, naive_loss, tiny_model
+from tests.stages import Kind, tiny_model
 
 Array = NDArray[np.float64]
 LR, RANK, SKETCH, THRESHOLD = 0.03, 5, 7, 0.8
@@ -84,8 +86,18 @@ class Naive:
         self.M = U if self.M is None else np.concatenate([self.M, U], axis=1)
 
 
+def loss_by_hand(answer: Any, kind: Kind, index: int, temperature: float) -> Tensor:
+    """−log softmax(logits / temperature) of each label token of each row by itself, their mean. No padding anywhere."""
+    terms = []
+    for example in opposed(index).examples:
+        scores = label_logits(answer, kind, example).double() / temperature
+        odds = scores.exp() / scores.exp().sum(1, keepdim=True)
+        terms += [-odds[place, token].log() for place, token in enumerate(example.target)]
+    return torch.stack(terms).mean()
+
+
 def by_hand(
-    kind: Kind, targets: list[str], stages: int, every: int, side: str, rotate: bool
+    kind: Kind, targets: list[str], stages: int, every: int, side: str, rotate: bool, temperature: float
 ) -> list[dict[str, Tensor]]:
     """ΔW of every target in all, after each stage."""
     model = tiny_model(kind)
@@ -103,7 +115,7 @@ def by_hand(
             def answer(**inputs: Any) -> Any:
                 return torch.func.functional_call(model, {f"{t}.weight": w for t, w in weights.items()}, (), inputs)
 
-            loss = naive_loss(answer, kind, opposed(index).examples)
+            loss = loss_by_hand(answer, kind, index, temperature)
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for (t, w), g in zip(weights.items(), gradients, strict=True):
                 G = g.double().numpy()
@@ -115,8 +127,11 @@ def by_hand(
     return found
 
 
-def _steps(place: Place, kind: Kind, every: int, side: str, rotate: bool) -> list[dict[str, Tensor]]:
+def _steps(
+    place: Place, kind: Kind, every: int, side: str, rotate: bool, temperature: float
+) -> list[dict[str, Tensor]]:
     own = {**OWN, "method__every": every, "method__side": side, "method__rotate": rotate}
+    own["method__temperature"] = temperature
     room, config = order_room(place, "coso", kind=kind, **THREE, **own)
     found = []
     for index in range(2):
@@ -126,15 +141,42 @@ def _steps(place: Place, kind: Kind, every: int, side: str, rotate: bool) -> lis
 
 
 @pytest.mark.parametrize(
-    ("kind", "every", "side", "rotate", "ranks"),
-    [("t5", 1, "output", False, 1), ("llama", 3, "input", False, 1), ("t5", 2, "output", True, 2)],
+    ("kind", "every", "side", "rotate", "temperature", "ranks"),
+    [
+        ("t5", 1, "output", False, 1.0, 1),
+        ("t5", 1, "output", False, 3.0, 1),
+        ("llama", 3, "input", False, 1.0, 1),
+        ("t5", 2, "output", True, 1.0, 2),
+        ("llama", 2, "output", False, 3.0, 2),
+    ],
 )
-def test_steps_against_a_loop(kind: Kind, every: int, side: str, rotate: bool, ranks: int) -> None:
-    both = on_ranks(ranks, _steps, kind, every, side, rotate)
-    wanted = by_hand(kind, list(both[0][0]), 2, every, side, rotate)
+def test_steps_against_a_loop(kind: Kind, every: int, side: str, rotate: bool, temperature: float, ranks: int) -> None:
+    both = on_ranks(ranks, _steps, kind, every, side, rotate, temperature)
+    wanted = by_hand(kind, list(both[0][0]), 2, every, side, rotate, temperature)
     for ours in both:
         assert farthest(ours[0], wanted[0]) < 2e-3 and farthest(ours[1], wanted[1]) < 2e-3
         assert farthest(ours[1], wanted[0]) > 0.1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_loss_is_that_of_logits_over_the_temperature(temperature: float, bf16: bool) -> None:
+    """Row by row in fp64, of logits as the forward gives them; 1 is the loss of every other method, to the bit."""
+    room, config = order_room(Place(), "coso", bf16=bf16, method__temperature=temperature)
+    stage = StageRun(room, config, 0)
+    room.method.build(stage)
+    examples = opposed(0).examples
+    tokens = sum(len(example.target) for example in examples)
+    batch = stage.make_batch(examples, ["a"] * len(examples), [1 / tokens] * len(examples))
+    with torch.no_grad():
+        found, scores = room.method.loss(stage, batch), stage.forward(batch).double()
+        wanted = torch.zeros((), dtype=torch.float64)
+        for row, example in zip(scores, examples, strict=True):
+            for logits, token in zip(row, example.target, strict=False):  # padding is behind
+                odds = (logits / temperature).exp()
+                wanted -= (odds[token] / odds.sum()).log() / tokens
+        assert found.dtype == torch.float32 and off(found, wanted) < 1e-6
+        assert torch.equal(found, Method.loss(room.method, stage, batch)) == (temperature == 1)
 
 
 def _orthogonal(place: Place, kind: Kind, side: str) -> tuple[float, float, int]:
@@ -231,7 +273,7 @@ def test_a_short_stage_has_looks_enough(steps: int, every: int, looks: int, seen
 
 
 def _decays(place: Place) -> None:
-    """One step from a ΔW that is not 0, with weight decay and without, against lr · decay · ΔW."""
+    """One step from a ΔW that is not 0, with weight decay and without, against lr · decay · ΔW of before the step."""
     after = []
     for decay in (0.0, 0.5):
         settings = {**THREE, **OWN, "training__weight_decay": decay, "training__epochs": 2, "method__every": 1}
@@ -314,5 +356,6 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.method.grows(config, [(1024, 512)] * 10) == (
         "carries up to 4.1 MB a task, 12.3 MB in all: past subspaces of 10 layers"
     )
-    with pytest.raises(ValueError, match="threshold"):
-        make_method(RunConfig.model_validate({"method": {"name": "coso", "threshold": 0}}))
+    for setting in ("threshold", "temperature"):
+        with pytest.raises(ValueError, match=setting):
+            make_method(RunConfig.model_validate({"method": {"name": "coso", setting: 0}}))

@@ -15,6 +15,7 @@ from cl_runner.config import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.maths.gpm import Memory, designed_rows, updated
 from cl_runner.methods import make_method
+from cl_runner.methods.base import State
 from cl_runner.methods.moments import input_moments
 from cl_runner.place import Place
 from cl_runner.rundir import RunDir
@@ -41,9 +42,19 @@ def used(memory: Memory) -> Tensor:
     return torch.eye(len(onto), dtype=onto.dtype) - onto if memory.free else onto
 
 
-def _stages(place: Place, kind: Kind, threshold: float) -> None:
+def amplify(room: Any, by: float) -> None:
+    """Of what the first block of a Llama reads, one channel ``by`` times as large; the model answers as before."""
+    block = room.base.model.model.layers[0]
+    block.input_layernorm.weight.data[5] *= by
+    for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+        layer.weight.data[:, 5] /= by
+
+
+def _stages(place: Place, kind: Kind, threshold: float, by: float) -> None:
     room, config = order_room(place, "inflora", kind=kind, adapter__r=R, **THREE, method__threshold=threshold)
     hand, _ = order_room(place, "inclora", kind=kind, adapter__r=R)
+    if by != 1:
+        amplify(room, by), amplify(hand, by)
     past: dict[str, Memory] = {}
     for index in range(3):
         examples = sources(index).examples
@@ -57,7 +68,7 @@ def _stages(place: Place, kind: Kind, threshold: float) -> None:
             A = pair.A[target].double()
             assert off(3 * A.T @ A, leading @ leading.T) < 1e-3, target  # designed, and not trained since
             torch.testing.assert_close(3 * A @ A.T, torch.eye(R).double(), atol=1e-5, rtol=0)
-            assert float(pair.B[target].norm()) > 0.1
+            assert float(pair.B[target].norm()) > 0.1 and float(pair.B[target].norm(dim=0).min()) > 0.01  # each column
             if past:
                 assert off(A @ allowed, A) < 1e-5  # in the designed space
                 change = (room.adapters.past[target].weight - weights[target]).double()
@@ -89,13 +100,18 @@ def _stages(place: Place, kind: Kind, threshold: float) -> None:
             assert off(used(memory), used(past[name])) < 1e-3
 
 
-@pytest.mark.parametrize(("kind", "threshold"), [("t5", 0.95), ("llama", 0.95), ("llama", 0.7)])
-def test_designed_trained_and_remembered(kind: Kind, threshold: float) -> None:
-    on_ranks(1, _stages, kind, threshold)
+@pytest.mark.parametrize(
+    ("kind", "threshold", "by"), [("t5", 0.95, 1), ("llama", 0.95, 1), ("llama", 0.7, 1), ("llama", 0.95, 1e4)]
+)
+def test_designed_trained_and_remembered(kind: Kind, threshold: float, by: float) -> None:
+    """Also where one direction of an input is 10,000 times the others, that is 10⁸ in the moment."""
+    on_ranks(1, _stages, kind, threshold, by)
 
 
-def _moments(place: Place, bf16: bool) -> dict[tuple[str, ...], Tensor]:
-    room, config = order_room(place, "inflora", bf16=bf16, training__micro_batch=1)
+def _moments(place: Place, bf16: bool, kind: Kind = "t5", by: float = 1) -> dict[tuple[str, ...], Tensor]:
+    room, config = order_room(place, "inflora", kind=kind, bf16=bf16, training__micro_batch=1)
+    if by != 1:
+        amplify(room, by)
     stage = StageRun(room, config, 0)
     room.method.build(stage)
     stage.own = some_rows(5, task="a")
@@ -115,12 +131,46 @@ def test_moments_leave_padding_and_idle_ranks_out(ranks: int) -> None:
         assert all(off(moment, wanted[target]) < 1e-5 for group, moment in found.items() for target in group)
 
 
-def test_moments_are_fp32_sums_where_the_forward_is_bf16() -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_moments_resolve_what_a_loud_direction_drowns_in_fp32(ranks: int) -> None:
+    """Beside a channel 10⁵ times the others, each of these has its energy still, summed over ranks too."""
+    room, _ = order_room(Place(), "inclora", kind="llama")
+    amplify(room, 1e5)
+    first = "model.layers.0.self_attn.q_proj"
+    wanted = torch.linalg.eigvalsh(moments_by_hand(room, "llama", some_rows(5, task="a").examples)[first])
+    for found in on_ranks(ranks, _moments, False, "llama", 1e5):
+        [moment] = [moment for group, moment in found.items() if first in group]
+        assert moment.dtype == torch.float64
+        energies = torch.linalg.eigvalsh(moment)
+        assert float(energies[-1] / energies[-2]) > 1e8
+        torch.testing.assert_close(energies[-10:], wanted[-10:], rtol=1e-4, atol=0)
+
+
+def test_moments_are_fp64_sums_where_the_forward_is_bf16() -> None:
     """What the first layers see is not rounded yet: their moments are to the bit those of a forward in fp32."""
     plain, rounded = on_ranks(1, _moments, False)[0], on_ranks(1, _moments, True)[0]
     differ = [off(moment, plain[group]) for group, moment in rounded.items()]
-    assert all(moment.dtype == torch.float32 for moment in rounded.values())
+    assert all(moment.dtype == torch.float64 for moment in rounded.values())
     assert 0 in differ and 1e-4 < max(differ) < 0.05
+
+
+def _as_runs_once_wrote_it(place: Place) -> None:
+    """A memory read from disk in fp32 serves as it is: A lies off it, and the next memory has its span."""
+    room, config = order_room(place, "inflora", adapter__r=R, **THREE)
+    learn(room, config, 0, sources(0))
+    state = room.method.state()
+    assert all(basis.dtype == torch.float64 for basis in state.tensors.values())
+    room.method.load_state(State({name: basis.float() for name, basis in state.tensors.items()}, state.json))
+    learn(room, config, 1, sources(1))
+    for name, memory in room.method.memories.items():
+        before = state.tensors[f"memory.{name}"]
+        assert name not in state.json["free"] and memory.basis.dtype == torch.float64
+        assert float((room.adapters.folded[-1].A[name].double() @ before).abs().max()) < 1e-6
+        torch.testing.assert_close(used(memory) @ before, before, atol=1e-6, rtol=0)
+
+
+def test_memories_of_older_runs_are_read() -> None:
+    on_ranks(1, _as_runs_once_wrote_it)
 
 
 def test_a_threshold_that_shrinks_is_refused() -> None:

@@ -522,7 +522,7 @@ SHAPES = [(32, 32), (16, 24)]
         (
             "inflora",
             {"method": {"max_gb": 9e-6}},
-            "adapter.target_modules: second moments and bases of 2 layers take 0.0096 MB, over method.max_gb 9e-06; "
+            "adapter.target_modules: second moments and bases of 2 layers take 0.0192 MB, over method.max_gb 9e-06; "
             "name fewer layers, or set a larger max_gb",
         ),
     ],
