@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/cl-runner report runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
