@@ -255,13 +255,14 @@ def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
     rows = checking.show(by_name[task], resolved.config.at(position, task).data, n)
     synthetic = resolved.config.data.source == "synthetic" and by_name[task].source is None
     if as_json:
-        scored = {"metric": by_name[task].metric, "scoring": str(by_name[task].comparison)}
+        scored = {"metric": by_name[task].metric, "scoring": by_name[task].scoring}
         print_json({"order": order.name, "task": task, **scored, "synthetic": synthetic, "rows": rows})
         return
     mark = " (synthetic)" if synthetic else ""
     for row in rows:
         print(f"--- {row['id']}{mark}\n{row['input']}\n→ {row['target']}")
-    print(f"--- metric {by_name[task].metric}: {by_name[task].comparison.words}")
+    rule = f": {by_name[task].comparison.words}" if by_name[task].judged else ""
+    print(f"--- metric {by_name[task].metric}{rule}")
 
 
 def _vocabulary(resolved: Resolved) -> Vocabulary:

@@ -88,11 +88,12 @@ def show_schema() -> None:
 def _run_row(run: dict[str, Any]) -> dict[str, Any]:
     """A run as people read it."""
     score = run["average_accuracy"]
+    without = f" without {', '.join(run['undefined'])}" if run["undefined"] and score is not None else ""
     return {
         **{key: run[key] for key in ("name", "method", "order", "model", "seed")},
         "stage": f"{run['stage']}/{run['stages']}",
         "state": run["state"],
-        "AA": number(score) + (" (synthetic)" if run["synthetic"] and score is not None else ""),
+        "AA": number(score) + without + (" (synthetic)" if run["synthetic"] and score is not None else ""),
     }
 
 

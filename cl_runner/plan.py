@@ -156,10 +156,12 @@ class Data:
         found = []
         for name, task in self.tasks.items():
             for rows in (self.train[name], self.test[name]):
-                known = {part for row in rows.rows for part in (row.label.split(", ") if task.sets else [row.label])}
+                known = {label for row in rows.rows for label in task.given(row.label)}
                 missing = [label for label in task.labels or () if label not in known]
                 if rows.rows and missing:
-                    cut = f" among the {len(rows)} taken; data.balanced=true takes of each label" if rows.cut else ""
+                    cut = f" among the {len(rows)} taken" if rows.cut else ""
+                    if rows.cut and not self.settings[name].balanced and not set(missing) <= set(rows.absent):
+                        cut += "; data.balanced=true takes of each label"
                     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                     found.append(f"task {name}: no {rows.split} row of {', '.join(missing[:5])}{more}{cut}")
         return found
@@ -201,8 +203,8 @@ class Data:
         }
 
     def scoring(self) -> dict[str, str]:
-        """The rule by which each task's answers are right."""
-        return {name: str(task.comparison) for name, task in self.tasks.items()}
+        """The rule by which answers are right, of each task whose score is made of right answers."""
+        return {name: task.scoring for name, task in self.tasks.items() if task.scoring}
 
 
 def data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> DataConfig:

@@ -17,7 +17,7 @@ from cl_runner.plan import Plan
 from cl_runner.progress import Screen, StagePlan
 from cl_runner.run import open_room, open_stage
 from cl_runner.rundir import RunDir, read_json, read_jsonl
-from cl_runner.runs import readable, rules, stage_names
+from cl_runner.runs import other_rules, readable, stage_names
 from cl_runner.settings import Resolved
 
 
@@ -100,6 +100,7 @@ def rescore(
         scored = _score(plan, rundir, index, wanted, place, screen)
     finally:
         engine.stop()
+    now_by = other_rules(rundir.about()["identity"], plan.data.scoring())
     differing = {
         one.task: [row["id"] for row in one.predictions if outputs.get((one.task, row["id"])) != row["output"]]
         if one.task in committed
@@ -113,15 +114,9 @@ def rescore(
         {one.task: one.score for one in scored},
         committed,
         differing,
-        {task: rules for task, rules in _rules(plan, rundir).items() if task in committed},
+        {task: rules for task, rules in now_by.items() if task in committed},
         {one.task: one.undefined for one in scored if one.undefined},
     )
-
-
-def _rules(plan: Plan, rundir: RunDir) -> dict[str, tuple[str, str]]:
-    """Then's and today's rule of the tasks in which they differ."""
-    then, now = rules(rundir.about()["identity"]), plan.data.scoring()
-    return {task: (then[task], rule) for task, rule in now.items() if then[task] != rule}
 
 
 def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:

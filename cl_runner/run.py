@@ -27,7 +27,6 @@ from cl_runner.health import Health
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Source, StagePlan, commit_update, overrides
 from cl_runner.metrics.accuracy import Matrix
-from cl_runner.metrics.text import MATCHES
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.tokens import Encoded, Joined, TokenCache
@@ -89,7 +88,7 @@ def sayable(task: Task, test: Rows, vocabulary: Vocabulary) -> list[str]:
         if problem := vocabulary.wrong_label(task.labels, task.comparison):
             raise UserError(problem)
         return []
-    if task.metric not in MATCHES:
+    if not task.judged:
         return []
     golds = [row.label for row in test.rows]
     lost = vocabulary.unsayable(golds, task.comparison)

@@ -162,6 +162,7 @@ class Listed:
     stages: int
     state: str  # running, stopped, failed or done
     average_accuracy: float | None
+    undefined: tuple[str, ...]  # tasks that the average is without
     synthetic: bool
 
 
@@ -171,7 +172,7 @@ def listed(run: RunDir) -> Listed:
         with readable(run):
             about = run.about()
             names = stage_names(about)
-            done = run.committed(names)
+            done, matrix = run.committed(names), _matrix(run)
             return Listed(
                 run.name,
                 str(about["method"]),
@@ -181,11 +182,12 @@ def listed(run: RunDir) -> Listed:
                 done,
                 len(names),
                 state_of(run, done, len(names)),
-                average_accuracy(read_matrix(run)),
+                average_accuracy(matrix),
+                tuple(matrix.undefined[-1]) if matrix.stages else (),
                 bool(about["synthetic"]),
             )
     except UserError:
-        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, False)
+        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, (), False)
 
 
 def state_of(run: RunDir, done: int, stages: int) -> str:
@@ -384,17 +386,15 @@ def _of_new(key: str, stages: Sequence[Sequence[str]]) -> bool:
 
 def _refuse_other_rule(run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """What is right must be the same at all stages. Raises UserError."""
-    for task, rule in rules(before).items():
-        if rule != now["scoring"][task]:
-            again = "; set metric: normalised for the task to go on with it" if rule == "normalised" else ""
-            raise UserError(
-                f"the run {run.path} scores {task} by the rule '{rule}', not '{now['scoring'][task]}'{again}"
-            )
+    for task, (then, now_by) in other_rules(before, now["scoring"]).items():
+        again = "; set metric: normalised, where it is exact, to go on with it" if then == "normalised" else ""
+        raise UserError(f"the run {run.path} scores {task} by the rule '{then}', not '{now_by}'{again}")
 
 
-def rules(identity: Mapping[str, Any]) -> dict[str, str]:
-    """The rule of what is right, of each task: earlier versions had one for all."""
-    return {task: identity.get("scoring", {}).get(task, "normalised") for task in identity["definitions"]}
+def other_rules(identity: Mapping[str, Any], scoring: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The run's rule of what is right and today's, of the tasks where they differ: earlier versions had one for all."""
+    then = {task: identity.get("scoring", {}).get(task, "normalised") for task in identity["definitions"]}
+    return {task: (then[task], rule) for task, rule in scoring.items() if then.get(task, rule) != rule}
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -151,4 +151,5 @@ def test_a_score_that_will_be_undefined_is_said_before_and_why_after(tmp_path: P
     assert report["undefined"] == [{"sts": "the golds are all the same"}] * 2
     assert report["average_accuracy"] == report["matrix"]["values"][1][1] is not None
     assert report["metrics"] == {"sts": "pearson", "b": "exact"}
-    assert report["scoring"] == {"sts": "number", "b": "label"}
+    assert report["scoring"] == {"b": "label"}
+    assert f"{report['average_accuracy']:.2f} without sts" in call("list", "runs", cwd=tmp_path).out

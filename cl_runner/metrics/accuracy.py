@@ -21,7 +21,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _NUMBERED = re.compile(r"^\d+-")  # "01-dbpedia", as stage folders are called
@@ -92,6 +92,10 @@ class Matrix:
     def has(self, stage: int, task: str) -> bool:
         """Whether the score on ``task`` after ``stage`` (0-based) is no undefined one; it may be missing."""
         return task not in self.undefined[stage]
+
+    def over_all(self) -> Matrix:
+        """The same for means to stand beside those of other runs: what is undefined counts as missing."""
+        return replace(self, undefined=[])
 
     def scored(self) -> list[str]:
         """The seen tasks that means are over: their score after the last stage is not undefined."""

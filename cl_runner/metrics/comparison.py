@@ -8,7 +8,7 @@ import string
 import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Context, Decimal, InvalidOperation
 from typing import Literal
 
 Rule = Literal["normalised", "label", "text", "number", "set"]
@@ -63,7 +63,11 @@ class Comparison:
             if self.rule == "set" and "," in label:
                 return f"label '{label}' holds a comma, which stands between the labels of a set; rename it"
             key = self.key(label)
-            if not key:
+            if key is None:
+                return (
+                    f"label '{label}' is no number, and the score compares numbers; rename it, or take another metric"
+                )
+            if key == "":
                 return f"label '{label}' is punctuation only, which the score ignores; rename it"
             if key in seen:
                 return f"labels '{seen[key]}' and '{label}' are the same to the score ({WORDS[self.rule]})"
@@ -110,10 +114,15 @@ def parts(text: str) -> frozenset[str]:
 def number(text: str) -> Decimal | None:
     """A plain number (``-1``, ``2.50``, ``1e3``), exactly; None for anything else (``0,5``, ``nan``, ``1_000``)."""
     text = text.strip()
-    return Decimal(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return None
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
 
 
 def _near(a: Decimal | None, b: Decimal | None, tolerance: float) -> bool:
     if a is None or b is None:
         return False
-    return a == b or (tolerance > 0 and abs(_QUIET.subtract(a, b)) <= Decimal(str(tolerance)))
+    return a == b or (tolerance > 0 and _QUIET.abs(_QUIET.subtract(a, b)) <= Decimal(str(tolerance)))

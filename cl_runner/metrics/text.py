@@ -66,6 +66,11 @@ def score(
     return other[metric]()
 
 
+def judges(metric: str, labels: Sequence[str] | None) -> bool:
+    """Whether the score is made of answers that are right or wrong by the comparison, and of nothing else."""
+    return metric in MATCHES or (metric in ("f1", "matthews") and bool(labels))
+
+
 def wrong_gold(metric: str, gold: str) -> str:
     """Why this metric cannot score answers to a gold; empty if it can."""
     if metric in ("numeric", "pearson") and number(gold) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class SeedGroup:
 
 
 class Comparison:
-    """What ``compare`` found: ``groups``, and in ``left_out`` a line for each run that does not count, with why."""
+    """What ``compare`` found: ``groups``; ``left_out``: a line for each run, or mean, that does not count, with why."""
 
     def __init__(self, groups: list[SeedGroup], left_out: list[str]) -> None:
         self.groups = groups
@@ -149,7 +149,8 @@ class Comparison:
 def compare(runs: Sequence[RunSummary]) -> Comparison:
     """Group finished runs by all but the seed, in the order in which the groups first appear.
 
-    Unfinished runs are left out by name: their averages are over fewer tasks. Of two runs with the same settings and
+    Unfinished runs are left out by name: their averages are over fewer tasks; so are averages of runs that have an
+    undefined score, which their own report takes over the others. Of two runs with the same settings and
     seed (``--restart``) the later one given counts, so that no seed weighs twice.
     """
     groups: dict[tuple[Any, ...], dict[int, RunSummary]] = {}
@@ -165,11 +166,21 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
         seeds[run.seed] = run
     found = []
     for key, seeds in groups.items():
-        summaries = [{**accuracy.summary(run.matrix), **cost(run), **run.learned} for run in seeds.values()]
+        summaries = [{**accuracy.summary(run.matrix.over_all()), **cost(run), **run.learned} for run in seeds.values()]
+        left_out += [line for run in seeds.values() for line in _undefined(run)]
         measures = {name: spread([summary.get(name) for summary in summaries]) for name in (*MEASURES, *MORE)}
         changed = next(iter(seeds.values())).changed
         found.append(SeedGroup(*key, seeds=tuple(sorted(seeds)), measures=measures, changed=changed))
     return Comparison(found, left_out)
+
+
+def _undefined(run: RunSummary) -> Iterator[str]:
+    """A line on each task whose score some average of the run lacks."""
+    m = run.matrix
+    for task in m.tasks:
+        why = next((why[task] for why in reversed(m.undefined) if task in why), "")
+        if why:
+            yield f"{run.name}: no average that {task} is in; its {run.metrics.get(task, 'score')} is undefined: {why}"
 
 
 def cost(run: RunSummary) -> dict[str, float | None]:

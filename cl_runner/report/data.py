@@ -12,7 +12,8 @@ def data_lines(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What ``tasks.check.check`` found, as lines of at most a few facts each."""
     for task in tasks:
         mark = " synthetic" if task["synthetic"] else ""
-        yield f"{task['task']} ({task['kind']}){mark}, metric {task['metric']}: {scored_by(task['scoring'])}"
+        rule = f": {scored_by(task['scoring'])}" if task["scoring"] else ""
+        yield f"{task['task']} ({task['kind']}){mark}, metric {task['metric']}{rule}"
         if task["problem"]:
             yield f"  cannot be trained: {task['problem']}"
         for name, split in task["splits"].items():

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from cl_runner.config import DataConfig
 from cl_runner.metrics.comparison import Comparison
-from cl_runner.metrics.text import MATCHES
 from cl_runner.tasks import files, folder
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Row, Task
@@ -36,11 +35,12 @@ PERCENTILES = (50, 90, 99, 100)
 def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None = None) -> list[dict[str, Any]]:
     """One report per task, ready for JSON.
 
-    Keys: ``task, kind, metric, scoring`` (the rule of what is right), ``problem`` (why it cannot be trained with this
-    tokenizer; empty if it can), ``synthetic, dev_equals_test`` (None where there is no such pair), ``names_task,
-    names_dataset`` (whether the input tells the model), ``duplicates`` (``train, test``: rows whose text an earlier row
-    of the split has; ``conflicting``: texts in train under more than one label; ``train_in_test``: test rows whose text
-    is in train) and ``splits`` (see ``_split``). Rows of unknown labels and empty texts are counted here, in train too.
+    Keys: ``task, kind, metric, scoring`` (the rule of what is right; None where the score is not made of right
+    answers), ``problem`` (why it cannot be trained with this tokenizer; empty if it can), ``synthetic,
+    dev_equals_test`` (None where there is no such pair), ``names_task, names_dataset`` (whether the input tells the
+    model), ``duplicates`` (``train, test``: rows whose text an earlier row of the split has; ``conflicting``: texts in
+    train under more than one label; ``train_in_test``: test rows whose text is in train) and ``splits`` (see
+    ``_split``). Rows of unknown labels and empty texts are counted here, in train too.
     """
     data = data.model_copy(update={"unknown_labels": "drop", "empty_texts": "keep"})
     return [_one(task, data, vocabulary) for task in tasks]
@@ -52,7 +52,7 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[st
         "task": task.name,
         "kind": task.kind,
         "metric": task.metric,
-        "scoring": str(task.comparison),
+        "scoring": task.scoring,
         "problem": vocabulary.wrong_label(task.labels, task.comparison) if vocabulary and task.labels else "",
         "synthetic": train.synthetic or test.synthetic,
         "names_task": data.add_task_name,
@@ -74,7 +74,7 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
     golds = [row.label for row in rows.rows]
     sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
     targets = vocabulary.lengths(golds) if vocabulary else None
-    lost = vocabulary.unsayable(golds, task.comparison) if vocabulary and _has_to_be_said(task) else {}
+    lost = vocabulary.unsayable(golds, task.comparison) if vocabulary and task.judged and not task.labels else {}
     counts = Counter(row.label for row in rows.rows)
     return {
         "rows": len(rows),
@@ -91,11 +91,6 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
         "unknown_tokens": 100 * vocabulary.unknown(inputs) / sum(sizes) if vocabulary else None,
         "unsayable": sum(gold in lost for gold in golds) if vocabulary else None,
     }
-
-
-def _has_to_be_said(task: Task) -> bool:
-    """Whether an answer is right only as a whole: of free text each gold may be one that none can equal."""
-    return task.labels is None and task.metric in MATCHES
 
 
 def show(task: Task, data: DataConfig, n: int = 5) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.metrics.text import wrong_gold
 from cl_runner.tasks import files, folder
-from cl_runner.tasks.sampling import first_of_each
+from cl_runner.tasks.sampling import first_of_each, rarest
 from cl_runner.tasks.task import Row, Split, Task
 
 MOST_EMPTY = 0.01  # of a split's texts; more is a fault of the data
@@ -25,8 +25,9 @@ class Rows:
 
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
     labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
-    (``data.unknown_test``); ``cut`` is how many rows more there are; ``empty`` counts the split's rows whose text is
-    empty or lacks a part; ``notes`` are lines on how the files were read; ``fingerprint`` depends on the rows alone.
+    (``data.unknown_test``); ``cut`` is how many rows more there are, ``absent`` the labels that no row has, cut or not;
+    ``empty`` counts the split's rows whose text is empty or lacks a part; ``notes`` are lines on how the files were
+    read; ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -36,6 +37,7 @@ class Rows:
     unknown: dict[str, int] = field(default_factory=dict)
     scored: bool = False
     cut: int = 0
+    absent: tuple[str, ...] = ()
     empty: int = 0
     notes: tuple[str, ...] = ()
 
@@ -73,11 +75,17 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     _check_golds(task, kept, split, place)
     empty = _empty(found, kept, split, data.empty_texts)
     most = data.max_train if split == "train" else data.max_test
-    taken = first_of_each(kept, most) if most and data.balanced and task.labels else kept[:most]
+    taken = (
+        first_of_each(kept, rarest([task.given(row.label) for row in kept]), most)
+        if most and data.balanced and task.labels
+        else kept[:most]
+    )
     if scored:
         unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
+    there = {label for row in kept for label in task.given(row.label)}
+    absent = tuple(label for label in task.labels or () if label not in there)
     cut, notes = len(kept) - len(taken), tuple(found.notes)
-    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, empty, notes)
+    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, notes)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -155,8 +163,7 @@ def _in_order(label: str, labels: list[str]) -> str:
 
 def _other(task: Task, label: str) -> str | None:
     """The (first) label of a row that the task does not have; None where it has all."""
-    given = label.split(", ") if task.sets else [label]
-    return next((each for each in given if each not in (task.labels or ())), None)
+    return next((each for each in task.given(label) if each not in (task.labels or ())), None)
 
 
 def _all_unknown(task: Task, unknown: Mapping[str, int]) -> str:

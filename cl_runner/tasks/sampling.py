@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from cl_runner.tasks.task import Row
@@ -17,15 +18,18 @@ def shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     return found
 
 
-def first_of_each(rows: Sequence[Row], total: int) -> list[Row]:
-    """``total`` rows, the first ones of each label, in their order."""
-    sizes: dict[str, int] = {}
-    for row in rows:
-        sizes[row.label] = sizes.get(row.label, 0) + 1
-    left = shares(sizes, min(total, len(rows)))
+def rarest(given: Sequence[Sequence[str]]) -> list[str]:
+    """Of each row's labels the one that the fewest rows have: a group in which even a rare label is not lost."""
+    sizes = Counter(label for labels in given for label in labels)
+    return [min(labels, key=lambda label: (sizes[label], label)) for labels in given]
+
+
+def first_of_each(rows: Sequence[Row], groups: Sequence[str], total: int) -> list[Row]:
+    """``total`` rows, the first ones of each group, in their order. groups: of each row."""
+    left = shares(Counter(groups), min(total, len(rows)))
     taken = []
-    for row in rows:
-        if left[row.label]:
-            left[row.label] -= 1
+    for row, group in zip(rows, groups, strict=True):
+        if left[group]:
+            left[group] -= 1
             taken.append(row)
     return taken

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cl_runner.config import Section
 from cl_runner.metrics.comparison import Comparison, comparison_of
+from cl_runner.metrics.text import judges
 from cl_runner.tasks.template import Templates, is_template
 
 Metric = Literal[
@@ -303,6 +304,20 @@ class Task(Frozen):
     def comparison(self) -> Comparison:
         """How an answer is held against the gold one."""
         return comparison_of(self.metric, self.labels, self.tolerance)
+
+    def given(self, label: str) -> list[str]:
+        """The labels of a row: one, but where rows have sets."""
+        return label.split(", ") if self.sets else [label]
+
+    @property
+    def judged(self) -> bool:
+        """Whether the score is made of answers that are right or wrong by ``comparison``."""
+        return judges(self.metric, self.labels)
+
+    @property
+    def scoring(self) -> str | None:
+        """The rule of ``comparison``; None where the score is made of something else."""
+        return str(self.comparison) if self.judged else None
 
     def prompt(self, text: str, *, add_task_name: bool = True, add_dataset_name: bool = True) -> Prompt:
         """The model's input for a row's text, in the benchmark's form."""

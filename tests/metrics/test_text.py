@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
-from cl_runner.metrics.comparison import Comparison, comparison_of, normalise
-from cl_runner.metrics.text import METRICS, Undefined, no_variance, require, score, wrong_gold
+from cl_runner.metrics.comparison import Comparison, Rule, comparison_of, normalise
+from cl_runner.metrics.text import METRICS, Undefined, judges, no_variance, require, score, wrong_gold
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,35 @@ def test_labels_that_the_rule_takes_are_told_apart(labels: list[str]) -> None:
         ("normalised", ["C", "C++"], "labels 'C' and 'C\\+\\+' are the same to the score"),
         ("normalised", ["+", "a"], "label '\\+' is punctuation only"),
         ("set", ["a, b", "c"], "holds a comma"),
+        ("number", ["0", "1", "high"], "label 'high' is no number"),
+        ("number", ["1", "1.0"], "are the same to the score"),
     ],
 )
 def test_labels_that_cannot_be_told_apart(rule: Any, labels: list[str], why: str) -> None:
     assert re.search(why, Comparison(rule).why_not(labels))
+
+
+def test_labels_may_be_numbers_zero_too() -> None:
+    assert Comparison("number").why_not(["0", "1", "2"]) == ""
+    assert score("pearson", ["0", "1", "1"], ["0", "1", "2"], ["0", "1", "2"]) == pytest.approx(100 * 3**0.5 / 2)
+
+
+@pytest.mark.parametrize("answer", ["1e-99999999999999999999", "1e99999999999999999999", "1e-999999999999", "1e308"])
+def test_an_exponent_of_any_length_is_an_answer_like_another(answer: str) -> None:
+    assert score("numeric", [answer, "1"], ["1", "1"]) == 50
+    assert score("numeric", [answer], ["2"], comparison=comparison_of("numeric", None, 0.5)) == 0
+    assert math.isfinite(score("pearson", [answer, "1", "2"], ["0", "1", "2"]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_rule_is_named_where_it_makes_the_score(metric: str) -> None:
+    """Changing what is right changes exactly the scores that are said to be made of it."""
+    labels = ["Yes", "no"] if metric in ("f1", "matthews") else None
+    numbers = metric in ("numeric", "pearson")
+    golds, said = (["1", "2", "3"], ["1.0", "2", "4"]) if numbers else (["Yes", "no", "no"], ["yes", "no", "Yes"])
+    rules: tuple[Rule, Rule] = ("text", "number" if numbers else "normalised")
+    scores = {score(metric, said, golds, labels, Comparison(rule)) for rule in rules}
+    assert (len(scores) > 1) == judges(metric, labels)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -224,6 +249,8 @@ def test_pearson() -> None:
         ("pearson", "0,5", "needs numbers, and this is '0,5'"),
         ("numeric", "high", "needs numbers"),
         ("numeric", "nan", "needs numbers"),
+        ("numeric", "1e-99999999999999999999", "needs numbers"),
+        ("pearson", "1e400", "needs numbers"),
         ("normalised", "+", "punctuation only, which metric normalised ignores; set metric: exact"),
         ("exact", "+", ""),
         ("numeric", " -1.5e3 ", ""),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cl_runner.metrics.accuracy import Matrix, to_csv
+from cl_runner.metrics.accuracy import Matrix, average_accuracy, to_csv
 from cl_runner.report import published, tables
 from cl_runner.report.compare import compare, spread
 from cl_runner.report.tables import RunSummary
@@ -312,6 +312,32 @@ def test_unfinished_and_repeated_runs_are_left_out_by_name() -> None:
     assert any(line.startswith("half: not finished, stage 2 of 4") for line in result.left_out)
     json.dumps(result.to_json(), allow_nan=False)
     assert "no finished run" in shown(compare([]))
+
+
+def test_means_over_other_tasks_do_not_stand_side_by_side() -> None:
+    """A run whose correlation is undefined has a mean of its own, over the others: nothing to hold beside another."""
+    whole = [[50.0, None, None], [40.0, 10.0, None], [30.0, 20.0, 60.0]]
+    lacking = [[50.0, None, None], [40.0, 10.0, None], [30.0, None, 60.0]]
+    tasks = ["topic", "sts", "dbpedia"]
+    stages = [f"0{t + 1}-{task}" for t, task in enumerate(tasks)]
+    why = "the answers are all the same"
+    first = a_run(tasks, name="a", seed=1, matrix=Matrix(stages, tasks, whole), metrics={"sts": "pearson"})
+    second = a_run(
+        tasks,
+        name="b",
+        seed=2,
+        matrix=Matrix(stages, tasks, lacking, undefined=[{}, {}, {"sts": why}]),
+        metrics={"sts": "pearson"},
+    )
+    assert average_accuracy(second.matrix) == 45.0, "its own report"
+    found = compare([first, second])
+    assert [found.groups[0].measures[key] for key in ("average_accuracy", "forgetting", "backward_transfer")] == [
+        None
+    ] * 3
+    assert found.groups[0].measures["learning_accuracy"] is not None, "sts had a score when it was learned"
+    assert found.left_out == [f"b: no average that sts is in; its pearson is undefined: {why}"]
+    alone = compare([first]).groups[0].measures["average_accuracy"]
+    assert alone is not None and alone.mean == pytest.approx(110 / 3)
 
 
 def test_an_undefined_measure_is_not_averaged_away() -> None:

@@ -33,7 +33,7 @@ def test_shares_are_as_even_as_can_be(sizes: dict[str, int], total: int) -> None
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=40), st.integers(1, 50))
 def test_the_first_of_each_label_in_their_order(labels: list[str], total: int) -> None:
     rows = [Row(f"train/{k}", "x", label) for k, label in enumerate(labels)]
-    taken = first_of_each(rows, total)
+    taken = first_of_each(rows, [row.label for row in rows], total)
     assert len(taken) == min(total, len(rows))
     assert taken == [row for row in rows if row in taken]
     wanted = shares(Counter(labels), len(taken))
@@ -74,3 +74,23 @@ def test_a_label_without_any_row_is_said_too(sorted_file: Path) -> None:
     (sorted_file / "mine.yaml").write_text(order)
     said = call("train", "--order", "mine.yaml", "--dry-run", cwd=sorted_file)
     assert {"task mine: no train row of never", "task mine: no test row of never"} <= set(said.out.splitlines())
+    cut = ("--set", "data.max_train=45", "--set", "data.max_test=9")
+    lines = call("train", "--order", "mine.yaml", "--dry-run", *cut, cwd=sorted_file).out.splitlines()
+    assert "task mine: no train row of never among the 45 taken" in lines, "no cut has it"
+    even = call("train", "--order", "mine.yaml", "--dry-run", *cut, "--set", "data.balanced=true", cwd=sorted_file)
+    assert "task mine: no test row of never among the 9 taken" in even.out.splitlines(), "balanced already"
+
+
+def test_balanced_sets_keep_the_rare_label(tmp_path: Path) -> None:
+    """Rows of sets are drawn by their rarest label: of ``a``, ``a, b`` and one ``a, c`` none is lost."""
+    rows = ["a"] * 20 + ["a; b"] * 20 + ["a; c"]
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "\n".join(f"t{k},{label}" for k, label in enumerate(rows)) + "\n"
+    )
+    task = catalog.build({
+        "name": "mine", "kind": "ML", "labels": ["a", "b", "c"], "metric": "labels-f1", "columns": {"separator": ";"},
+        "source": {split: str(tmp_path / "rows.csv") for split in ("train", "test")},
+    })  # fmt: skip
+    taken = load_rows(task, DataConfig(max_train=6, balanced=True), "train")
+    assert Counter(row.label for row in taken.rows) == {"a": 2, "a, b": 3, "a, c": 1}
+    assert taken.absent == () and load_rows(task, DataConfig(max_train=6), "train").absent == ()
