@@ -26,7 +26,8 @@ class Rows:
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
     labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
     (``data.unknown_test``); ``cut`` is how many rows more there are; ``empty`` counts the split's rows whose text is
-    empty or lacks a part; ``notes`` are lines on how the files were read; ``fingerprint`` depends on the rows alone.
+    empty or lacks a part; ``notes`` are lines on how the files were read, ``form`` is what the rows of files were;
+    ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -38,6 +39,7 @@ class Rows:
     cut: int = 0
     empty: int = 0
     notes: tuple[str, ...] = ()
+    form: files.Form | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +79,13 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     if scored:
         unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
     cut, notes = len(kept) - len(taken), tuple(found.notes)
-    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, empty, notes)
+    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, empty, notes, found.form)
+
+
+def check_forms(name: str, train: Rows, test: Rows) -> None:
+    """UserError where the train and the test rows of a task were read as forms of different meaning."""
+    if train.form is not None and test.form is not None:
+        train.form.check_same(test.form, f"task {name}")
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
 from cl_runner.tasks import catalog
-from cl_runner.tasks.drafts import _yaml as as_yaml
 from cl_runner.tasks.drafts import task_name
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order
-from cl_runner.yamlfile import parse
+from cl_runner.yamlfile import as_yaml, parse
 from tests.command_line import call
 
 WORDS = ["billing", "technical"]
@@ -132,7 +131,7 @@ def test_several_tasks_and_what_could_not_be_told(data: Path) -> None:
         "a: 8 train, 8 test rows; text: text, label: label; 2 labels",
         "b: 8 train, 8 test rows; text: text, label: label; 2 labels",
         f"latin: could not be told: {data}/latin-train.csv:2: not UTF-8 text (byte 0xfc); say what it is in: "
-        "source.encoding: latin-1 if it is Western European",
+        "source.encoding: latin-1 if it is Western European, or save it as UTF-8",
         "lonely: could not be told: no test file",
         f"unclear: could not be told: {data}/unclear-train.csv: row 1 (train/0) has 'title', 'body', 'y'; "
         'say what holds text and answer, such as columns: {text: "{title}\\n{body}", label: "y"}',
