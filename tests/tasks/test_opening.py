@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import bz2
 import errno
 import gzip
@@ -267,7 +268,8 @@ class Locked:
         self.paths = [str(path) for path in paths]
         for name in ("open", "scandir", "listdir", "stat"):
             monkeypatch.setattr(os, name, self.guarded(getattr(os, name), name))
-        monkeypatch.setattr(io, "open", self.guarded(io.open, "open"))
+        for module in (builtins, io):
+            monkeypatch.setattr(module, "open", self.guarded(open, "open"))
         monkeypatch.setattr(Path, "stat", self.guarded(Path.stat, "stat"))
         if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 keeps functions of its own
             monkeypatch.setattr(pathlib._NormalAccessor, "stat", staticmethod(os.stat))
