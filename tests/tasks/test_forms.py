@@ -603,3 +603,29 @@ def test_several_files_of_a_split_are_of_one_form(tmp_path: Path) -> None:
     columns = Columns(text="input", label="output")
     named = files.read([str(tmp_path / "*.jsonl")], "train", columns, "")
     assert pairs(named) == [("a", "x"), ("a", "x")], "what is named is that of all"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(IO_ROW, ALPACA_ROW), (MESSAGES_ROW, {**MESSAGES_ROW, **TEXT_ROW}), ({"prompt": "p", "label": "x"},
+     {"prompt": "p", **TEXT_ROW})],
+)  # fmt: skip
+def test_rows_of_one_file_are_of_one_form(tmp_path: Path, first: Any, second: Any) -> None:
+    """What the first row has not would be dropped from the others without a word."""
+    with pytest.raises(
+        UserError, match=r"x.json: row 3 \(train/2\) would be read as .*, and the first row as .*"
+    ) as caught:
+        read(tmp_path, [first, first, second])
+    assert "source.format" in str(caught.value)
+    named = {"text": next(iter(first)), "label": list(first)[-1]}
+    if "messages" in first:
+        assert pairs(read(tmp_path, [first, second], format="messages")) == [("a", "x")] * 2
+    else:
+        assert len(pairs(read(tmp_path, [first, first, second], named))) == 3, "what is named is that of all"
+
+
+def test_rows_may_have_fields_of_their_own(tmp_path: Path) -> None:
+    more = [{**IO_ROW, "id": 3}, {**IO_ROW, "note": "n"}, IO_ROW, {**IO_ROW, "label": "y"}]
+    assert pairs(read(tmp_path, [IO_ROW, *more])) == [("a", "x")] * 5
+    alpaca = [ALPACA_ROW, {"instruction": "Do.", "output": "x"}, {**ALPACA_ROW, "system": "S", "text": "t"}]
+    assert len(pairs(read(tmp_path, alpaca))) == 3

@@ -91,6 +91,18 @@ class Form:
                 "source.format (or columns) what both are, or give both the same fields"
             )
 
+    def check_row(self, record: Any, columns: Columns, many: bool, instances: bool) -> None:
+        """Fault where a later record, by itself, has a form of another meaning; the arguments are ``form_of``'s."""
+        try:
+            other = form_of(record, FileFormat(), columns, many, instances)
+        except Fault:  # says nothing by itself: a field more, or less
+            return
+        if self.meaning != other.meaning:
+            raise Fault(
+                f" would be read as {other.words}, and the first row as {self.words}; say with source.format (or "
+                "columns) what all are, or give all the same fields"
+            )
+
     def notes(self, split: Split) -> Iterator[str]:
         """Lines on how the split's rows were read, where that is not plain."""
         if self.recognised:

@@ -32,8 +32,10 @@ def read(
     place = Place()
     found = Found([], place, "")
     forms: list[Form] = []  # one of each file that has a record
+    guessed = how.format == "auto" and not columns.given
     for file in files:
         form: Form | None = None
+        fields: Any = None  # of the row before
         place.begin(file, len(found.rows))
         records, instances = _records(file, how, found.notes)
         for record in records:
@@ -45,6 +47,9 @@ def read(
                     forms.append(form)
                     forms[0].check_same(form, what)
                 text, answer, whole = form.take(record)
+                if guessed and record.keys() != fields:
+                    fields = record.keys()
+                    form.check_row(record, columns, many, instances)
                 check(form.fields[0], text)
                 check(form.fields[1], answer)
             except Fault as fault:
