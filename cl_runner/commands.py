@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cl_runner import runs
 from cl_runner.console import print_json
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.lookup import expanded
 from cl_runner.methods import method_schema, stage_names
 from cl_runner.models.catalog import EMBEDDED
 from cl_runner.moved import run_of, with_files
@@ -84,12 +85,12 @@ class Request:
 def make_absolute(resolved: Resolved) -> None:
     """Paths of the user's become absolute, so that ``run.yaml`` gives the same run from any folder."""
     data, training, model = resolved.config.data, resolved.config.training, resolved.config.model
-    if model.name.strip() and Path(model.name).expanduser().is_dir():
-        model.name = str(Path(model.name).expanduser().absolute())
+    if model.name.strip() and expanded(model.name).is_dir():
+        model.name = str(expanded(model.name).absolute())
     if data.dir is not None:
-        data.dir = str(Path(data.dir).expanduser().absolute())
+        data.dir = str(expanded(data.dir).absolute())
     if training.deepspeed is not None:
-        training.deepspeed = str(Path(training.deepspeed).expanduser().absolute())
+        training.deepspeed = str(expanded(training.deepspeed).absolute())
 
 
 def settle_source(resolved: Resolved) -> None:

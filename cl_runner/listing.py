@@ -13,7 +13,8 @@ from cl_runner.console import aligned, print_json
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import METHODS, method_class, method_schema
 from cl_runner.report.tables import number
-from cl_runner.settings import as_yaml, schema
+from cl_runner.settings import schema
+from cl_runner.yamlfile import as_yaml
 
 KINDS = ("orders", "tasks", "methods", "adapters", "models", "presets", "runs")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cl_runner.errors import UserError, did_you_mean
@@ -29,6 +31,11 @@ def looks_like_path(name: str) -> bool:
     return "/" in name or "\\" in name or name.endswith((".yaml", ".yml"))
 
 
+def expanded(path: str) -> Path:
+    """A path whose ``~`` is a home folder; as it stands where there is no such user, so that it is named as missing."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own is an error then
+
+
 def find(name: str, folders: Iterable[Path], what: str, known: Iterable[str]) -> Path:
     """The file of an order or a preset, by name in the folders (the first that has it wins) or by path.
 
@@ -37,8 +44,9 @@ def find(name: str, folders: Iterable[Path], what: str, known: Iterable[str]) ->
     if not name or not name.isprintable():
         raise UserError(f"'{printable(name)}' is not the name of {what}: it is empty or holds control characters")
     if looks_like_path(name):
-        if Path(name).is_file():
-            return Path(name)
+        with suppress(OSError):  # too long a name, or a folder that may not be read
+            if Path(name).is_file():
+                return Path(name)
         raise UserError(f"{name}: no such {what.split()[-1]} file")
     if is_name(name):
         for folder in folders:

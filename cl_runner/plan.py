@@ -15,7 +15,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.base import Method, Reorthogonalise, StagePlan
 from cl_runner.metrics.text import no_variance, require
-from cl_runner.tasks.rows import Rows, load_rows
+from cl_runner.tasks.rows import Rows, check_forms, load_rows
 from cl_runner.tasks.task import Split, Task
 
 
@@ -122,6 +122,8 @@ class Data:
 
         train = {task.name: read(task, "train") for task in tasks}
         test = {task.name: read(task, "test") for task in tasks}
+        for name in train:
+            check_forms(name, train[name], test[name])
         return cls({task.name: task for task in tasks}, settings, train, test)
 
     @property

@@ -21,9 +21,9 @@ from cl_runner.lookup import is_name
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.rundir import RunDir, read_json, write_json, write_text
-from cl_runner.settings import Resolved, as_yaml, difference, differing_from_presets
+from cl_runner.settings import Resolved, difference, differing_from_presets
 from cl_runner.updates import free_subspace, peak_megabytes, update_norm
-from cl_runner.yamlfile import load
+from cl_runner.yamlfile import as_yaml, load
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
 # fingerprint).

@@ -1,4 +1,4 @@
-"""YAML with positions: what a user wrote, and where, so that an error can name ``file:line:column``.
+"""YAML with positions: what a user wrote, and where, so that an error can name ``file:line:column``; values as YAML.
 
 PyYAML's SafeLoader scans and composes; the plain data are built here, because YAML 1.1's surprises are not wanted:
 ``yes``, ``No``, ``on``, ``010``, ``1:30`` and dates stay text, only ``true`` and ``false`` are booleans, and ``1e-4``
@@ -8,6 +8,7 @@ is a number. Tags (``!!python/…``), duplicate keys, merge keys and alias bombs
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,9 @@ DEEPEST = 40
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_SAFE = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
+# Not text to every reader of YAML, so written in quotes.
+_IN_QUOTES = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 _BARE = "bare"  # our tag of a scalar without quotes and without a tag: a number, a boolean, null or text
 _TAGS = {_BARE, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:str"}
 
@@ -127,6 +131,33 @@ def parse_value(text: str, name: str) -> tuple[Any, str]:
 def printable(text: str) -> str:
     """Text for a message: control characters as escapes, so that the message stays one line."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def as_yaml(value: Any) -> str:
+    """One value on one line, as ``parse`` reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(as_yaml(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{as_yaml(key)}: {as_yaml(item)}' for key, item in value.items())}}}"
+    text = str(value)
+    if _SAFE.fullmatch(text) and text.lower() not in _IN_QUOTES:
+        return text
+    return '"' + "".join(_escaped(letter) for letter in text) + '"'
+
+
+def _escaped(letter: str) -> str:
+    if letter in '"\\':
+        return "\\" + letter
+    if letter in "\n\t":
+        return {"\n": "\\n", "\t": "\\t"}[letter]
+    if letter.isprintable():
+        return letter
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
-from cl_runner.settings.text import as_yaml
-from cl_runner.yamlfile import load, parse, parse_value
+from cl_runner.yamlfile import as_yaml, load, parse, parse_value
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,10 @@ from pydantic import BaseModel
 from cl_runner.config import RunConfig
 from cl_runner.settings.layers import SETTABLE
 from cl_runner.validation import section_of
+from cl_runner.yamlfile import as_yaml
 
 if TYPE_CHECKING:
     from cl_runner.settings import Resolved
-
-_SAFE = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
-# Not text to every reader of YAML, so written in quotes.
-_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 def show(resolved: Resolved) -> str:
@@ -57,33 +53,6 @@ def _lines(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{name}:", ""
             for key, given in value.items():
                 yield f"  {as_yaml(key)}: {as_yaml(given)}", f"{name}.{key}"
-
-
-def as_yaml(value: Any) -> str:
-    """One value on one line, as ``yamlfile`` reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(as_yaml(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{as_yaml(key)}: {as_yaml(item)}' for key, item in value.items())}}}"
-    text = str(value)
-    if _SAFE.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    return '"' + "".join(_escaped(letter) for letter in text) + '"'
-
-
-def _escaped(letter: str) -> str:
-    if letter in '"\\':
-        return "\\" + letter
-    if letter in "\n\t":
-        return {"\n": "\\n", "\t": "\\t"}[letter]
-    if letter.isprintable():
-        return letter
-    code = ord(letter)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def schema(methods: Mapping[str, type[BaseModel]] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cl_runner.config import DataConfig
 from cl_runner.metrics.comparison import Comparison
 from cl_runner.tasks import files, folder
-from cl_runner.tasks.rows import Rows, load_rows
+from cl_runner.tasks.rows import Rows, check_forms, load_rows
 from cl_runner.tasks.task import Row, Task
 
 
@@ -48,6 +48,7 @@ def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None
 
 def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
     train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
+    check_forms(task.name, train, test)
     return {
         "task": task.name,
         "kind": task.kind,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,15 +24,14 @@ from cl_runner.tasks.files.opening import ending, packed
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, Row, Source, Split
 from cl_runner.validation import explain
-from cl_runner.yamlfile import printable
+from cl_runner.yamlfile import as_yaml, printable
 
 # A set of labels is listed where it is no larger than this, its labels are short, and each is there twice on average.
 MOST_LABELS = 150
 LONGEST_LABEL = 60
 FEW_LABELS = 5  # so few need not be there again in train itself
 SHORT_ANSWER = 3  # words: of longer ones the wording counts less than what they share with the gold
-_PLAIN = re.compile(r"(\.\.?/)*[A-Za-z][\w./+-]*( [\w./+-]+)*")
-_NO_TEXT = {"true", "false", "null", "yes", "no", "on", "off"}
+MOST_TOKENS = 512  # of a target: room for more is not made, as models with a table of positions have few
 
 
 @dataclass
@@ -66,8 +64,8 @@ def draft(candidate: Candidate, name: str, root: Path, base: Path) -> Draft:
         return _benchmark(candidate, root) or _own(candidate, name, splits, paths, note)
     except UserError as error:
         why = printable(str(error))
-        lines = [f"{name}: could not be told: {why}", f"- name: {_yaml(name)}", "  kind: classification"]
-        lines += [f"  source: {_source(paths)}", "  columns: {text: …, label: …}"]
+        lines = [f"{name}: could not be told: {why}", f"- name: {as_yaml(name)}", "  kind: classification"]
+        lines += [f"  source: {as_yaml(paths)}", "  columns: {text: …, label: …}"]
         return Draft(name, "".join(f"  # {line}\n" for line in lines), f"{name}: could not be told: {why}", works=False)
 
 
@@ -119,6 +117,8 @@ def _own(
     form = train.form
     if form is None:
         raise UserError(f"{train.place}: no rows")
+    if test.form is not None:
+        form.check_same(test.form, "the files are no pair")
     labels, told = _label_set(candidate, *(_answers(found.rows, many) for found in (train, test)))
     metric, why = ("labels-f1" if many else "exact", "") if labels else _metric(train.rows)
     own_kind = candidate.folder.parent.name
@@ -127,11 +127,11 @@ def _own(
     entry |= {"labels": labels} if labels else {}
     if form.columns is None:
         read_as = source["format"] = str(form.name)
-        place = [f"source: {_source({**paths, 'format': read_as})}"]
+        place = [f"source: {as_yaml({**paths, 'format': read_as})}"]
     else:
         entry["columns"] = {"text": form.columns.text, "label": form.columns.label}
-        read_as = ", ".join(f"{key}: {_yaml(str(value))}" for key, value in entry["columns"].items())
-        place = [f"source: {_source(paths)}", f"columns: {{{read_as}}}"]
+        read_as = as_yaml(entry["columns"])[1:-1]
+        place = [f"source: {as_yaml(paths)}", f"columns: {{{read_as}}}"]
     try:
         task = catalog.build(entry)
     except ValidationError as error:  # such as a label twice in labels.json
@@ -144,11 +144,12 @@ def _own(
         *(f"# {printable(said)}" for said in dict.fromkeys([*train.notes, *test.notes])),
         f"kind: {kind}  # the input begins with it",
         _instruction(form.name, files.instruction(Source.model_validate(source)), kind, bool(labels)),
-        *([f"labels: [{', '.join(map(_yaml, labels))}]  # {told}"] if labels else []),
+        *([f"labels: {as_yaml(labels)}  # {told}"] if labels else []),
         f"metric: {metric}{why and '  # ' + why}",
         *place,
+        *_long(train.rows),
     ]
-    text = f"  - name: {_yaml(name)}  # {counts}\n" + "".join(f"    {line}\n" for line in lines)
+    text = f"  - name: {as_yaml(name)}  # {counts}\n" + "".join(f"    {line}\n" for line in lines)
     what = f"{len(labels)} labels" if labels else f"free text, scored by {metric}"
     return Draft(name, text, f"{name}: {counts}; {read_as}; {what}")
 
@@ -206,7 +207,27 @@ def _metric(train: Sequence[Row]) -> tuple[str, str]:
         require("rouge-l")
     except UserError:
         return "exact", f"answers of {words:g} words: rouge-l suits (pip install 'cl-runner[metrics]')"
-    return "rouge-l", f"answers of {words:g} words; data.max_target cuts those that are long"
+    return "rouge-l", f"answers of {words:g} words"
+
+
+def _long(train: Sequence[Row]) -> Iterator[str]:
+    """Lines that let answers be trained which may be over the default of ``data.max_target``.
+
+    Their tokens are not known before the model is; there are no more than bytes, but for one that some tokenizers begin
+    with, and the end.
+    """
+    longest = max(len(row.label.encode()) for row in train)
+    room = longest + 2
+    default = DataConfig().max_target
+    if room <= default:
+        return
+    if room <= MOST_TOKENS:
+        yield f"set: {{data.max_target: {room}}}  # tokens (default {default}): the longest answer has {longest} bytes"
+    else:
+        more = f"the longest answer has {longest} bytes; what is over is cut, and counted"
+        yield f"set: {{data.max_target: {MOST_TOKENS}, data.long_targets: cut}}  # tokens: {more}"
+    most = min(room, MOST_TOKENS)
+    yield f"# the model writes eval.max_new_tokens at most: --set eval.max_new_tokens={most} lets it answer as long"
 
 
 def _check(split: Split, paths: Sequence[Path]) -> None:
@@ -227,19 +248,3 @@ def _as_named(paths: Sequence[Path], base: Path) -> str | list[str]:
             return os.path.relpath(paths[0].parent / pattern, base)
     named = [os.path.relpath(path, base) for path in paths]
     return named[0] if len(named) == 1 else named
-
-
-def _source(source: Mapping[Any, str | list[str]]) -> str:
-    parts = [
-        f"{key}: " + (_yaml(value) if isinstance(value, str) else f"[{', '.join(map(_yaml, value))}]")
-        for key, value in source.items()
-    ]
-    return f"{{{', '.join(parts)}}}"
-
-
-def _yaml(text: str) -> str:
-    """A text as YAML has it: bare where nothing in it means more than itself."""
-    if _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXT:
-        return text
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)

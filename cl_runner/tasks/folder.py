@@ -6,6 +6,7 @@ import filecmp
 from pathlib import Path
 
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.lookup import expanded
 from cl_runner.tasks import files
 from cl_runner.tasks.task import Columns, Split, Task
 
@@ -15,21 +16,28 @@ COLUMNS = Columns(text="sentence", label="label")
 def read(task: Task, root: str, split: Split) -> files.Found:
     """One split's rows. What is missing or malformed is a UserError of one line."""
     folder = task_folder(task, root)
-    _check_labels(task, folder / "labels.json")
     path = folder / f"{split}.json"
-    if not path.exists():
-        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "nothing"
-        raise UserError(
-            f"task {task.name}: no split {path} (there is {there}); every task needs train.json and test.json"
-        )
-    found = files.read([str(path)], split, COLUMNS, f"task {task.name}")
+    with files.looking(folder, f"task {task.name}"):
+        _check_labels(task, folder / "labels.json")
+        if not path.exists():
+            there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "nothing"
+            raise UserError(
+                f"task {task.name}: no split {path} (there is {there}); every task needs train.json and test.json"
+            )
+    columns = COLUMNS.model_copy(update={"separator": task.columns.separator})
+    found = files.read([str(path)], split, columns, f"task {task.name}", many=task.sets)
     found.source = f"folder {root}"
     return found
 
 
 def task_folder(task: Task, root: str) -> Path:
     """The task's folder under ``root``; UserError naming the part that is missing."""
-    base = Path(root).expanduser()
+    base = expanded(root)
+    with files.looking(base, "data folder"):
+        return _task_folder(task, base)
+
+
+def _task_folder(task: Task, base: Path) -> Path:
     if not base.is_dir():
         what = "is not a folder" if base.exists() else "does not exist"
         raise UserError(
@@ -48,7 +56,8 @@ def task_folder(task: Task, root: str) -> Path:
 
 def same_file(one: Path, other: Path) -> bool | None:
     """Whether two files (dev and test) are the same, byte for byte; None where one is missing."""
-    return filecmp.cmp(one, other, shallow=False) if one.is_file() and other.is_file() else None
+    with files.looking(one):
+        return filecmp.cmp(one, other, shallow=False) if one.is_file() and other.is_file() else None
 
 
 def _check_labels(task: Task, path: Path) -> None:

@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cl_runner.errors import UserError, first_line
 from cl_runner.tasks.files import Found, where
+from cl_runner.tasks.files.values import Fault, target
 from cl_runner.tasks.quiet import quiet
 from cl_runner.tasks.sampling import shares
 from cl_runner.tasks.task import Hub, Row, Split, Task
-from cl_runner.tasks.template import Templates
+from cl_runner.tasks.template import Templates, written
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,7 @@ def read(task: Task, split: Split, seed: int) -> Found:
     place = _place(hub, name, commit)
     templates = Templates(hub.text)
     _check_columns({*templates.names, hub.label}, data.column_names, place)
-    labels = _labels(hub, data, place)
+    labels = _labels(task, hub, data, split, place)
     chosen = cut(labels, size, random.Random(f"{seed}/{task.called}/{split}"))
     found = Found([], place, place)
     for number, record in zip(chosen, data.select(chosen), strict=True):
@@ -46,7 +47,8 @@ def read(task: Task, split: Split, seed: int) -> Found:
         except ValueError as error:
             raise UserError(f"{where(place, split, number)}: {error}") from error
         found.rows.append(Row(f"{split}/{number}", text, labels[number] or ""))
-        if not whole:
+        # Rows of the benchmark's sets may lack a part, as a question its answer: only one that has none is empty.
+        if not whole and not any(written(field, record[field]).strip() for field in templates.names):
             found.incomplete.add(f"{split}/{number}")
     return found
 
@@ -71,30 +73,58 @@ def cut(labels: list[str | None], size: int | None, rng: random.Random) -> list[
     return taken
 
 
-def _labels(hub: Hub, data: Dataset, place: str) -> list[str | None]:
-    """Each row's label in the task's words; None for a hidden one, and for the header row of a CSV file without one."""
+def _labels(task: Task, hub: Hub, data: Dataset, split: Split, place: str) -> list[str | None]:
+    """Each row's label in the task's words; None for a hidden one, and for the header row of a CSV file without one.
+
+    Several labels of a row are one text: ``a, b``.
+    """
     from datasets import ClassLabel
 
     feature = data.features[hub.label]
+    inner = getattr(feature, "feature", feature)  # what a list holds
+    classes = inner.names if isinstance(inner, ClassLabel) else None
     values = data.data.column(hub.label).to_pylist()
-    if isinstance(feature, ClassLabel):
-        classes = feature.names
-        values = [None if v is None or v < 0 else classes[v] for v in values]
-    else:
-        values = [None if v is None or v == -1 else str(v) for v in values]
-    if hub.labels is None:
-        return values
-    labels = [None if v is None else hub.labels.get(v) for v in values]
-    start = 1 if hub.column_names and labels and labels[0] is None else 0
-    for number in range(start, len(labels)):
-        if labels[number] is None and values[number] is not None:
-            raise UserError(
-                f"{place}: row {number + 1}: class '{values[number]}' of '{hub.label}' is not in the task's mapping "
-                f"(hub.labels has {', '.join(hub.labels)}); the data set has changed, or needs another revision"
-            )
-    if not any(label is not None for label in labels):
-        raise UserError(f"{place}: every label is hidden there; another split has them (hub.splits)")
+    given = [_parts(value, classes, task) for value in values]
+    if hub.labels is not None:
+        start = 1 if hub.column_names and given and given[0] and given[0][0] not in hub.labels else 0
+        given[:start] = [None] * start
+        for number, parts in enumerate(given):
+            for part in parts or ():
+                if part is not None and part not in hub.labels:
+                    raise UserError(
+                        f"{place}: row {number + 1}: class '{part}' of '{hub.label}' is not in the task's mapping "
+                        f"(hub.labels has {', '.join(hub.labels)}); the data set has changed, or needs another revision"
+                    )
+        given = [None if parts is None else [part and hub.labels[part] for part in parts] for parts in given]
+        if not any(given):
+            raise UserError(f"{place}: every label is hidden there; another split has them (hub.splits)")
+    labels: list[str | None] = []
+    for number, (value, parts) in enumerate(zip(values, given, strict=True)):
+        if parts is None or not (task.sets or isinstance(value, list)):
+            labels.append(parts[0] if parts else None)
+            continue
+        try:
+            labels.append(target(hub.label, parts, task.sets))
+        except Fault as fault:
+            raise UserError(f"{where(place, split, number)}{fault}") from fault
     return labels
+
+
+def _parts(value: Any, classes: list[str] | None, task: Task) -> list[str | None] | None:
+    """The labels in a row's field: one, or those of a list or (metric ``labels-f1``) a text; None for a hidden one."""
+    if isinstance(value, list):
+        return [_label(each, classes) for each in value]
+    label = _label(value, classes)
+    if label is not None and classes is None and task.sets:
+        return [part.strip() for part in label.split(task.columns.separator) if part.strip()]
+    return None if label is None else [label]
+
+
+def _label(value: Any, classes: list[str] | None) -> str | None:
+    """A class's name, or a value as text; None for a hidden one."""
+    if value is None or value == -1 or (classes and value < 0):
+        return None
+    return classes[value] if classes else str(value)
 
 
 def _check_columns(needed: set[str], columns: list[str], place: str) -> None:

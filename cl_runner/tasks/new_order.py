@@ -8,7 +8,7 @@ from typing import Any
 
 from cl_runner.errors import UserError
 from cl_runner.lookup import is_name
-from cl_runner.tasks import catalog
+from cl_runner.tasks import catalog, files
 from cl_runner.tasks.discovery import candidates
 from cl_runner.tasks.drafts import Draft, draft, task_name
 from cl_runner.yamlfile import printable, read_text
@@ -48,14 +48,17 @@ def new_order(file: Path, from_olora: Path | None = None, from_folder: Path | No
         raise UserError(f"{printable(str(file))}: {problem}")
     if from_olora is not None and from_folder is not None:
         raise UserError("--from and --from-olora: an order is made of one folder; leave one out")
-    if file.exists():
-        raise UserError(f"{file}: already there; choose another name")
+    with files.looking(file):
+        if file.exists():
+            raise UserError(f"{file}: already there; choose another name")
     if from_folder is not None:
-        text, lines = _of_folder(file, from_folder)
+        with files.looking(from_folder):
+            text, lines = _of_folder(file, from_folder)
     elif from_olora is None:
         text, lines = EXAMPLE.format(name=file.stem, file=file), [f"wrote {file}, an example to change"]
     else:
-        tasks = _stages_of(from_olora)
+        with files.looking(from_olora):
+            tasks = _stages_of(from_olora)
         text = f"# From an O-LoRA order folder, {from_olora.resolve().name}.\nname: {file.stem}\n"
         text += "tasks:\n" + "".join(f"  - {task}\n" for task in tasks)
         lines = [f"wrote {file}: {', '.join(tasks)}"]

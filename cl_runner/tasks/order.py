@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from cl_runner.config import RunConfig
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.lookup import find, is_name, shipped
+from cl_runner.lookup import expanded, find, is_name, shipped
 from cl_runner.tasks import catalog, files
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.task import Task
@@ -137,7 +137,7 @@ def _folder(document: Document, file: Path) -> Path:
     folder = document.text(("folder",))
     if not folder:
         raise refuse(document.position(("folder",)), "folder must be text: where the files of own tasks are")
-    return beside / Path(folder).expanduser()
+    return beside / expanded(folder)
 
 
 def _name(document: Document, file: Path) -> str:

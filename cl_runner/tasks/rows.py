@@ -27,7 +27,7 @@ class Rows:
     labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
     (``data.unknown_test``); ``cut`` is how many rows more there are, ``absent`` the labels that no row has, cut or not;
     ``empty`` counts the split's rows whose text is empty or lacks a part; ``notes`` are lines on how the files were
-    read; ``fingerprint`` depends on the rows alone.
+    read, ``form`` is what the rows of files were; ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -40,6 +40,7 @@ class Rows:
     absent: tuple[str, ...] = ()
     empty: int = 0
     notes: tuple[str, ...] = ()
+    form: files.Form | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,17 +76,21 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     _check_golds(task, kept, split, place)
     empty = _empty(found, kept, split, data.empty_texts)
     most = data.max_train if split == "train" else data.max_test
-    taken = (
-        first_of_each(kept, rarest([task.given(row.label) for row in kept]), most)
-        if most and data.balanced and task.labels
-        else kept[:most]
-    )
+    taken = kept[:most]
+    if most and data.balanced and task.labels:
+        taken = first_of_each(kept, rarest([task.given(row.label) for row in kept]), most)
     if scored:
         unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
     there = {label for row in kept for label in task.given(row.label)}
     absent = tuple(label for label in task.labels or () if label not in there)
     cut, notes = len(kept) - len(taken), tuple(found.notes)
-    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, notes)
+    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, notes, found.form)
+
+
+def check_forms(name: str, train: Rows, test: Rows) -> None:
+    """UserError where the train and the test rows of a task were read as forms of different meaning."""
+    if train.form is not None and test.form is not None:
+        train.form.check_same(test.form, f"task {name}")
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cl_runner.config import Section
+from cl_runner.lookup import expanded
 from cl_runner.metrics.comparison import Comparison, comparison_of
 from cl_runner.metrics.text import judges
 from cl_runner.tasks.template import Templates, is_template
@@ -109,7 +110,7 @@ class Source(FileFormat):
         """The same files, relative paths taken from ``folder``; ``moved``: the others too, by the last part."""
 
         def there(path: str) -> str:
-            given = Path(path).expanduser()
+            given = expanded(path)
             return str(folder / (given.name if moved and given.is_absolute() else given))
 
         paths = {

@@ -476,3 +476,156 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path: Path, name: str, 
             continue
         assert result.code == 2 and says in result.line
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["o.yaml", name]), "before anything was written"
+
+
+HISTORIES = [
+    5,
+    True,
+    2.5,
+    "before",
+    {"a": "b"},
+    [5],
+    ["ab"],
+    [["a"]],
+    [["a", "b", "c"]],
+    [["a", None]],
+    [{"a": 1, "b": 2}],
+]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_histories_of_alpaca_that_are_no_pairs(tmp_path: Path, history: Any) -> None:
+    record = {"instruction": "Do.", "output": "x"}
+    with pytest.raises(UserError, match=r"row 2 \(train/1\): 'history' is .*list of pairs of texts"):
+        read(tmp_path, [record, {**record, "history": history}])
+    (tmp_path / "o.yaml").write_text("tasks: [{name: mine, kind: QA, source: {train: x.json, test: x.json}}]")
+    result = call("train", "--order", "o.yaml", cwd=tmp_path)
+    assert result.code == 2 and "x.json: row 2 (train/1): 'history' is " in result.line
+
+
+@pytest.mark.parametrize("history", [None, [], "", float("nan")])
+def test_histories_that_are_none(tmp_path: Path, history: Any) -> None:
+    assert pairs(read(tmp_path, [{"instruction": "Do.", "output": "x", "history": history}])) == [("Do.", "x")]
+
+
+ALPACA_ROW = {"instruction": "Sort.", "input": "a", "output": "x"}
+MESSAGES_ROW = {"messages": [said("user", "a"), said("assistant", "x")]}
+SHAREGPT_ROW = {"conversations": [shared("human", "a"), shared("gpt", "x")]}
+TEXT_ROW = {"text": "a", "label": "x"}
+PAIR_ROW = {"premise": "a", "hypothesis": "b", "label": "x"}
+IO_ROW = {"input": "a", "output": "x"}
+AS_TEXT = 'columns: {text: "text", label: "label"}'
+AS_ALPACA = "Alpaca (instruction, input, output)"
+
+DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    (TEXT_ROW, ALPACA_ROW, AS_TEXT, AS_ALPACA),
+    (ALPACA_ROW, TEXT_ROW, AS_ALPACA, AS_TEXT),
+    (TEXT_ROW, MESSAGES_ROW, AS_TEXT, "chats of messages (the last turn of the assistant is the answer)"),
+    (MESSAGES_ROW, {**TEXT_ROW, **MESSAGES_ROW}, "chats of messages (the last turn of the assistant is the answer)",
+     AS_TEXT),
+    (IO_ROW, ALPACA_ROW, 'columns: {text: "input", label: "output"}', AS_ALPACA),
+    ({"prompt": "p", "label": "x"}, {"prompt": "p", **TEXT_ROW}, 'columns: {text: "prompt", label: "label"}', AS_TEXT),
+    ({"text": "a", "summary": "x"}, TEXT_ROW, 'columns: {text: "text", label: "summary"}', AS_TEXT),
+    (PAIR_ROW, {"sentence1": "a", "sentence2": "b", "label": "x"},
+     'columns: {text: "{premise}\\n{hypothesis}", label: "label"}',
+     'columns: {text: "{sentence1}\\n{sentence2}", label: "label"}'),
+    (SHAREGPT_ROW, ALPACA_ROW, "ShareGPT chats (the last turn of the assistant is the answer)", AS_ALPACA),
+]  # fmt: skip
+
+
+def entry(folder: Path, train: str, test: str, more: str = "") -> None:
+    (folder / "o.yaml").write_text(
+        f"tasks: [{{name: mine, kind: QA, source: {{train: {train}, test: {test}{more}}}}}]", encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("command", [("train", "--dry-run"), ("train",), ("data", "check")])
+@pytest.mark.parametrize(("train", "test", "one", "other"), DIFFERENT)
+def test_train_and_test_of_two_forms_are_refused(
+    tmp_path: Path, train: Any, test: Any, one: str, other: str, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(train))
+    (tmp_path / "b.json").write_text(json.dumps([test]))
+    entry(tmp_path, "a.jsonl", "b.json")
+    result = call(*command, "--order", "o.yaml", cwd=tmp_path)
+    assert result.code == 2 and not (tmp_path / "runs").exists()
+    both = f"{tmp_path / 'a.jsonl'} is read as {one}, and {tmp_path / 'b.json'} as {other}"
+    assert result.line == (
+        f"cl-runner: task mine: {both}; say with source.format (or columns) what both are, or give both the same fields"
+    )
+
+
+def test_the_form_that_is_named_is_that_of_both(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([MESSAGES_ROW]))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "other", "label": "y", **MESSAGES_ROW}]))
+    entry(tmp_path, "a.json", "b.json", ", format: messages")
+    (task,) = load_order(str(tmp_path / "o.yaml")).tasks
+    for split in ("train", "test"):
+        rows = load_rows(task, DataConfig(), split)  # type: ignore[arg-type]
+        assert [(row.text, row.label) for row in rows.rows] == [("a", "x")]
+    assert call("train", "--dry-run", "--order", "o.yaml", cwd=tmp_path).code == 0
+
+
+SAME: list[tuple[str, str, str, str]] = [
+    ("a.csv", "text,label\na,x\n", "b.jsonl", json.dumps(TEXT_ROW)),
+    ("a.csv", "prompt,answer\na,x\n", "b.json", json.dumps([{"id": 1, "prompt": "a", "answer": "x"}])),
+    ("a.tsv", "Text\tLabel\na\tx\n", "b.csv", "text,label,source\na,x,here\n"),
+    ("a.json", json.dumps([MESSAGES_ROW]), "b.json", json.dumps([SHAREGPT_ROW])),
+    ("a.json", json.dumps([ALPACA_ROW]), "b.json", json.dumps([{**ALPACA_ROW, "history": [], "id": 3}])),
+    ("a.json", json.dumps({"Definition": ["Do."], "Instances": [{"input": "a", "output": ["x"]}]}),
+     "b.jsonl", json.dumps(IO_ROW)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "first", "test", "second"), SAME)
+def test_forms_that_mean_the_same_may_differ(tmp_path: Path, train: str, first: str, test: str, second: str) -> None:
+    (tmp_path / train).write_text(first)
+    (tmp_path / test).write_text(second)
+    entry(tmp_path, train, test)
+    (task,) = load_order(str(tmp_path / "o.yaml")).tasks
+    texts = {load_rows(task, DataConfig(), split).rows[0].text for split in ("train", "test")}  # type: ignore[arg-type]
+    assert len(texts) == 1
+    result = call("data", "check", "--order", "o.yaml", cwd=tmp_path)
+    assert result.code == 0, result.err
+    both = files.read([str(tmp_path / train), str(tmp_path / test)], "train", Columns(), "")
+    assert len({(row.text, row.label) for row in both.rows}) == 1, "of one split too, whatever the fields are called"
+
+
+def test_several_files_of_a_split_are_of_one_form(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(IO_ROW))
+    (tmp_path / "b.jsonl").write_text(json.dumps(ALPACA_ROW))
+    with pytest.raises(UserError) as caught:
+        files.read([str(tmp_path / "*.jsonl")], "train", Columns(), "task mine, source.train")
+    assert str(caught.value).startswith(
+        f'task mine, source.train: {tmp_path / "a.jsonl"} is read as columns: {{text: "input", label: "output"}}, and '
+        f"{tmp_path / 'b.jsonl'} as Alpaca"
+    )
+    columns = Columns(text="input", label="output")
+    named = files.read([str(tmp_path / "*.jsonl")], "train", columns, "")
+    assert pairs(named) == [("a", "x"), ("a", "x")], "what is named is that of all"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(IO_ROW, ALPACA_ROW), (MESSAGES_ROW, {**MESSAGES_ROW, **TEXT_ROW}), ({"prompt": "p", "label": "x"},
+     {"prompt": "p", **TEXT_ROW})],
+)  # fmt: skip
+def test_rows_of_one_file_are_of_one_form(tmp_path: Path, first: Any, second: Any) -> None:
+    """What the first row has not would be dropped from the others without a word."""
+    with pytest.raises(
+        UserError, match=r"x.json: row 3 \(train/2\) would be read as .*, and the first row as .*"
+    ) as caught:
+        read(tmp_path, [first, first, second])
+    assert "source.format" in str(caught.value)
+    named = {"text": next(iter(first)), "label": list(first)[-1]}
+    if "messages" in first:
+        assert pairs(read(tmp_path, [first, second], format="messages")) == [("a", "x")] * 2
+    else:
+        assert len(pairs(read(tmp_path, [first, first, second], named))) == 3, "what is named is that of all"
+
+
+def test_rows_may_have_fields_of_their_own(tmp_path: Path) -> None:
+    more = [{**IO_ROW, "id": 3}, {**IO_ROW, "note": "n"}, IO_ROW, {**IO_ROW, "label": "y"}]
+    assert pairs(read(tmp_path, [IO_ROW, *more])) == [("a", "x")] * 5
+    alpaca = [ALPACA_ROW, {"instruction": "Do.", "output": "x"}, {**ALPACA_ROW, "system": "S", "text": "t"}]
+    assert len(pairs(read(tmp_path, alpaca))) == 3

@@ -167,7 +167,7 @@ def test_empty_texts_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     from cl_runner.tasks import hub
 
-    parts = {"premise": ["p", "p"], "hypothesis": ["h", None], "label": ["neutral", "neutral"]}
+    parts = {"premise": ["p", " "], "hypothesis": ["h", None], "label": ["neutral", "neutral"]}
     from datasets import Dataset
 
     monkeypatch.setattr(hub, "_load", lambda *_: (Dataset.from_dict(parts), None))
@@ -175,8 +175,33 @@ def test_empty_texts_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"hub .*: row 2 \(train/1\): the text is empty or lacks a part"):
         load_rows(mnli, DataConfig(source="hub"), "train")
     rows = load_rows(mnli, DataConfig(source="hub", empty_texts="keep"), "train")
-    assert sorted(row.text for row in rows.rows) == ["sentence 1: p\nsentence 2: ", "sentence 1: p\nsentence 2: h"]
+    assert sorted(row.text for row in rows.rows) == ["sentence 1:  \nsentence 2: ", "sentence 1: p\nsentence 2: h"]
     assert rows.empty == 1, "and null is no word in the text"
+
+
+def test_rows_of_the_hub_may_lack_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yahoo's questions are often a title alone, and some have no answer: rows like any other, as they always were."""
+    from datasets import Dataset
+
+    from cl_runner.tasks import hub
+
+    yahoo = catalog.get("yahoo")
+    topic = (yahoo.labels or [])[0]
+    records = [("t", "c", "a"), ("t", "", "a"), ("t", "", ""), ("t", "c", ""), ("", "c", "a"), ("t", None, None)]
+    names = ("question_title", "question_content", "best_answer")
+    columns = {name: [record[k] for record in records] for k, name in enumerate(names)}
+    data = Dataset.from_dict({**columns, "topic": [topic] * len(records)})
+    monkeypatch.setattr(hub, "_load", lambda *_: (data, None))
+    rows = load_rows(yahoo, DataConfig(source="hub"), "train")
+    assert rows.empty == 0
+    assert [row.text for row in sorted(rows.rows, key=lambda row: row.id)] == [
+        "Title: t\nQuestion: c\nAnswer: a\n",
+        "Question: t\nAnswer: a\n",
+        "Question: t\nAnswer: \n",
+        "Question: t\nAnswer: \n",
+        "Question: \nAnswer: a\n",
+        "Question: t\nAnswer: \n",
+    ]
 
 
 def test_empty_texts_and_forms_are_said_before_the_start(tmp_path: Path) -> None:

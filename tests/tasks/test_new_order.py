@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
 from cl_runner.tasks import catalog
-from cl_runner.tasks.drafts import _yaml as as_yaml
 from cl_runner.tasks.drafts import task_name
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order
-from cl_runner.yamlfile import parse
+from cl_runner.yamlfile import as_yaml, parse
 from tests.command_line import call
 
 WORDS = ["billing", "technical"]
@@ -132,7 +131,7 @@ def test_several_tasks_and_what_could_not_be_told(data: Path) -> None:
         "a: 8 train, 8 test rows; text: text, label: label; 2 labels",
         "b: 8 train, 8 test rows; text: text, label: label; 2 labels",
         f"latin: could not be told: {data}/latin-train.csv:2: not UTF-8 text (byte 0xfc); say what it is in: "
-        "source.encoding: latin-1 if it is Western European",
+        "source.encoding: latin-1 if it is Western European, or save it as UTF-8",
         "lonely: could not be told: no test file",
         f"unclear: could not be told: {data}/unclear-train.csv: row 1 (train/0) has 'title', 'body', 'y'; "
         'say what holds text and answer, such as columns: {text: "{title}\\n{body}", label: "y"}',
@@ -260,3 +259,47 @@ def test_the_metric_is_that_of_the_answers(data: Path, answers: Any, metric: str
     assert (task.metric, task.labels) == (metric, labels)
     planned = call("train", "--order", "o.yaml", "--dry-run", cwd=Path.cwd())
     assert planned.code == 0, planned.err
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "settings"),
+    [
+        (48, 4, {}),
+        (49, 4, {"data.max_target": 51}),
+        (400, 60, {"data.max_target": 402}),
+        (3000, 400, {"data.max_target": 512, "data.long_targets": "cut"}),
+    ],
+)
+@pytest.mark.parametrize("few", [False, True])
+def test_answers_over_the_default_cut_can_be_trained(
+    data: Path, size: int, words: int, settings: dict[str, Any], few: bool
+) -> None:
+    """No answer has more tokens than bytes, whatever the model; the tiny one has about as many of rare letters."""
+    if few and size > 60:
+        pytest.skip("labels are short")
+
+    def answer(k: int) -> str:
+        k = k % 2 if few else k
+        text = f"{k} " + " ".join(f"ẑ{'qxz'[(k + j) % 3]}" for j in range(words))
+        return text + "x" * (size - len(text.encode()))
+
+    for split in ("train", "test"):
+        put(data / f"{split}.jsonl", lines(rows(8, answers=[answer(k) for k in range(8)])))
+    new_order(Path("o.yaml"), from_folder=data)
+    order = load_order("o.yaml")
+    assert (order.entries[0].set, order.tasks[0].labels is not None) == (settings, few)
+    text = Path("o.yaml").read_text()
+    assert (f"the longest answer has {size} bytes" in text) == bool(settings)
+    assert ("--set eval.max_new_tokens=" in text) == bool(settings)
+    trained = call(
+        "train", "--order", "o.yaml", "--method", "seqlora", "--set", "eval.max_new_tokens=2", cwd=Path.cwd()
+    )
+    assert trained.code == 0, trained.err
+
+
+def test_a_pair_of_two_forms_is_no_task(data: Path) -> None:
+    put(data / "train.jsonl", lines(rows(8)))
+    put(data / "test.jsonl", lines(alpaca(8)))
+    says = r"could not be told: the files are no pair: .*train.jsonl is read as columns: .*test.jsonl as Alpaca"
+    with pytest.raises(UserError, match=says):
+        new_order(Path("o.yaml"), from_folder=data)

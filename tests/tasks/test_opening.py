@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import builtins
 import bz2
+import errno
 import gzip
+import io
 import json
+import os
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.tasks import catalog, files
+from cl_runner.tasks.check import check
 from cl_runner.tasks.files import opening
+from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, Row, Split
+from tests.command_line import call
 
 
 def zstd(content: bytes) -> bytes:
@@ -213,3 +222,125 @@ def test_one_file_of_several_forms_of_columns_is_one_split(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_text("id,text,label\n1,a,x\n")
     (tmp_path / "b.jsonl").write_text(lines("b"))
     assert texts(read(tmp_path / "a.csv", tmp_path / "b.jsonl")) == ["a", "b"]
+
+
+LONG = "a" * 300
+NO_RIGHT = "cannot be read (Permission denied); give yourself the right to read it and the folders above (chmod u+rX)"
+
+
+@pytest.mark.parametrize("name", [f"{LONG}.csv", f"{LONG}/x.csv", f"{LONG}*.csv", "sub/" + LONG])
+def test_names_that_are_too_long(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "x.csv").write_text("text,label\na,x\n")
+    (tmp_path / "o.yaml").write_text(f"tasks: [{{name: mine, kind: QA, source: {{train: '{name}', test: x.csv}}}}]")
+    for command in (("train",), ("train", "--dry-run"), ("data", "check")):
+        result = call(*command, "--order", "o.yaml", cwd=tmp_path)
+        assert result.code == 2 and result.line.startswith(f"cl-runner: task mine, source.train: {tmp_path}")
+        assert "is too long for the name of a file; give the file's path, or a shorter name" in result.line
+        assert len(result.line) < 300, "the name itself is not said in full"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("new", "order", "o.yaml", "--from", LONG),
+        ("new", "order", "o.yaml", "--from-olora", LONG),
+        ("train", "--dry-run", "--order", "order1", "--data-dir", LONG),
+        ("train", "--dry-run", "--order", f"{LONG}.yaml"),
+    ],
+)
+def test_folders_and_orders_of_too_long_a_name(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result = call(*arguments, cwd=tmp_path)
+    assert result.code == 2 and ("too long" in result.line or "no such order file" in result.line)
+
+
+def test_a_home_that_there_is_not(tmp_path: Path) -> None:
+    (tmp_path / "o.yaml").write_text("tasks: [{name: a, kind: QA, source: {train: '~nobody-here/x.csv', test: x.csv}}]")
+    for arguments in (("--order", "o.yaml"), ("--order", "order1", "--data-dir", "~nobody-here/data")):
+        result = call("train", "--dry-run", *arguments, cwd=tmp_path)
+        assert result.code == 2 and "~nobody-here" in result.line
+
+
+class Locked:
+    """Files and folders that may not be read, as they are to a user who is not root."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
+        self.paths = [str(path) for path in paths]
+        for name in ("open", "scandir", "listdir", "stat"):
+            monkeypatch.setattr(os, name, self.guarded(getattr(os, name), name))
+        for module in (builtins, io):
+            monkeypatch.setattr(module, "open", self.guarded(open, "open"))
+        monkeypatch.setattr(Path, "stat", self.guarded(Path.stat, "stat"))
+        if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 keeps functions of its own
+            monkeypatch.setattr(pathlib._NormalAccessor, "stat", staticmethod(os.stat))
+            monkeypatch.setattr(pathlib._NormalAccessor, "open", staticmethod(io.open))
+            monkeypatch.setattr(pathlib._NormalAccessor, "listdir", staticmethod(os.listdir))
+            monkeypatch.setattr(pathlib._NormalAccessor, "scandir", staticmethod(os.scandir))
+
+    def guarded(self, real: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        def asked(path: Any = ".", *more: Any, **named: Any) -> Any:
+            text = str(path) if isinstance(path, (str, Path)) else ""
+            for locked in self.paths:
+                inside = text.startswith(locked + "/")
+                if inside or (text == locked and kind != "stat"):  # a folder's parent says that it is there
+                    raise PermissionError(errno.EACCES, "Permission denied", text)
+            return real(path, *more, **named)
+
+        return asked
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl.gz", "x.json", "x.parquet"])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pattern: bool) -> None:
+    (tmp_path / name).write_bytes(b"")
+    Locked(monkeypatch, tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / ("x*" if pattern else name))
+    assert str(caught.value) == f"task mine, source.train: {tmp_path / name} {NO_RIGHT}"
+
+
+@pytest.mark.parametrize("named", ["", "x.csv", "*.csv", "more/x.csv", "more/*.csv", "*/x.csv"])
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    folder = tmp_path / "mine"
+    (folder / "more").mkdir(parents=True)
+    for path in (folder, folder / "more"):
+        (path / "x.csv").write_text("text,label\na,x\n")
+    Locked(monkeypatch, folder)
+    with pytest.raises(UserError) as caught:
+        read(folder / named)
+    message = str(caught.value)
+    assert message.startswith(f"task mine, source.train: {folder}") and message.endswith(NO_RIGHT)
+
+
+def test_the_benchmarks_folder_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "TC" / "agnews"
+    folder.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.json").write_text(json.dumps([{"sentence": "a", "label": "World"}]))
+    data = DataConfig(source="folder", dir=str(tmp_path))
+    for locked in (folder / "train.json", folder, tmp_path / "TC", tmp_path):
+        with monkeypatch.context() as patch:
+            Locked(patch, locked)
+            with pytest.raises(UserError) as caught:
+                load_rows(catalog.get("agnews"), data, "train")
+            assert NO_RIGHT in str(caught.value) and str(tmp_path) in str(caught.value)
+    with monkeypatch.context() as patch:
+        Locked(patch, folder / "dev.json")
+        assert len(load_rows(catalog.get("agnews"), data, "train")) == 1
+        with pytest.raises(UserError, match=r"dev.json cannot be read \(Permission denied\)"):
+            check([catalog.get("agnews")], data)
+
+
+def test_an_order_of_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data" / "inner"
+    folder.mkdir(parents=True)
+    for locked in (folder, tmp_path / "data"):
+        with monkeypatch.context() as patch:
+            Locked(patch, locked)
+            for given in ("from_folder", "from_olora"):
+                if given == "from_olora" and locked == folder:
+                    continue  # is not looked into
+                with pytest.raises(UserError) as caught:
+                    new_order(tmp_path / "o.yaml", **{given: tmp_path / "data"})
+                assert NO_RIGHT in str(caught.value) or given == "from_olora"
+    assert not (tmp_path / "o.yaml").exists()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.settings import dump_order
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order, order_names
+from cl_runner.tasks.rows import load_rows
 
 ORDERS = {
     "order1": "dbpedia amazon yahoo agnews",
@@ -29,7 +31,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(text: str, name: str = "f.yaml") -> str:
-    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text(text)
     return name
 
@@ -136,6 +138,18 @@ def test_files_count_from_the_folder_that_is_said() -> None:
     order = load_order(write(f"folder: ../data\ntasks: [{OWN}]", "orders/f.yaml"))
     assert order.tasks[0].source is not None
     assert Path(order.tasks[0].source.train).parent.resolve() == Path("data").resolve()
+
+
+def test_the_model_may_read_another_name_than_the_columns() -> None:
+    """``dataset:`` is what stands in the input and what the benchmark's folder is looked for by."""
+    own = "{name: mine-2024, dataset: mine, kind: TC, labels: [a, b]}"
+    (task,) = load_order(write(f"tasks: [{own}]")).tasks
+    assert (task.name, task.called) == ("mine-2024", "mine")
+    assert str(task.prompt("x")).startswith("Task:TC\nDataset:mine\n")
+    for split in ("train", "test"):
+        write(json.dumps([{"sentence": "x", "label": "a"}]), f"d/TC/mine/{split}.json")
+    rows = load_rows(task, DataConfig(source="folder", dir="d"), "train")
+    assert [(row.text, row.label) for row in rows.rows] == [("x", "a")]
 
 
 def test_labels_are_taken_as_written() -> None:

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from cl_runner.config import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog, synthetic
+from cl_runner.tasks import catalog, hub, synthetic
 from cl_runner.tasks.rows import fingerprint, load_rows
-from cl_runner.tasks.task import Row, Task
+from cl_runner.tasks.task import Row, Split, Task
 
 RECORDS = [("one", "yes"), ("two", "-"), ("three", "no"), ("four", "Yes"), ("five", "yes"), ("six", "-")]
 
@@ -153,6 +153,101 @@ def test_sets_of_labels_become_targets_in_the_order_of_the_task(tmp_path: Path) 
     with pytest.raises(UserError, match=r"row 2 \(train/1\): label 'e' is not one of task mine's"):
         load_rows(task, DataConfig(), "train")
     assert load_rows(task, DataConfig(), "test").unknown == {"e": 1}
+
+
+SETS = ["b, a", ["a", "b"], ["c d"], "a", ["a"], ["b", "b", "c d"]]
+TARGETS = ["a, b", "a, b", "c d", "a", "a", "b, c d"]
+BAD_SETS: list[tuple[Any, str]] = [
+    ([], r"row 2 \(.*/1\): 'label' names no label: the target is missing"),
+    (["a", "b, a"], r"row 2 \(.*/1\): 'label' holds 'b, a', and a comma parts the labels of a row"),
+    (["a", None], r"row 2 \(.*/1\): 'label' is null, not text: the target is missing"),
+]
+
+
+def several(**more: Any) -> Task:
+    return catalog.build({"name": "mine", "kind": "SC", "labels": ["a", "b", "c d"], "metric": "labels-f1"} | more)
+
+
+def benchmark_folder(root: Path, field: str, values: list[Any]) -> DataConfig:
+    folder = root / "SC" / "mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps([{"sentence": "x", field: value} for value in values]))
+    (folder / "labels.json").write_text('["a", "c d", "b"]')
+    return DataConfig(source="folder", dir=str(root))
+
+
+def test_sets_of_labels_in_the_benchmarks_layout(tmp_path: Path) -> None:
+    data = benchmark_folder(tmp_path, "label", SETS)
+    for split in ("train", "test"):
+        assert [row.label for row in load_rows(several(), data, split).rows] == TARGETS  # type: ignore[arg-type]
+    parted = several(columns={"separator": ";"})
+    assert load_rows(parted, benchmark_folder(tmp_path, "label", ["c d;a", "b"]), "train").rows[0].label == "a, c d"
+    for bad, says in BAD_SETS:
+        with pytest.raises(UserError, match="train.json: " + says) as caught:
+            load_rows(several(), benchmark_folder(tmp_path, "label", ["a", bad]), "train")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"row 1 \(train/0\): label 'e' is not one of task mine's"):
+        load_rows(several(), benchmark_folder(tmp_path, "label", [["a", "e"]]), "train")
+    one_each = several(metric="exact")
+    with pytest.raises(UserError, match=r"'label' is a list of 2, not text; .*need metric: labels-f1"):
+        load_rows(one_each, benchmark_folder(tmp_path, "label", [["a", "b"]]), "train")
+
+
+def of_the_hub(monkeypatch: pytest.MonkeyPatch, feature: Any, values: list[Any]) -> None:
+    from datasets import Dataset, Features, Value
+
+    columns = {"text": [f"x {k}" for k in range(len(values))], "label": values}
+    data = Dataset.from_dict(columns, features=Features({"text": Value("string"), "label": feature}))
+    monkeypatch.setattr(hub, "_load", lambda *_: (data, None))
+
+
+def labels_of(task: Task, split: Split = "train") -> list[str]:
+    rows = load_rows(task, DataConfig(source="hub"), split).rows
+    return [row.label for row in sorted(rows, key=lambda row: int(row.id.rpartition("/")[2]))]
+
+
+def test_sets_of_labels_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import ClassLabel, List, Value
+
+    place: dict[str, Any] = {"id": "some/where", "text": "{text}"}
+    task = several(hub=place)
+    lists = [each.split(", ") if isinstance(each, str) else each for each in SETS]
+    of_the_hub(monkeypatch, List(Value("string")), lists)
+    assert labels_of(task) == labels_of(task, "test") == TARGETS
+    of_the_hub(monkeypatch, Value("string"), ["b, a", "c d", "a"])
+    assert labels_of(task) == ["a, b", "c d", "a"]
+    of_the_hub(monkeypatch, Value("string"), ["b; a", "c d"])
+    assert labels_of(several(hub=place, columns={"separator": ";"})) == ["a, b", "c d"]
+    classes = ClassLabel(names=["a", "b", "c d"])
+    of_the_hub(monkeypatch, List(classes), [[1, 0], [2]])
+    assert labels_of(task) == ["a, b", "c d"]
+    of_the_hub(monkeypatch, classes, [1, 2, -1])
+    assert labels_of(task) == ["b", "c d"], "one each; a hidden one is left out"
+    mapped = several(hub={**place, "labels": {"0": "a", "1": "b", "2": "c d"}})
+    of_the_hub(monkeypatch, List(Value("int32")), [[1, 0], [2], None])
+    assert labels_of(mapped) == ["a, b", "c d"]
+    of_the_hub(monkeypatch, List(Value("int32")), [[1, 0], [2, 7]])
+    with pytest.raises(
+        UserError, match=r"hub some/where, split train: row 2: class '7' of 'label' is not in the task's"
+    ):
+        labels_of(mapped)
+    for bad, says in BAD_SETS:
+        of_the_hub(monkeypatch, List(Value("string")), [["a"], bad])
+        with pytest.raises(UserError, match="hub some/where, split train: " + says):
+            labels_of(task)
+
+
+def test_lists_of_labels_on_the_hub_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the target was the list as Python writes it."""
+    from datasets import List, Value
+
+    task = catalog.build({"name": "mine", "kind": "QA", "hub": {"id": "some/where", "text": "{text}"}})
+    of_the_hub(monkeypatch, List(Value("string")), [["a"], ["b"]])
+    assert labels_of(task) == ["a", "b"], "lists of one are what they hold"
+    of_the_hub(monkeypatch, List(Value("string")), [["a"], ["b", "c"]])
+    with pytest.raises(UserError, match=r"row 2 \(train/1\): 'label' is a list of 2, not text; .* metric: labels-f1"):
+        labels_of(task)
 
 
 def test_fingerprint_is_of_the_rows_alone(tmp_path: Path) -> None:

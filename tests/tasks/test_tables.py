@@ -153,6 +153,15 @@ ENCODED = [
     (WORDS.encode("utf-16-le"), "utf-16-le", "set source.encoding: utf-16-le"),
     (WORDS.encode("utf-16-be"), "utf-16-be", "set source.encoding: utf-16-be"),
     ("text,label\nplain,x\n".encode("utf-16-le"), "utf-16-le", r"x.csv: UTF-16 text; set source.encoding: utf-16-le"),
+    (
+        WORDS.encode("utf-32"),
+        "utf-32",
+        r"x.csv.*not UTF-8 but UTF-32 text; set source.encoding: utf-32, or save the file",
+    ),
+    (b"\0\0\xfe\xff" + WORDS.encode("utf-32-be"), "utf-32", "UTF-32 text; set source.encoding: utf-32,"),
+    (WORDS.encode("utf-32-le"), "utf-32-le", "UTF-32 text; set source.encoding: utf-32-le,"),
+    (WORDS.encode("utf-32-be"), "utf-32-be", "UTF-32 text; set source.encoding: utf-32-be,"),
+    ("text,label\nplain,x\n".encode("utf-32-le"), "utf-32-le", r"x.csv: UTF-32 text; set source.encoding: utf-32-le,"),
     ("text,label\nprosto,ž\n".encode("cp1250"), "cp1250", "not UTF-8 text"),
     ("text,label\n日本語,良い\n".encode("shift_jis"), "shift_jis", "not UTF-8 text"),
     ("text,label\nслово,да\n".encode("koi8-r"), "koi8-r", "not UTF-8 text"),
@@ -175,6 +184,25 @@ def test_utf8_needs_no_word_and_another_word_is_refused(tmp_path: Path) -> None:
         assert pairs(read(tmp_path, "x.csv", raw)) == pairs(read(tmp_path, "x.csv", raw, encoding="utf-8"))
     with pytest.raises(UserError, match=r"not ascii text .*source.encoding names another"):
         read(tmp_path, "x.csv", WORDS, encoding="ascii")
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.json"])
+@pytest.mark.parametrize("kind", ["utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be"])
+def test_wide_text_under_another_name_is_told(tmp_path: Path, name: str, kind: str) -> None:
+    """Where the setting is wrong, what the file is stands in the line: utf-16 of a file in UTF-32, for one."""
+    content = "text,label\nhi,x\n" if name == "x.csv" else '{"text": "hi", "label": "x"}\n'
+    content = content if name != "x.json" else f"[{content}]"
+    (tmp_path / name).write_bytes(content.encode(kind))
+    with pytest.raises(UserError, match=kind[:6].upper()):
+        files.read([str(tmp_path / name)], "train", Columns(), "")
+    for wrong in ("utf-16", "utf-32", "latin-1", "utf-8"):
+        if kind.startswith(wrong):
+            continue
+        with pytest.raises(UserError, match=rf"({kind}|source.encoding names another one)") as caught:
+            files.read([str(tmp_path / name)], "train", Columns(), "", FileFormat(encoding=wrong))
+        assert "\n" not in str(caught.value)
+    found = files.read([str(tmp_path / name)], "train", Columns(), "", FileFormat(encoding=kind))
+    assert pairs(found) == [("hi", "x")]
 
 
 REFUSED = [

@@ -7,8 +7,21 @@ Nothing is copied into a cache.
 """
 
 from cl_runner.tasks.files.documents import document, instruction
-from cl_runner.tasks.files.opening import ENDINGS, existing, find
+from cl_runner.tasks.files.forms import Form
+from cl_runner.tasks.files.opening import ENDINGS, existing, find, looking
 from cl_runner.tasks.files.place import Found, Place, where
 from cl_runner.tasks.files.reading import read
 
-__all__ = ["ENDINGS", "Found", "Place", "document", "existing", "find", "instruction", "read", "where"]
+__all__ = [
+    "ENDINGS",
+    "Form",
+    "Found",
+    "Place",
+    "document",
+    "existing",
+    "find",
+    "instruction",
+    "looking",
+    "read",
+    "where",
+]

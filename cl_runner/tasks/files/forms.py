@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cl_runner.errors import UserError
 from cl_runner.tasks.files import chats
 from cl_runner.tasks.files.chats import Turn
 from cl_runner.tasks.files.values import Fault, kind_of, missing, target
@@ -58,7 +60,7 @@ class Form:
 
     ``name`` is what ``source.format`` calls it; ``fields`` are what messages call text and answer; ``columns`` are
     those of the form ``columns``; ``recognised`` says that the order does not name it; ``several`` counts the records
-    of several outputs, of which the first was taken.
+    of several outputs, of which the first was taken; ``file`` is the (first) one whose first record it is known by.
     """
 
     name: Format
@@ -67,11 +69,44 @@ class Form:
     columns: Columns | None = None
     recognised: bool = False
     several: int = 0
+    file: Path | None = None
+
+    @property
+    def words(self) -> str:
+        """What it is, as notes and messages say it."""
+        return _SAYS.get(self.name) or line_to_write(self.columns)
+
+    @property
+    def meaning(self) -> tuple[str, ...]:
+        """Forms of one meaning make the same text and answer of what a record says, whatever kind of file it is in."""
+        if self.columns is not None:
+            return str(self.columns.text).casefold(), str(self.columns.label).casefold()
+        return {"instances": ("input", "output"), "alpaca": ("alpaca",)}.get(self.name, ("chat",))
+
+    def check_same(self, other: Form, what: str) -> None:
+        """UserError, which begins with ``what``, where another file of the task has a form of another meaning."""
+        if self.meaning != other.meaning:
+            raise UserError(
+                f"{what}: {self.file} is read as {self.words}, and {other.file} as {other.words}; say with "
+                "source.format (or columns) what both are, or give both the same fields"
+            )
+
+    def check_row(self, record: Any, columns: Columns, many: bool, instances: bool) -> None:
+        """Fault where a later record, by itself, has a form of another meaning; the arguments are ``form_of``'s."""
+        try:
+            other = form_of(record, FileFormat(), columns, many, instances)
+        except Fault:  # says nothing by itself: a field more, or less
+            return
+        if self.meaning != other.meaning:
+            raise Fault(
+                f" would be read as {other.words}, and the first row as {self.words}; say with source.format (or "
+                "columns) what all are, or give all the same fields"
+            )
 
     def notes(self, split: Split) -> Iterator[str]:
         """Lines on how the split's rows were read, where that is not plain."""
         if self.recognised:
-            yield f"read as {_SAYS.get(self.name) or line_to_write(self.columns)}"
+            yield f"read as {self.words}"
         if self.several:
             yield f"{self.several} {split} rows have several outputs, of which the first is the target"
 
@@ -190,12 +225,24 @@ def _alpaca(record: Any, columns: Columns, many: bool) -> Taken:
     _check_fields(record, ("instruction", "output"))
     asked = "\n".join(part for part in (_text(record, "instruction"), _text(record, "input")) if part.strip())
     turns = [Turn("system", said) for said in [_text(record, "system")] if said.strip()]
-    for pair in record.get("history") or []:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
-            raise Fault(": 'history' is no list of pairs of texts")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    turns += [turn for pair in _history(record) for turn in (Turn("user", pair[0]), Turn("assistant", pair[1]))]
     answer = target("output", record["output"], many, columns.separator)
     return chats.laid_out([*turns, Turn("user", asked)]), answer, bool(asked)
+
+
+def _history(record: Mapping[str, Any]) -> list[Any]:
+    """What was asked and answered before: pairs of texts. Raises Fault."""
+    pairs = record.get("history")
+    if missing(pairs) or pairs == "":
+        return []
+    if not isinstance(pairs, list):
+        raise Fault(
+            f": 'history' is {kind_of(pairs)}, not a list of pairs of texts; correct it, or leave the field out"
+        )
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise Fault(": 'history' is no list of pairs of texts, [[asked, answered], …]")
+    return pairs
 
 
 def _chat(name: Format, key: str, columns: Columns, many: bool) -> Form:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import bz2
+import codecs
+import errno
 import gzip
 import io
+import os
 import re
 import zlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cl_runner.errors import UserError
 from cl_runner.tasks.task import Split
+from cl_runner.yamlfile import printable
 
 PACKED = (".gz", ".bz2", ".zst")
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -56,27 +60,54 @@ def find(named: Sequence[str], split: Split, what: str) -> list[Path]:
         split: the split that is wanted.
         what: how messages begin (``task mine, source.train``).
     """
-    found = [file for name in named for file in _find(Path(name), split, what)]
+    found: list[Path] = []
+    for name in named:
+        with looking(name, what):
+            found += _find(Path(name), split, what)
     for index, file in enumerate(found):
         if file in found[:index]:
             raise UserError(f"{what}: {file} is named twice; its rows would count twice")
     return found
 
 
+@contextmanager
+def looking(path: Path | str, what: str = "") -> Iterator[None]:
+    """What the system refuses while files are looked for and read: a UserError that begins with ``what``."""
+    try:
+        yield
+    except OSError as error:
+        name = printable(str(error.filename or path))
+        name = name if len(name) <= 200 else f"{name[:80]}…"
+        why = f"cannot be read ({error.strerror or error})"
+        if error.errno == errno.ENAMETOOLONG:
+            why = "is too long for the name of a file; give the file's path, or a shorter name"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            why += "; give yourself the right to read it and the folders above (chmod u+rX)"
+        raise UserError(f"{what and what + ': '}{name} {why}") from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or folder; OSError where that cannot be told."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return False
+    return True
+
+
 def _find(path: Path, split: Split, what: str) -> list[Path]:
-    if path.is_dir():
-        return _folder(path, split, what)
-    if path.exists():
-        return [existing(path, what)]
+    if _exists(path):
+        return _folder(path, split, what) if path.is_dir() else [existing(path, what)]
     if not set("*?[") & set(str(path)):
         raise UserError(f"{what}: no file {path}")
     # What of the path is there is no pattern, so that a folder may be called `a[1]`.
     above = next(parent for parent in path.parents if parent.is_dir())
+    os.scandir(above).close()  # glob takes a folder that it may not read for an empty one
     try:
         matches = sorted(above.glob(str(path.relative_to(above))))
     except ValueError as error:  # such as a**
         raise UserError(f"{what}: {path} is no pattern ({error})") from error
-    files = [file for file in matches if file.is_file() and not file.name.startswith(".")]
+    files = [existing(file, what) for file in matches if file.is_file() and not file.name.startswith(".")]
     if not files:
         raise UserError(f"{what}: no file is called {path}")
     return files
@@ -112,28 +143,27 @@ def is_saved(path: Path) -> bool:
 
 def existing(path: Path, what: str) -> Path:
     """The path if it is a file that can be opened, else a UserError that begins with ``what``."""
-    if not path.exists():
-        raise UserError(f"{what}: no file {path}")
-    if not path.is_file():
-        raise UserError(f"{what}: {path} is not a file")
-    try:
+    with looking(path, what):
+        if not _exists(path):
+            raise UserError(f"{what}: no file {path}")
+        if not path.is_file():
+            raise UserError(f"{what}: {path} is not a file")
         path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{what}: {path} cannot be read ({error.strerror})") from error
     return path
 
 
 def text(path: Path, encoding: str | None = None) -> str:
     """A file's whole text, unpacked where it is packed; UserError says which ``source.encoding`` may fit."""
-    raw = _unpacked(path) if packed(path) else path.read_bytes()
+    with looking(path):
+        raw = _unpacked(path) if packed(path) else path.read_bytes()
     try:
         decoded = raw.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{_line(raw, error.start)}: {_not_text(raw, error, encoding)}") from error
-    if encoding is None and "\0" in decoded[:_BLOCK]:
-        guess = _utf16(raw)
-        if guess:
-            raise UserError(f"{path}: UTF-16 text; set source.encoding: {guess}")
+    if "\0" in decoded[:_BLOCK]:
+        guess = _wide(raw)
+        if guess and not (encoding and codecs.lookup(encoding).name.startswith(guess[:6])):
+            raise UserError(f"{path}: {_set(guess)}")
     return decoded.removeprefix("\ufeff")
 
 
@@ -177,23 +207,34 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _not_text(raw: bytes, error: UnicodeDecodeError, encoding: str | None) -> str:
+    guess = _wide(raw)
+    if guess and encoding is None:
+        return f"not UTF-8 but {_set(guess)}"
     byte = f"byte 0x{raw[error.start]:02x}" if error.start < len(raw) else "cut short"
     if encoding is not None:
-        return f"not {encoding} text ({byte}); source.encoding names another one than the file's"
-    guess = _utf16(raw)
-    if guess:
-        return f"not UTF-8 but UTF-16 text; set source.encoding: {guess}"
+        more = f"; it looks like {guess}" if guess else ""
+        return f"not {encoding} text ({byte}); source.encoding names another one than the file's{more}"
     guess = "cp1252" if any(0x80 <= value < 0xA0 for value in raw) else "latin-1"
-    return f"not UTF-8 text ({byte}); say what it is in: source.encoding: {guess} if it is Western European"
+    fits = f"source.encoding: {guess} if it is Western European"
+    return f"not UTF-8 text ({byte}); say what it is in: {fits}, or save it as UTF-8"
 
 
-def _utf16(raw: bytes) -> str | None:
-    """Which UTF-16 this is: by its mark, or by every other byte of its Latin letters being zero."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
+def _set(encoding: str) -> str:
+    """What to do with a file in an encoding that is known for sure."""
+    return f"{encoding[:6].upper()} text; set source.encoding: {encoding}, or save the file as UTF-8"
+
+
+def _wide(raw: bytes) -> str | None:
+    """Which UTF-32 or UTF-16 this is: by its mark, or by the bytes of its Latin letters that are zero."""
+    for name, marks in (("utf-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+                        ("utf-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):  # fmt: skip
+        if raw.startswith(marks):  # the mark of UTF-32 begins with that of UTF-16
+            return name
     start = raw[:4096]
-    for name, zeros, letters in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
-        if zeros.count(0) > 0.7 * len(zeros) > 0 and letters.count(0) < 0.1 * len(letters):
+    for name, width, letter in (("utf-32-le", 4, 0), ("utf-32-be", 4, 3), ("utf-16-le", 2, 0), ("utf-16-be", 2, 1)):
+        letters = start[letter::width]
+        others = [byte for position, byte in enumerate(start) if position % width != letter]
+        if others.count(0) > 0.7 * len(others) > 0 and letters.count(0) < 0.1 * len(letters):
             return name
     return None
 

@@ -31,8 +31,11 @@ def read(
     files = opening.find(named, split, what)
     place = Place()
     found = Found([], place, "")
-    form: Form | None = None
+    forms: list[Form] = []  # one of each file that has a record
+    guessed = how.format == "auto" and not columns.given
     for file in files:
+        form: Form | None = None
+        fields: Any = None  # of the row before
         place.begin(file, len(found.rows))
         records, instances = _records(file, how, found.notes)
         for record in records:
@@ -40,7 +43,13 @@ def read(
             try:
                 if form is None:
                     form = form_of(record, how, columns, many, instances)
+                    form.file = file
+                    forms.append(form)
+                    forms[0].check_same(form, what)
                 text, answer, whole = form.take(record)
+                if guessed and record.keys() != fields:
+                    fields = record.keys()
+                    form.check_row(record, columns, many, instances)
                 check(form.fields[0], text)
                 check(form.fields[1], answer)
             except Fault as fault:
@@ -48,9 +57,11 @@ def read(
             found.rows.append(Row(f"{split}/{number}", text, answer))
             if not whole:
                 found.incomplete.add(f"{split}/{number}")
-    found.form = form
+    found.form = forms[0] if forms else None
     found.source = f"file {place}" if len(files) == 1 else f"{len(files)} files {place}"
-    found.notes[:0] = [] if form is None else form.notes(split)
+    for form in forms[1:]:  # said once, of all files
+        forms[0].several, form.several = forms[0].several + form.several, 0
+    found.notes[:0] = dict.fromkeys(note for form in forms for note in form.notes(split))
     return found
 
 
