@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.plan import data_settings
+from cl_runner.plan import data_settings, keeping_empty
 from cl_runner.rundir import RunDir
-from cl_runner.runs import readable
-from cl_runner.tasks.order import Order, OrderEntry
+from cl_runner.runs import readable, recorded
+from cl_runner.tasks import files
+from cl_runner.tasks.order import Order
 from cl_runner.tasks.rows import load_rows
-from cl_runner.tasks.task import Split
+from cl_runner.tasks.task import Source, Split, Task
 
 SPLITS: tuple[Split, ...] = ("train", "test")
+MOST = 64  # ways to read the names of a split that are tried in a folder
 
 
 def run_of(order: Order) -> RunDir | None:
@@ -31,50 +34,95 @@ def with_files(
 ) -> Order:
     """The run's order with the files of its own tasks where they are now, told by their fingerprints.
 
-    They are looked for where they were, as they lay beside the run's folder, beside it, and under ``data.dir``.
+    They are looked for where they were, as they lay beside the run's folder, beside it, and under ``data.dir``. An
+    absolute name is tried as it is, then by its last parts in each of these folders, as many parts as there can be.
+    Fingerprints are those of the run's own settings, whatever ``config`` now makes of the files.
+
     ``only``: of these tasks alone. Raises UserError for a task whose files are nowhere, or are not those of the run.
     """
     with readable(run):
         about = run.about()
         known = about["identity"]["data"]
-        folders = list(dict.fromkeys(_places(order.folder, run, about.get("folder"), config.data.dir)))
-        plans = make_method(config).plan(order.names)
-        places: dict[str, Path] = {}
-        for entry in order.entries:
-            name = entry.task.name
-            if entry.own is not None and (only is None or name in only):
-                expected = {split: known[name][split]["fingerprint"] for split in splits}
-                places[name] = _place(entry, folders, data_settings(config, plans, name), expected, run)
-    return order.at(places)
+        folders = list(dict.fromkeys(_folders(order.folder, run, about.get("folder"), config.data.dir)))
+        then = recorded(run)
+        plans = make_method(then).plan(order.names)
+        found: dict[str, tuple[Path, Source]] = {}
+        for task in (entry.own for entry in order.entries):
+            if task is not None and task.source is not None and (only is None or task.name in only):
+                expected = {split: known[task.name][split]["fingerprint"] for split in splits}
+                data = keeping_empty(data_settings(then, plans, task.name))
+                found[task.name] = _find(task, task.source, folders, data, expected, run)
+    places = {folder for folder, _ in found.values()}
+    folder = places.pop() if len(places) == 1 else order.folder
+    return order.at(folder, {name: own if at == folder else own.beside(at) for name, (at, own) in found.items()})
 
 
-def _places(folder: Path, run: RunDir, was: Any, data_dir: str | None) -> Iterator[Path]:
+def _folders(folder: Path, run: RunDir, was: Any, data_dir: str | None) -> Iterator[Path]:
     yield folder
     here = run.path.absolute()
     if isinstance(was, str):  # as a whole project was moved
         yield Path(os.path.normpath(here / os.path.relpath(folder, was)))
     yield here.parent
     if data_dir is not None:
-        yield Path(data_dir).expanduser()
+        yield Path(data_dir).expanduser().absolute()
 
 
-def _place(
-    entry: OrderEntry, folders: Sequence[Path], data: DataConfig, expected: dict[Split, str], run: RunDir
-) -> Path:
-    """The first folder that has the run's rows of a task."""
-    assert entry.own is not None
+def _find(
+    task: Task, source: Source, folders: Sequence[Path], data: DataConfig, expected: Mapping[Split, str], run: RunDir
+) -> tuple[Path, Source]:
+    """The first folder that has the run's rows of a task, and the names they have there."""
     faults, other = [], None
     for folder in folders:
-        task = entry.own.beside(folder, moved=folder != folders[0])
         try:
-            rows = [load_rows(task, data, split) for split in expected]
+            named = [_named(task, source, folder, data, split, rows) for split, rows in expected.items()]
         except UserError as error:
             faults.append(str(error))
             continue
-        if [part.fingerprint for part in rows] == list(expected.values()):
-            return folder
+        if all(named):
+            return folder, source.model_copy(update=dict(zip(expected, named, strict=True)))
         other = other or folder
-    name, places = entry.task.name, ", ".join(map(str, folders))
+    name, places = task.name, ", ".join(map(str, folders))
     if other is not None:
         raise UserError(f"task {name}: the rows in {other} are not those of the run {run.path} (looked in {places})")
     raise UserError(f"{faults[0]} (looked in {places}); give --data-dir the folder that has the files of {name}")
+
+
+def _named(
+    task: Task, source: Source, folder: Path, data: DataConfig, split: Split, expected: str
+) -> str | list[str] | None:
+    """What the files of a split are called in a folder; None where they hold other rows. UserError: none are there."""
+    faults, others = [], False
+    names = source.named(split)
+    for reading in islice(product(*(_readings(name, folder, split) for name in names)), MOST):
+        given = reading[0] if isinstance(getattr(source, split), str) else list(reading)
+        there = source.model_copy(update={split: given}).beside(folder)
+        try:
+            rows = load_rows(task.model_copy(update={"source": there}), data, split)
+        except UserError as error:
+            faults.append(error)
+            continue
+        if rows.fingerprint == expected:
+            return given
+        others = True
+    if faults and not others:
+        raise faults[0]
+    return None
+
+
+def _readings(name: str, folder: Path, split: Split) -> list[str]:
+    """What a name of an order may mean in a folder: of an absolute one, what there is; if nothing, the name itself."""
+    given = Path(name).expanduser()
+    if not given.is_absolute():
+        return [name]
+    parts = given.parts[1:]
+    places = [given, *(folder.joinpath(*parts[first:]) for first in range(len(parts)))]
+    there = [name if place == given else str(place) for place in dict.fromkeys(places) if _is_there(place, split)]
+    return there or [name]
+
+
+def _is_there(place: Path, split: Split) -> bool:
+    """Whether a path or pattern means any file."""
+    try:
+        return bool(files.find([str(place)], split, "source"))
+    except UserError:
+        return False

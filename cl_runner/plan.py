@@ -112,9 +112,12 @@ class Data:
     ) -> Data:
         """Read every row that any stage will want; raises UserError for whatever is wrong with one.
 
-        only: the tasks of which the test rows are read, and no other rows; the rest is left empty.
+        only: the tasks of which the test rows are read, and no other rows; the rest is left empty. A run has answered
+        these before: empty texts among them are not refused.
         """
         settings = {task.name: data_settings(config, plans, task.name) for task in tasks}
+        if only is not None:
+            settings = {name: keeping_empty(data) for name, data in settings.items()}
 
         def read(task: Task, split: Split) -> Rows:
             wanted = only is None or (split == "test" and task.name in only)
@@ -215,6 +218,11 @@ def data_settings(config: RunConfig, plans: Sequence[StagePlan], task: str) -> D
     return config.at(first + 1, task).data
 
 
+def keeping_empty(data: DataConfig) -> DataConfig:
+    """The same settings, under which rows that a run has used are read again, whatever is refused by now."""
+    return data.model_copy(update={"empty_texts": "keep"})
+
+
 def unused_settings(config: RunConfig, plans: Sequence[StagePlan]) -> list[str]:
     """A line for each setting of a task that no stage can follow."""
     found = []
@@ -278,20 +286,31 @@ class Plan:
     stages: tuple[StagePlan, ...]
     data: Data
     grows: str = ""  # how much the method will carry, where that is known beforehand
+    only: Sequence[str] | None = None  # the tasks that it will be evaluated on; None where it trains
 
     @classmethod
     def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], only: Sequence[str] | None = None) -> Plan:
         """Check all that can be refused without the model. Raises UserError.
 
-        only: the tasks whose test rows alone are needed, of a plan that will only be evaluated.
+        only: the tasks whose test rows alone are needed, of a plan that will only be evaluated: what cannot be trained
+        here, or would be refused by now, still answers.
         """
         method = make_method(config)
+        stages = tuple(method.plan([task.name for task in tasks]))
+        if only is None:
+            cls._check_training(config, method, stages)
+        for task in tasks:
+            if only is None or task.name in only:
+                require(task.metric, task.labels)
+        return cls(config, order, method, stages, Data.load(tasks, config, stages, only), only=only)
+
+    @staticmethod
+    def _check_training(config: RunConfig, method: Method, stages: Sequence[StagePlan]) -> None:
         if method.full and config.model.dtype == "bf16":
             raise UserError(
                 "model.dtype bf16: full fine-tuning trains the weights in fp32; set model.dtype=auto "
                 "(training.precision=bf16 computes in bf16)"
             )
-        stages = tuple(method.plan([task.name for task in tasks]))
         check_method(config, stages)
         for index, plan in enumerate(stages):
             of_stage = stage_config(config, index, plan)
@@ -303,9 +322,6 @@ class Plan:
                 from cl_runner.engine import read_deepspeed_json
 
                 read_deepspeed_json(of_stage.training.deepspeed)
-        for task in tasks:
-            require(task.metric, task.labels)
-        return cls(config, order, method, stages, Data.load(tasks, config, stages, only))
 
     def check_shapes(self) -> None:
         """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
@@ -372,7 +388,7 @@ class Plan:
     def identity(self, ranks: int) -> dict[str, Any]:
         """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches.
 
-        The accumulation too where it is a factor of the penalty.
+        The accumulation too where it is a factor of the penalty, and the method's revision where it is not the first.
         """
         batches = self.batches(ranks)
         at = [stage_config(self.config, index, plan).training.penalty_at for index, plan in enumerate(self.stages)]
@@ -384,6 +400,7 @@ class Plan:
             "data": self.data.about(),
             "micro_batches": [batch.micro_batch for batch in batches],
             **({"penalty_times": times} if set(times) != {1} else {}),
+            **({"revision": self.method.revision} if self.method.revision != 1 else {}),
         }
 
     def seen(self, index: int) -> list[str]:

@@ -137,6 +137,8 @@ def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
 
 def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:
     room, tokens = open_room(plan, place)
+    for line in tokens.notes:
+        screen.line(line)
     stage = open_stage(room, plan.config, index, evaluating=True)
     restore_stage(rundir, stage, index)
     room.method.build(stage)

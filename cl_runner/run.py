@@ -52,8 +52,11 @@ class Tokens:
     notes: list[str]
 
     @classmethod
-    def make(cls, data: Data, base: Base, max_new_tokens: int) -> Tokens:
-        """Tokenise every row; raises UserError, naming the task, for a label that does not fit or cannot be said."""
+    def make(cls, data: Data, base: Base, max_new_tokens: int, only: Sequence[str] | None = None) -> Tokens:
+        """Tokenise every row; raises UserError, naming the task, for a label that does not fit or cannot be said.
+
+        only: the tasks that will be evaluated; what the tokenizer cannot say of these is noted, and nothing is trained.
+        """
         train: dict[str, Encoded] = {}
         test: dict[str, TestSet] = {}
         notes: list[str] = []
@@ -61,7 +64,8 @@ class Tokens:
         for name, task in data.tasks.items():
             settings = data.settings[name]
             try:
-                notes += sayable(task, data.test[name], vocabulary)
+                if only is None or name in only:
+                    notes += sayable(task, data.test[name], vocabulary, refuse=only is None)
                 encoder = _encoder(base, settings, max_new_tokens)
                 cut = settings.long_targets == "cut"
                 train[name] = _encode(cache, encoder, task, data.train[name], settings, cut_target=cut)
@@ -82,24 +86,34 @@ class Tokens:
         return Source(Joined(examples), [task for task in plan.tasks for _ in self.train[task]])
 
 
-def sayable(task: Task, test: Rows, vocabulary: Vocabulary) -> list[str]:
-    """Refuse labels that no answer can be; a line on golds of free text that none can equal. Raises UserError."""
+def sayable(task: Task, test: Rows, vocabulary: Vocabulary, *, refuse: bool = True) -> list[str]:
+    """Refuse labels that no answer can be; a line on golds of free text that none can equal. Raises UserError.
+
+    refuse: false where nothing is trained: what would be refused is a line too.
+    """
+    problem, note = _unsayable(task, test, vocabulary)
+    if problem and refuse:
+        raise UserError(problem)
+    said = problem or note
+    return [f"task {task.name}: {said}"] if said else []
+
+
+def _unsayable(task: Task, test: Rows, vocabulary: Vocabulary) -> tuple[str, str]:
+    """Why the task cannot be learned with this tokenizer, and what of it cannot; empty where nothing is wrong."""
     if task.labels:
-        if problem := vocabulary.wrong_label(task.labels, task.comparison):
-            raise UserError(problem)
-        return []
+        return vocabulary.wrong_label(task.labels, task.comparison), ""
     if not task.judged:
-        return []
+        return "", ""
     golds = [row.label for row in test.rows]
     lost = vocabulary.unsayable(golds, task.comparison)
     if not lost:
-        return []
+        return "", ""
     rows = sum(gold in lost for gold in golds)
     gold, back = next(iter(lost.items()))
     said = f"{rows} of {len(golds)} test golds are none that this tokenizer can answer ({gold[:60]!r} is {back[:60]!r})"
     if rows == len(golds):
-        raise UserError(f"{said}; take another model, or metric: normalised")
-    return [f"task {task.name}: {said}; they count as wrong"]
+        return f"{said}; take another model, or metric: normalised", ""
+    return "", f"{said}; they count as wrong"
 
 
 def _encode(
@@ -121,23 +135,32 @@ def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
 
 
 def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
-    """Load the base, tokenise, and wrap the base with adapters. Raises UserError."""
+    """Load the base, tokenise, and wrap the base with adapters. Raises UserError.
+
+    What only training asks for is not asked of a plan that is evaluated.
+    """
     config = plan.config
     full = plan.method.full
     model = config.model.model_copy(update={"dtype": "fp32"}) if full else config.model  # what trains is fp32
     base = load_base(model, place.torch_device)
     most = config.eval.max_new_tokens
-    tokens = Tokens.make(plan.data, base, most)
+    tokens = Tokens.make(plan.data, base, most, plan.only)
     bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
     adapters = _adapters(plan, base, bf16)
-    check_method(config, plan.stages, adapters.shapes())
-    for index, stage in enumerate(plan.stages):
-        of_stage = stage_config(config, index, stage)
-        if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
-            raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
+    if plan.only is None:
+        _check_training(plan, base, adapters)
     gc.freeze()  # what lives to the end need not be looked through after every stage
     root = engine.Autocast(adapters.model, place.torch_device, bf16)
     return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
+
+
+def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:
+    """Refuse what this model cannot be trained with. Raises UserError."""
+    check_method(plan.config, plan.stages, adapters.shapes())
+    for index, stage in enumerate(plan.stages):
+        of_stage = stage_config(plan.config, index, stage)
+        if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:
+            raise UserError(f"training.activation_checkpointing: {base.name_or_path} cannot do it; set it to false")
 
 
 def _adapters(plan: Plan, base: Base, bf16: bool) -> Adapters:

@@ -15,19 +15,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_runner.config import RunConfig
+from cl_runner.config import MethodConfig, RunConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import is_name
+from cl_runner.methods import make_method, method_class
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.rundir import RunDir, read_json, write_json, write_text
-from cl_runner.settings import Resolved, difference, differing_from_presets
+from cl_runner.settings import Resolved, differing, differing_from_presets, dotted
 from cl_runner.updates import free_subspace, peak_megabytes, update_norm
-from cl_runner.yamlfile import as_yaml, load
+from cl_runner.yamlfile import Key, as_yaml, load
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
-# fingerprint).
-FREE = ("order", "presets", "data.dir", "data.source", "output.")
+# fingerprint). Of a single task or position too.
+FREE = ("order", "presets", "data.dir", "data.source", "data.empty_texts", "method.max_gb", "output.")
 
 
 def folder_name(resolved: Resolved) -> str:
@@ -128,12 +129,16 @@ def _trained_at(run: RunDir) -> int:
 def recorded(run: RunDir) -> RunConfig:
     """The settings a run was made with, as its ``run.yaml`` holds them: no preset or order is read again.
 
+    What an earlier version did not know of yet has its default, the method's own settings included.
+
     Raises:
         UserError: the file is broken.
     """
     values = load(run.config_file).data
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
+        own = make_method(config).config.model_dump(mode="json")
+        return config.model_copy(update={"method": MethodConfig(**{**own, "name": config.method.name})})
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(f"{run.config_file}: {key} is not as a run writes it") from None
@@ -274,7 +279,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         scoring=about["identity"].get("scoring", {}),
         real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
-        notes=[*about["notes"], *_by_another_rule(about)],
+        notes=[*about["notes"], *_by_another_rule(about), *_by_other_equations(about)],
         form=about["form"],
         variant=about["variant"],
         changed=tuple(about.get("changed", ())),
@@ -294,6 +299,12 @@ def _by_another_rule(about: Mapping[str, Any]) -> list[str]:
     own = [task for task, data in about["identity"]["data"].items() if data["test"]["source"].startswith("file ")]
     rule = "as earlier versions did in every task, case and punctuation not counting; eval scores by today's rule too"
     return [f"{', '.join(own)}: scored {rule}"] if own else []
+
+
+def _by_other_equations(about: Mapping[str, Any]) -> list[str]:
+    """A line where the method's equations are others by now."""
+    then, now = revision(about["identity"]), method_class(about["method"]).revision
+    return [f"trained by other equations of {about['method']} (revision {then}, now {now})"] if then != now else []
 
 
 def _learned(run: RunDir, names: Sequence[str]) -> dict[str, float | None]:
@@ -334,21 +345,23 @@ def refuse_other_settings(
         UserError: naming the keys, or the task that differs.
     """
     how = "give another --name, or --restart to begin anew beside it"
+    if extending:
+        how = "an extended run goes on as it began; leave out what differs, or train the longer order anew"
     with readable(run):
         before = run.about()["identity"]
         try:
             _refuse(run, config, before, identity, extending)
         except UserError as error:
-            raise UserError(f"{error}; {'an extended run goes on as it began' if extending else how}") from None
+            raise UserError(f"{error}; {how}") from None
 
 
 def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any], extending: bool) -> None:
     stages = before["stages"]
-    keys = [key for key in difference(recorded(run), config) if not key.startswith(FREE)]
+    paths = [path for path in differing(recorded(run), config) if not _free(path)]
     if extending:
-        keys = [key for key in keys if not _of_new(key, stages)]
-    if keys:
-        raise UserError(f"the run {run.path} was made with other settings ({', '.join(keys)})")
+        paths = [path for path in paths if not _of_new(path, stages)]
+    if paths:
+        raise UserError(f"the run {run.path} was made with other settings ({', '.join(map(dotted, paths))})")
     if before["model"] != now["model"]:
         raise UserError(f"the base model {config.model.name} is not what the run {run.path} began with")
     if stages != (now["stages"][: len(stages)] if extending else now["stages"]):
@@ -373,15 +386,36 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
             f"many processes would count it {_few(here)} times; use as many --gpus as before"
         )
     if extending or run.committed([stage[0] for stage in stages]) < len(stages):
+        _refuse_other_revision(run, config.method.name, before, now)
         _refuse_other_rule(run, before, now)
 
 
-def _of_new(key: str, stages: Sequence[Sequence[str]]) -> bool:
+def _free(path: Key) -> bool:
+    """Whether a setting may differ."""
+    key = str(path[2]) if path[0] in ("tasks", "stages") else dotted(path)
+    return key.startswith(FREE)
+
+
+def _of_new(path: Key, stages: Sequence[Sequence[str]]) -> bool:
     """Whether a setting is of a task, or a position, that a run with these stages does not have."""
-    section, _, rest = key.partition(".")
-    if section == "tasks":
-        return not any(rest.startswith(f"{task}.") for _, *tasks in stages for task in tasks)
-    return section == "stages" and int(rest.partition(".")[0]) > len(stages)
+    if path[0] == "tasks":
+        return not any(path[1] in tasks for _, *tasks in stages)
+    return path[0] == "stages" and int(path[1]) > len(stages)
+
+
+def _refuse_other_revision(run: RunDir, method: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """All stages must be of the same equations. Raises UserError."""
+    then, here = revision(before), revision(now)
+    if then != here:
+        raise UserError(
+            f"the run {run.path} was begun by other equations of {method} (revision {then}, now {here}: CHANGELOG.md "
+            "says what changed), which other stages cannot follow"
+        )
+
+
+def revision(identity: Mapping[str, Any]) -> int:
+    """The revision of the method's equations; runs of earlier versions are of the first."""
+    return int(identity.get("revision", 1))
 
 
 def _refuse_other_rule(run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -105,6 +105,126 @@ def test_run_yaml_gives_the_run_again(moved: Path, project: Path) -> None:
     as_committed(call("eval", "again", "--json", cwd=moved), again)  # its own order names the new place
 
 
+@pytest.mark.parametrize(
+    "more", [("data.max_train=10",), ("tasks.yn.data.max_test=3", "data.balanced=true")], ids=lambda sets: sets[0]
+)
+def test_the_same_files_may_be_taken_otherwise(moved: Path, project: Path, more: tuple[str, ...]) -> None:
+    """The run's files are known by what the run made of them, whatever is asked of them now."""
+    shutil.copytree(project.with_name("gone") / "rows", moved / "rows")
+    sets = [word for setting in more for word in ("--set", setting)]
+    result = call("train", "--config", "run/run.yaml", *sets, "--name", "again", cwd=moved)
+    assert result.code == 0, result.err
+    data = json.loads((moved / "runs/again/run.json").read_text())["identity"]["data"]["yn"]
+    assert [data[split]["rows"] for split in ("train", "test")] == ([10, 4] if len(more) == 1 else [12, 3])
+    (moved / "rows/yn.csv").write_text((moved / "rows/yn.csv").read_text().replace("thing 11", "thing 12"))
+    result = call("train", "--config", "run/run.yaml", *sets, "--name", "never", cwd=moved)
+    assert result.code == 2 and "are not those of the run" in result.line
+
+
+ABSOLUTE = """\
+name: mine
+tasks:
+  - {name: yn, kind: SC, labels: [Good, Bad], source: {train: [AT/a/x.csv, AT/b/x.csv], test: "AT/a/x*.csv"}}
+  - {name: other, kind: SC, labels: [Good, Bad], source: {train: AT/c/y.csv, test: AT/c/y.csv}}
+"""
+
+
+@pytest.fixture
+def absolute(tmp_path: Path) -> Path:
+    """A run whose order names its files by absolute paths, and what is left when it has gone to another machine."""
+    old = tmp_path / "old"
+    for file, words in (("a/x", "great awful"), ("b/x", "fine poor"), ("c/y", "nice bad")):
+        good, bad = words.split()
+        rows = [f"{good if k % 2 else bad} thing {k},{'Good' if k % 2 else 'Bad'}" for k in range(12)]
+        (old / "data" / file).parent.mkdir(parents=True)
+        (old / "data" / f"{file}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (old / "mine.yaml").write_text(ABSOLUTE.replace("AT", str(old / "data")))
+    result = call("train", "--order", "mine.yaml", "--name", "run", *METHOD, cwd=old)
+    assert result.code == 0, result.err
+    new = tmp_path / "a" / "new"
+    new.mkdir(parents=True)
+    shutil.move(old / "runs" / "run", new / "run")
+    shutil.move(old / "data", tmp_path / "data")
+    shutil.rmtree(old)
+    return new
+
+
+def as_it_was(run: Path, **more: Path) -> None:
+    result = call("eval", "./run", "--json", *(word for k, v in more.items() for word in (f"--{k}", str(v))), cwd=run)
+    assert result.code == 0, result.err
+    assert result.json["scores"] == result.json["committed"] and len(result.json["scores"]) == 2
+    assert not any(result.json["differing_rows"].values())
+
+
+@pytest.mark.parametrize("where", ["", "data", "old/data"], ids=["the last parts", "one more", "two more"])
+def test_absolute_names_are_found_by_their_last_parts(absolute: Path, tmp_path: Path, where: str) -> None:
+    """Two files of one name are told apart by the folder they are in; all of it beside the run."""
+    assert "no file" in call("eval", "./run", cwd=absolute).line
+    shutil.copytree(tmp_path / "data", absolute / where, dirs_exist_ok=True)
+    as_it_was(absolute)
+    (absolute / "x.csv").write_text("text,label\nanother,Good\n")  # the shortest name is not the right one
+    as_it_was(absolute)
+    result = call("train", "--config", "run/run.yaml", "--name", "again", cwd=absolute)
+    assert result.code == 0, result.err
+    kept = (absolute / "runs/again/order.yaml").read_text()
+    for file in ("a/x.csv", "b/x.csv", "a/x*.csv", "c/y.csv"):
+        assert str(absolute / where / file) in kept
+    assert str(tmp_path / "old/data") not in kept
+
+
+def test_the_right_one_of_files_of_one_name(absolute: Path, tmp_path: Path) -> None:
+    """What has the longer name in common, or still lies where it was, and is another file, is passed over."""
+    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    for place in (tmp_path / "old/data/c", tmp_path / "elsewhere/data/c"):
+        place.mkdir(parents=True)
+        (place / "y.csv").write_text("text,label\nanother,Good\n")
+    as_it_was(absolute, **{"data-dir": tmp_path / "elsewhere"})
+    for place in (tmp_path / "elsewhere/c", tmp_path / "elsewhere/data/c"):
+        (place / "y.csv").unlink()
+    result = call("eval", "./run", "--data-dir", str(tmp_path / "elsewhere"), cwd=absolute)
+    assert result.code == 2 and "task other: the rows in " in result.line and "are not those of the run" in result.line
+
+
+def test_absolute_names_where_they_were(absolute: Path, tmp_path: Path) -> None:
+    """The run alone has moved; its files have not, or only some."""
+    shutil.copytree(tmp_path / "data", tmp_path / "old/data")
+    as_it_was(absolute)
+    shutil.copytree(tmp_path / "data/c", absolute / "c")
+    shutil.rmtree(tmp_path / "old/data/c")
+    as_it_was(absolute)
+    result = call("train", "--config", "run/run.yaml", "--name", "again", cwd=absolute)
+    assert result.code == 0, result.err
+    kept = (absolute / "runs/again/order.yaml").read_text()
+    assert str(absolute / "c/y.csv") in kept and str(tmp_path / "old/data/a/x.csv") in kept
+    shutil.rmtree(absolute / "run")
+    shutil.move(absolute / "runs/again", absolute / "run")
+    as_it_was(absolute)
+
+
+def test_tasks_whose_files_are_in_several_places(moved: Path, project: Path) -> None:
+    """Of names that count from a folder, what is elsewhere stands with its whole path in the new run's order."""
+    two = OWN.replace(
+        "  - dbpedia", "  - {name: no, kind: SC, labels: [Good, Bad], source: {train: n.csv, test: n.csv}}"
+    )
+    (moved / "two").mkdir()
+    (moved / "two/mine.yaml").write_text(two)
+    shutil.copytree(project.with_name("gone") / "rows", moved / "two/rows")
+    shutil.copy(moved / "two/rows/yn.csv", moved / "two/n.csv")
+    assert call("train", "--order", "mine.yaml", "--name", "run", *METHOD, cwd=moved / "two").code == 0
+    for folder in ("one", "here/data"):
+        (moved / folder).mkdir(parents=True)
+    shutil.move(moved / "two/runs/run", moved / "here/run")
+    shutil.move(moved / "two/rows", moved / "here/rows")
+    shutil.move(moved / "two/n.csv", moved / "here/data/n.csv")
+    shutil.rmtree(moved / "two")
+    again = ("train", "--config", "run/run.yaml", "--data-dir", "data", "--name", "again")
+    result = call(*again, cwd=moved / "here")
+    assert result.code == 0, result.err
+    shutil.rmtree(moved / "here/run")
+    found = call("eval", "again", "--json", cwd=moved / "here").json
+    assert found["scores"] == found["committed"] and len(found["scores"]) == 2
+
+
 def test_another_base_model_is_refused(moved: Path) -> None:
     result = call("eval", "./run", "--tasks", "dbpedia", "--model", "tiny-llama", cwd=moved)
     assert result.code == 2 and "the base model tiny-llama is not the one of the run run" in result.line

@@ -470,6 +470,57 @@ def test_set_takes_parts_of_any_depth(tmp_path: Path) -> None:
     assert found("stages.2.method.reorthogonalise=null").at(2, "amazon").method.own()["reorthogonalise"] is None
 
 
+def test_parts_of_a_setting_of_one_task_or_position_say_where_they_come_from() -> None:
+    config = write("tasks: {amazon: {method.reorthogonalise: {every: 9}}, yahoo: {method.reorthogonalise.every: 8}}")
+    sets = ["tasks.dbpedia.method.reorthogonalise.every=3", "stages.2.method.reorthogonalise.on=B"]
+    result = resolved(order="order1", config_file=config, sets=sets)
+    origins = {key: origin for key, origin in result.origin.items() if key.endswith("method.reorthogonalise")}
+    assert origins == {
+        "method.reorthogonalise": "default of olora",
+        "tasks.amazon.method.reorthogonalise": "c.yaml:1",
+        "tasks.yahoo.method.reorthogonalise": "c.yaml:1",
+        "tasks.dbpedia.method.reorthogonalise": "--set",
+        "stages.2.method.reorthogonalise": "--set",
+    }
+    [shown] = [line for line in show(result).splitlines() if "every: 3" in line]
+    assert shown.endswith("# --set")
+    over = resolved(order="order1", config_file=config, sets=["tasks.amazon.method.reorthogonalise.every=4"])
+    assert over.origin["tasks.amazon.method.reorthogonalise"] == "--set"
+    assert over.config.tasks["amazon"]["method.reorthogonalise"]["every"] == 4
+
+
+def test_a_whole_setting_of_a_stronger_source_takes_weaker_parts_away() -> None:
+    config = write("tasks: {amazon: {method.reorthogonalise.every: 9}}")
+    for key, left in (("tasks.amazon.method", {"amazon": {"method.reorthogonalise": None}}), ("method", {})):
+        result = resolved(order="order1", config_file=config, sets=[f"{key}.reorthogonalise=null"])
+        assert result.config.tasks == left
+        assert [note for note in result.notes if "replaces tasks.amazon.method.reorthogonalise.every" in note]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "setting"),
+    [
+        ("v1.data.training.epochs", "v1.data", "training.epochs"),
+        ("v1.data.data.max_train", "v1.data", "data.max_train"),
+        ("v1.data.max_train", "v1", "data.max_train"),  # of v1.data it would be no setting
+        ("v1.training.epochs", "v1", "training.epochs"),
+        ("v1.method.training.epochs", "v1.method", "training.epochs"),  # of two tasks' the longer name
+        ("v1.method.method.lambda1", "v1.method", "method.lambda1"),
+        ("v1.method.lambda1", "v1", "method.lambda1"),
+        ("a.b.c.training.epochs", "a.b.c", "training.epochs"),
+        ("training.training.epochs", "training", "training.epochs"),
+    ],
+)
+def test_names_of_tasks_may_hold_dots_and_sections(key: str, name: str, setting: str) -> None:
+    names = ["v1", "v1.data", "v1.method", "a.b.c", "training"]
+    own = [f"{{name: {each}, kind: TC, labels: [x, y], source: {{train: t, test: t}}}}" for each in names]
+    write(f"name: o\ntasks: [{', '.join(own)}]", "o.yaml")
+    assert resolved(order="o.yaml", sets=[f"tasks.{key}=2"]).config.tasks == {name: {setting: 2}}
+    assert resolved(sets=["order=o.yaml", f"tasks.{key}=2"]).config.tasks == {name: {setting: 2}}
+    with pytest.raises(UserError, match="epoks is not a setting; did you mean 'epochs'"):
+        resolved(order="o.yaml", sets=["tasks.v1.data.training.epoks=1"])
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [

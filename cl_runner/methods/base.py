@@ -249,6 +249,7 @@ class Method:
     prompts: ClassVar[bool] = False  # ``stage.adapters`` are ``Prompts``: soft prompts train, and nothing else
     edits_before_clip: ClassVar[bool] = False  # ``edit_gradients`` comes first, and the clip goes by what it left
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
+    revision: ClassVar[int] = 1  # goes up where equations change whatever is set: no run goes on from one to another
 
     def __init__(self, config: Section) -> None:
         self.config: Any = config

@@ -52,6 +52,7 @@ class InfLoRA(Method):
     growth = "at most n / 2 columns of length n, fp64, for each input that layers share"
     by_shape = True
     by_order = True
+    revision = 2  # 1: moments and memories in fp32
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

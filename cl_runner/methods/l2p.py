@@ -45,6 +45,7 @@ class L2P(Prompting):
     paper = "2112.08654 (Learning to Prompt)"
     carried = "pool and keys"
     growth = "constant"
+    revision = 2  # 1: keys from U(-1, 1)
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         super().check(config, shapes)

@@ -120,6 +120,7 @@ class LFPT5(Prompting):
     paper = "2110.07298 (LFPT5)"
     carried = "prompt; what the inputs of each task share, and its labels; the last written examples"
     growth = "a few hundred token ids a task"
+    revision = 2  # 1: the KL at what is to be written too; the first task without the factor 1 − λ
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

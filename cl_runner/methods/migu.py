@@ -44,6 +44,7 @@ class MIGU(SeqLoRA):
     carried = "A, B (full: the weights)"
     growth = "constant"
     edits_before_clip = True  # as in the official code: a step is as long as the clip lets it be
+    revision = 2  # 1: clipped before the mask, a label's last token not counted on decoder-only models
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -143,8 +143,8 @@ def from_flags(flags: Mapping[str, Any]) -> Layer:
     return layer
 
 
-def from_sets(sets: Sequence[str]) -> Layer:
-    """The layer of ``--set key=value``; of one key twice, the last wins."""
+def from_sets(sets: Sequence[str], tasks: Sequence[str] = ()) -> Layer:
+    """The layer of ``--set key=value``; of one key twice, the last wins. ``tasks``: those of the order."""
     layer: Layer = {}
     for item in sets:
         where = f"--set {printable(item)}"
@@ -152,7 +152,7 @@ def from_sets(sets: Sequence[str]) -> Layer:
         key = key.strip()
         if not equals or not key:
             raise refuse(where, "write --set section.key=value, for example --set training.lr=1e-3")
-        path = _set_path(key, where)
+        path = _set_path(key, where, tasks)
         value, text = parse_value(text, where)
         for before in [other for other in layer if other[: len(path)] == path]:
             del layer[before]  # the last one also goes last, and replaces parts of itself
@@ -160,15 +160,13 @@ def from_sets(sets: Sequence[str]) -> Layer:
     return layer
 
 
-def _set_path(key: str, where: str) -> Key:
+def _set_path(key: str, where: str, tasks: Sequence[str]) -> Key:
     parts = key.split(".")
     section = parts[0]
     if section in SETTABLE:
-        # A task's name may hold a dot; what follows it begins with a section.
-        begin = next((i for i in range(2, len(parts) - 1) if parts[i] in section_names()), len(parts) - 2)
-        if begin < 2 or not all(parts):
+        name, override = _split(parts, tasks if section == "tasks" else ())
+        if not name or not all(parts):
             raise refuse(where, f"write {section}.{'NAME' if section == 'tasks' else 'POSITION'}.section.key=value")
-        override, name = ".".join(parts[begin:]), ".".join(parts[1:begin])
         _check(override, section, where)
         return (section, name if section == "tasks" else _position(name, where), override)
     if section == "presets":
@@ -187,6 +185,18 @@ def _set_path(key: str, where: str) -> Key:
     if section != "method" and len(parts) > 2 and not parts_of(kind, parts[1]):
         raise refuse(where, f"{section}.{parts[1]} has no parts")
     return tuple(parts)
+
+
+def _split(parts: Sequence[str], tasks: Sequence[str]) -> tuple[str, str]:
+    """Name and setting of ``tasks.NAME.section.key``, where a task's name may hold dots, and a section's name too.
+
+    The longest name of a task after which a setting follows; where there is none, what comes before the first section.
+    """
+    splits = [(".".join(parts[1:begin]), ".".join(parts[begin:])) for begin in range(2, len(parts) - 1)]
+    known = [(name, override) for name, override in reversed(splits) if name in tasks]
+    begun = [(name, override) for name, override in splits if override.partition(".")[0] in section_names()]
+    settings = [pair for pair in [*known, *begun] if not check_override(RunConfig, pair[1], SETTABLE["tasks"], "task")]
+    return next(iter([*settings, *known, *begun, *reversed(splits)]), ("", ""))
 
 
 def section_names() -> list[str]:
@@ -225,6 +235,7 @@ def merge(layers: Sequence[Layer], order: Order | None, notes: list[str] | None 
         if ("method", "name") in layer:
             _other_method(merged, layer[("method", "name")], notes)
         for path, new in layer.items():
+            merged.pop(path, None)  # the strongest also goes last, and over the weaker ones' parts
             for weaker in [other for other in before if other in merged and _replaces(path, other, order)]:
                 gone = merged.pop(weaker)
                 if notes is not None and weaker not in layer:
@@ -242,7 +253,9 @@ def _replaces(path: Key, weaker: Key, order: Order | None) -> bool:
     if weaker[0] not in SETTABLE or weaker == path:
         return False
     if path[0] not in SETTABLE:
-        return dotted(path) == weaker[2]
+        return is_part(weaker[2], dotted(path))
+    if path[:2] == weaker[:2]:
+        return is_part(weaker[2], path[2])
     if path[0] == "tasks" and weaker[0] == "stages" and path[2] == weaker[2] and order:
         position = int(weaker[1])
         return position <= len(order.names) and order.names[position - 1] == path[1]
@@ -259,6 +272,11 @@ def _other_method(merged: Layer, new: Given, notes: list[str] | None) -> None:
             gone = merged.pop(path)
             if notes is not None:
                 notes.append(f"{dotted(path)} ({gone.origin}) is of {now.value} and does not go with {new.value}")
+
+
+def is_part(key: str | int, whole: str | int) -> bool:
+    """Whether a dotted key is the other one, or of a part of it: ``method.reorthogonalise.every``."""
+    return f"{key}.".startswith(f"{whole}.")
 
 
 def dotted(path: Key) -> str:

@@ -14,6 +14,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import looks_like_path, shipped
 from cl_runner.rundir import RunDir
 from cl_runner.settings.layers import (
+    SETTABLE,
     Given,
     Layer,
     dotted,
@@ -21,6 +22,7 @@ from cl_runner.settings.layers import (
     from_flags,
     from_order,
     from_sets,
+    is_part,
     merge,
     strongest,
     user_text,
@@ -36,6 +38,7 @@ StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 
 # What is in the name of the run's folder already, or changes no number.
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir", "data.source")
+_NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,14 @@ def resolve(
     file = from_document(load(config_file)) if config_file is not None else {}
     if extending:
         file = {path: given for path, given in file.items() if path not in (("order",), ("output", "name"))}
-    given = {**(flags or {}), **({"order": order} if order is not None else {})}
-    stronger = [file, from_flags(given), from_sets(sets)]
+    flagged = from_flags({**(flags or {}), **({"order": order} if order is not None else {})})
+    # The order goes first: which task a --set is of depends on the names of its tasks.
+    of_order = [item for item in sets if item.partition("=")[0].strip() == "order"]
+    ordered = strongest([file, flagged, from_sets(of_order)], ("order",))
+    if config_file is not None and ordered is not None and ordered is file.get(("order",)):
+        ordered = _kept(ordered, RunDir(config_file.parent), config_file)
+    loaded = _order(ordered)
+    stronger = [file, flagged, from_sets(sets, loaded.names if loaded else ())]
 
     chosen = [*_presets_of_file(file), *((name, "--preset") for name in presets)]
     if extending:  # what was published for the shorter order stands in the file
@@ -95,10 +104,6 @@ def resolve(
     named = strongest([*(preset.shared for preset in made), *stronger], ("method", "name"))
     method = user_text(named, "method.name") or RunConfig().method.name
     own_settings = _own_settings(method_schema, method, named)
-    ordered = strongest(stronger, ("order",))
-    if config_file is not None and ordered is not None and ordered is file.get(("order",)):
-        ordered = _kept(ordered, RunDir(config_file.parent), config_file)
-    loaded = _order(ordered)
 
     weakest = [preset.layer(method) for preset in made]
     if want_published:
@@ -297,18 +302,24 @@ def _origins(config: RunConfig, merged: Layer, method: str) -> dict[str, str]:
     origins: dict[str, str] = {}
     for path, _ in settings_of(config):
         own = path[0] == "method" and path[1] != "name"
-        default = f"default of {method}" if own else "default"
-        origins[dotted(path)] = merged[path].origin if path in merged else default
+        origins[dotted(path)] = f"default of {method}" if own else "default"
+        for other, given in merged.items():  # weakest first, parts of a task's setting after the whole
+            if other == path or (path[0] in SETTABLE and other[:2] == path[:2] and is_part(other[2], path[2])):
+                origins[dotted(path)] = given.origin
     return origins
 
 
-def difference(a: RunConfig, b: RunConfig) -> list[str]:
-    """The dotted keys in which two configs differ, in the order of the sections."""
+def differing(a: RunConfig, b: RunConfig) -> list[Key]:
+    """The paths of the settings in which two configs differ, in the order of the sections."""
     absent = object()
-    ours = {dotted(path): value for path, value in settings_of(a)}
-    theirs = {dotted(path): value for path, value in settings_of(b)}
-    keys = [*ours, *(key for key in theirs if key not in ours)]
-    return [key for key in keys if ours.get(key, absent) != theirs.get(key, absent)]
+    ours, theirs = dict(settings_of(a)), dict(settings_of(b))
+    paths = [*ours, *(path for path in theirs if path not in ours)]
+    return [path for path in paths if ours.get(path, absent) != theirs.get(path, absent)]
+
+
+def difference(a: RunConfig, b: RunConfig) -> list[str]:
+    """The dotted keys of the settings in which two configs differ, in the order of the sections."""
+    return [dotted(path) for path in differing(a, b)]
 
 
 def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
@@ -322,7 +333,7 @@ def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
     found = {
         key: values.get(key)
         for key in difference(config, baseline)
-        if key not in _NOT_DIFFERENT and not key.startswith("output.")
+        if key not in _NOT_DIFFERENT and not key.startswith("output.") and not key.endswith(_NO_ROW_BY)
     }
     source = _source(config, config.model.name)
     if source != _source(baseline, config.model.name):

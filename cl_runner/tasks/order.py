@@ -22,7 +22,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.lookup import expanded, find, is_name, shipped
 from cl_runner.tasks import catalog, files
 from cl_runner.tasks.new_order import new_order
-from cl_runner.tasks.task import Task
+from cl_runner.tasks.task import Source, Task
 from cl_runner.validation import check_override, explain, flattened, refuse, unknown
 from cl_runner.yamlfile import Document, Key, load, printable
 
@@ -49,9 +49,9 @@ class OrderEntry:
         """The entry as an order's file may have it."""
         more = {"set": self.set} if self.set else {}
         if self.own is not None:
-            # The instruction in any case: left out, it would be the kind's.
+            # The instruction in any case: left out, it would be the kind's. The metric, as its default may change.
             own = self.own.model_dump(mode="json", exclude_defaults=True)
-            return {**own, "instruction": self.own.instruction, **more}
+            return {**own, "instruction": self.own.instruction, "metric": self.own.metric, **more}
         again = {"as": self.task.name} if self.task.dataset else {}
         return {"task": self.task.called, **again, **more}
 
@@ -76,16 +76,16 @@ class Order:
         """The tasks' names, first to last."""
         return [entry.task.name for entry in self.entries]
 
-    def at(self, folders: Mapping[str, Path]) -> Order:
-        """The same order, the files of own tasks (by name) in other folders."""
+    def at(self, folder: Path, sources: Mapping[str, Source]) -> Order:
+        """The same order in another folder: own tasks (by name) have these sources, the others the files they had."""
 
         def there(entry: OrderEntry) -> OrderEntry:
-            folder = folders.get(entry.task.name)
-            if entry.own is None or folder is None:
+            if entry.own is None or entry.own.source is None:
                 return entry
-            return replace(entry, task=entry.own.beside(folder, moved=folder != self.folder))
+            source = sources.get(entry.own.name) or entry.own.source.beside(self.folder)
+            own = entry.own.model_copy(update={"source": source})
+            return replace(entry, task=own.beside(folder), own=own)
 
-        [folder] = set(folders.values()) if len(set(folders.values())) == 1 else {self.folder}
         return replace(self, entries=[there(entry) for entry in self.entries], folder=folder)
 
     def written(self) -> dict[str, Any]:

@@ -106,12 +106,11 @@ class Source(FileFormat):
         named = {"train": self.train, "dev": self.dev, "test": self.test}[split]
         return [named] if isinstance(named, str) else named or []
 
-    def beside(self, folder: Path, moved: bool = False) -> Source:
-        """The same files, relative paths taken from ``folder``; ``moved``: the others too, by the last part."""
+    def beside(self, folder: Path) -> Source:
+        """The same files, relative paths taken from ``folder``."""
 
         def there(path: str) -> str:
-            given = expanded(path)
-            return str(folder / (given.name if moved and given.is_absolute() else given))
+            return str(folder / expanded(path))
 
         paths = {
             split: [there(path) for path in named] if isinstance(named, list) else there(named)
@@ -332,8 +331,8 @@ class Task(Frozen):
             head += "Option: " + ", ".join(self.labels) + " \n"
         return Prompt(head, text, "\nAnswer:")
 
-    def beside(self, folder: Path, moved: bool = False) -> Task:
+    def beside(self, folder: Path) -> Task:
         """The same task, its files taken from ``folder`` (where its order's file lies), as ``Source.beside`` has it."""
         if self.source is None:
             return self
-        return self.model_copy(update={"source": self.source.beside(folder, moved)})
+        return self.model_copy(update={"source": self.source.beside(folder)})

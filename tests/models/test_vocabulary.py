@@ -62,16 +62,18 @@ def words(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def mine(folder: Path, labels: list[str], command: str = "train", entry: str = "", golds: Any = None) -> Result:
+def mine(
+    folder: Path, labels: list[str], command: str = "train", entry: str = "", golds: Any = None, more: str = ""
+) -> Result:
     rows = "".join(f"{text},{label}\n" for text, label in zip(("great day", "bad day"), golds or labels, strict=True))
     (folder / "rows.csv").write_text(f"text,label\n{rows}")
     given = entry or f"labels: [{', '.join(labels)}]"
     (folder / "mine.yaml").write_text(
         f"tasks:\n- {{name: mine, kind: TC, instruction: '', options: false, {given}, "
-        "source: {train: rows.csv, test: rows.csv}}\n"
+        f"source: {{train: rows.csv, test: rows.csv}}}}\n{more}"
     )
-    more = ("data", "check") if command == "check" else ("train", "--method", "seqlora", "--restart")
-    return call(*more, "--order", "mine.yaml", "--model", "model", cwd=folder)
+    how = ("data", "check") if command == "check" else ("train", "--method", "seqlora", "--restart")
+    return call(*how, "--order", "mine.yaml", "--model", "model", cwd=folder)
 
 
 def test_emoji_without_byte_fallback_are_refused_before_training(words: Path) -> None:
@@ -97,3 +99,29 @@ def test_free_text_that_cannot_be_answered_is_said_or_refused(words: Path) -> No
     assert refused.code == 2 and "2 of 2 test golds are none" in refused.err.splitlines()[-1]
     soft = mine(words, [], entry="metric: f1", golds=["Snow", "ice"])
     assert soft.code == 0 and "test golds" not in soft.err, "no answer has to equal the gold"
+
+
+def test_labels_that_cannot_be_said_do_not_keep_a_run_from_being_evaluated(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions trained such tasks: the stage answers as committed, and a line says what is the matter."""
+    with monkeypatch.context() as before:
+        before.setattr(Vocabulary, "wrong_label", lambda *_: "")
+        (words / "other.csv").write_text("text,label\ngreat day,sunny\nbad day,rainy\n")
+        trained = mine(words, ["😀", "😡"], more="- {name: other, kind: TC, labels: [sunny, rainy], "
+                       "source: {train: other.csv, test: other.csv}}\n")  # fmt: skip
+        assert trained.code == 0, trained.err
+    said = "task mine: label '😀', ids [3] in the model's tokenizer, has unknown tokens"
+    for more, lines in (((), 1), (("--tasks", "mine"), 1), (("--tasks", "other"), 0)):
+        result = call("eval", "--json", *more, cwd=words)
+        assert result.code == 0, result.err
+        assert result.err.count(said) == lines
+        assert result.json["scores"].items() <= result.json["committed"].items()
+
+
+def test_golds_that_cannot_be_said_neither(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(Vocabulary, "unsayable", lambda *_: {})
+        assert mine(words, [], entry="metric: exact", golds=["Snow", "ice"]).code == 0
+    result = call("eval", cwd=words)
+    assert result.code == 0 and "task mine: 2 of 2 test golds are none that this tokenizer can answer" in result.err

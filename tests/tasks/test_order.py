@@ -129,9 +129,22 @@ def test_an_order_written_out_is_the_same_order_anywhere() -> None:
     )  # fmt: skip
     assert [entry.set for entry in kept.entries] == [entry.set for entry in order.entries]
     assert kept.folder == Path("orders").resolve()
-    there = order.at({name: Path("/there") for name in ("mine", "mine-2", "free")})
+    own = {entry.task.name: entry.own.source for entry in order.entries if entry.own and entry.own.source}
+    there = order.at(Path("/there"), own)
     assert there.tasks[1].source is not None and there.tasks[1].source.train == "/there/r/a.csv"
     assert load_order(write(dump_order(there.written()), "kept.yaml")).tasks == there.tasks
+    there = order.at(Path("/there"), {"mine": own["mine"]})
+    assert there.tasks[3] == order.tasks[3] and there.tasks[1] != order.tasks[1], "the others stay where they were"
+    assert load_order(write(dump_order(there.written()), "kept.yaml")).tasks == there.tasks
+
+
+def test_a_kept_order_says_every_metric() -> None:
+    """What is left out is as it is today, and a later version's default may be another."""
+    free = "{name: free, kind: QA, source: {train: a.csv, test: a.csv}}"
+    number = "{name: n, kind: QA, metric: numeric, source: {train: a.csv, test: a.csv}}"
+    written = load_order(write(f"tasks: [dbpedia, {OWN}, {free}, {number}, {{task: free, as: again}}]")).written()
+    assert written["tasks"][0] == {"task": "dbpedia"}
+    assert [entry["metric"] for entry in written["tasks"][1:]] == ["exact", "exact", "numeric", "exact"]
 
 
 def test_files_count_from_the_folder_that_is_said() -> None:
