@@ -76,7 +76,7 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
     sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
     targets = vocabulary.lengths(golds) if vocabulary else None
     lost = vocabulary.unsayable(golds, task.comparison) if vocabulary and task.judged and not task.labels else {}
-    counts = Counter(row.label for row in rows.rows)
+    counts = Counter(label for row in rows.rows for label in task.given(row.label))
     return {
         "rows": len(rows),
         "source": rows.source,

@@ -15,6 +15,7 @@ from cl_runner.report.data import data_lines
 from cl_runner.tasks import catalog
 from cl_runner.tasks.check import check, percentiles, share_over, show
 from cl_runner.tasks.task import Task
+from tests.command_line import call
 from tests.models.tiny_models import word_tokenizer
 
 TRAIN = [("one", "yes"), ("two words", "no"), ("one", "yes"), ("two words", "yes"), ("x", "-")]
@@ -118,3 +119,15 @@ def test_percentiles_are_by_nearest_rank(sizes: list[int]) -> None:
 
 def test_share_over() -> None:
     assert share_over([1, 2, 3, 4], 3) == 25.0
+
+
+def test_sets_are_counted_label_by_label(tmp_path: Path) -> None:
+    """A label that stands beside others only is no label without rows."""
+    rows = ["joy", "joy; anger", "fear; joy; anger", "anger"]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{k},{label}\n" for k, label in enumerate(rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "tasks: [{name: a, kind: ML, labels: [anger, fear, joy], metric: labels-f1, columns: {separator: ';'}, "
+        "source: {train: rows.csv, test: rows.csv}}]\n"
+    )
+    result = call("data", "check", "--order", "mine.yaml", cwd=tmp_path)
+    assert result.code == 0 and result.out.count("labels: anger 3, fear 1, joy 3") == 2, result.out
