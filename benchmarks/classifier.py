@@ -6,15 +6,16 @@ Inputs are whole numbers, one a position (grey values, say), in the place of tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_runner.methods.base import Method, Progress, Source
+from cl_runner.methods.protocol import Method, Progress, Source
 from cl_runner.models.batch import Batch, Example
-from cl_runner.plan import derived_seed
+from cl_runner.models.forward import evaluating
+from cl_runner.training.sampling import derived_seed
 
 
 class ClassifierStage:
@@ -24,13 +25,21 @@ class ClassifierStage:
 
     def __init__(self, model: nn.Module, index: int, seed: int, scale: float) -> None:
         self.model, self.index, self.seed, self.scale = model, index, seed, scale
-        self.adapters = SimpleNamespace(model=model)
         self.progress = Progress(0, 0, None)
         self.own: Source | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that trains, by name."""
         return dict(self.model.named_parameters())
+
+    def own_rows(self) -> Source:
+        """Those of the stage."""
+        assert self.own is not None
+        return self.own
+
+    def without_dropout(self) -> AbstractContextManager[None]:
+        """Inside, the model is in eval mode."""
+        return evaluating(self.model)
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits (b, 1, classes)."""
@@ -46,8 +55,7 @@ class ClassifierStage:
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
         """A source in order; its token losses add up to their mean."""
-        source = source or self.own
-        assert source is not None
+        source = source or self.own_rows()
         rows = range(len(source.examples))
         for start in range(0, len(rows), 256):
             yield self.batch(source, rows[start : start + 256], 1 / len(rows))

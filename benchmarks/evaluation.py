@@ -13,11 +13,10 @@ from typing import Any
 
 from benchmarks.common import median, parser, publish, spread, take_turns
 from benchmarks.world import World, step_seconds, synchronise, tiny, tiny_rows
-from cl_runner.evaluate import Scored, TestSet, evaluate
-from cl_runner.methods.base import commit_update
-from cl_runner.stage import StageRun
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import sample
+from cl_runner.training.evaluation import Scored, TestSet, evaluate
+from cl_runner.training.stage import StageRun, commit_update
 
 
 def trained(world: World, train: int) -> StageRun:
@@ -55,7 +54,7 @@ def main() -> None:
         stage = trained(world, given.train)
         tests = {
             task: TestSet(
-                catalog.get(task), sample(task, "test", given.test), tiny_rows(world, given.test, task, "test")
+                benchmark.get(task), sample(task, "test", given.test), tiny_rows(world, given.test, task, "test")
             )
             for task in given.tasks.split(",")
         }

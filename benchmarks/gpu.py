@@ -27,13 +27,13 @@ from benchmarks.common import median, parser, publish, spread, take_turns
 from benchmarks.compiled import compare
 from benchmarks.penalty import shares
 from benchmarks.world import World, synchronise
-from cl_runner.evaluate import TestSet, evaluate
-from cl_runner.methods.base import Source, commit_update
+from cl_runner.methods.protocol import Source
 from cl_runner.models.batch import Example
-from cl_runner.stage import StageRun
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.task import Row
-from cl_runner.train import train_stage
+from cl_runner.training.evaluation import TestSet, evaluate
+from cl_runner.training.loop import train_stage
+from cl_runner.training.stage import StageRun, commit_update
 
 ORDER = ("dbpedia", "amazon", "yahoo", "agnews")
 POSITIONS = (2, 8, 15)
@@ -164,7 +164,7 @@ def test_set(made: World, task: str, count: int, data_dir: Path | None) -> TestS
     examples = shapes.rows(made.room.base, [task], count, data_dir, right=shapes.RIGHT, seed=1)
     labels = [made.room.encoder.decode(example.target[:-1]) for example in examples]
     return TestSet(
-        catalog.get(task), [Row(id=str(i), text="", label=label) for i, label in enumerate(labels)], examples
+        benchmark.get(task), [Row(id=str(i), text="", label=label) for i, label in enumerate(labels)], examples
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, publish, run_process
-from cl_runner.maths.experts import tempered_counts
-from cl_runner.methods.colora import CoLoRA
+from cl_runner.methods.colora.mathematics import tempered_counts
+from cl_runner.methods.colora.method import CoLoRA
 from cl_runner.report.compare import spread
 
 LARGE, SMALL = "dbpedia", "agnews"

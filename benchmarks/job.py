@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from cl_runner.config import ModelConfig, RunConfig
-from cl_runner.metrics.text import normalise
+from cl_runner.config.schema import ModelConfig, RunConfig
+from cl_runner.metrics.comparison import normalise
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
 from cl_runner.settings import resolve
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.order import load_order
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.synthetic import sample
@@ -81,7 +81,7 @@ class Job:
     def write_rows(self, folder: Path) -> None:
         """Write the synthetic rows as a benchmark folder, so that every way reads files and none runs a grammar."""
         for name in self.tasks:
-            task = catalog.get(name)
+            task = benchmark.get(name)
             to = folder / task.kind / name
             to.mkdir(parents=True)
             for split, most in (("train", self.train), ("test", self.test)):
@@ -90,7 +90,7 @@ class Job:
 
     def examples(self, base: Base, task: str, split: Any) -> list[Example]:
         """The rows of a task as token ids."""
-        data, known = self.config.data, catalog.get(task)
+        data, known = self.config.data, benchmark.get(task)
         encoder = Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
         rows = load_rows(known, data, split).rows
         return encoder.encode_many([known.prompt(row.text) for row in rows], [row.label for row in rows])

@@ -24,13 +24,13 @@ from torch.nn.functional import linear
 
 from benchmarks import world
 from benchmarks.common import median, parser, publish
-from cl_runner.adapters import Pair
-from cl_runner.config import ModelConfig
-from cl_runner.methods.base import Source
+from cl_runner.adapters.pairs import Pair
+from cl_runner.config.schema import ModelConfig
+from cl_runner.methods.protocol import Source
 from cl_runner.models.base import load_base
 from cl_runner.models.batch import IGNORE, Batch, Example
-from cl_runner.stage import StageRun
-from cl_runner.train import train_stage
+from cl_runner.training.loop import train_stage
+from cl_runner.training.stage import StageRun
 
 
 class InTheForward(nn.Module):

@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks import world
 from benchmarks.common import parser, publish
-from cl_runner.config import RunConfig
+from cl_runner.config.schema import RunConfig
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source
-from cl_runner.stage import StageRun
-from cl_runner.train import train_stage
+from cl_runner.methods.protocol import Source
+from cl_runner.training.loop import train_stage
+from cl_runner.training.stage import StageRun
 
 Rows = list[dict[str, Any]]
 # Named as the settings: how, whether the update stays as it was, whether Adam's moments go over.

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from benchmarks.world import World, make
-from cl_runner.config import RunConfig
+from cl_runner.config.schema import RunConfig
 from cl_runner.models.base import Base, Layout, neutral_generation
 from cl_runner.models.batch import Example
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny-shape": {
@@ -123,7 +123,7 @@ def random_world(shape: str, device: str, positions: int, *, batch: int, micro: 
 def source_lengths(task: str, count: int, data_dir: Path | None, seed: int = 0) -> list[int]:
     """Input tokens of so many rows: words of the prompt and of the text, times 1.3, cut at 512."""
     dice = random.Random(f"{task}/{seed}")
-    known = catalog.get(task)
+    known = benchmark.get(task)
     prompt = len(str(known.prompt("")).split())
     file = data_dir / known.kind / task / "train.json" if data_dir else None
     if file is not None and file.exists():

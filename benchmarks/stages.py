@@ -22,13 +22,13 @@ from typing import Any
 
 from benchmarks import world
 from benchmarks.common import median, parser, publish, resident_mb, run_process
-from cl_runner.checkpoint import save_stage
-from cl_runner.evaluate import TestSet, evaluate
-from cl_runner.methods.base import StagePlan, commit_update
-from cl_runner.rundir import RunDir
-from cl_runner.stage import StageRun
-from cl_runner.tasks import catalog
+from cl_runner.methods.protocol import StagePlan
+from cl_runner.runs.folder import RunDir
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import sample
+from cl_runner.training.checkpoint import save_stage
+from cl_runner.training.evaluation import TestSet, evaluate
+from cl_runner.training.stage import StageRun, commit_update
 
 POSITIONS = (2, 8, 15)
 
@@ -75,7 +75,7 @@ def curve(method: str, stages: int, steps: int, out: Path) -> None:
     made.room.order = order
     examples = world.tiny_rows(made, steps * made.config.training.global_batch)
     made.config.training.lr = 1e-4  # two hundred stages of the same rows stay finite; a step costs the same at any rate
-    test = TestSet(catalog.get("agnews"), sample("agnews", "test", 16), world.tiny_rows(made, 16, split="test"))
+    test = TestSet(benchmark.get("agnews"), sample("agnews", "test", 16), world.tiny_rows(made, 16, split="test"))
     first = made.stage(method, 1)  # sets the method up; it then lives through all stages, as in a run
     config = first.config
     first.close()

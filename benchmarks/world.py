@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import take_turns
-from cl_runner import engine
-from cl_runner.adapters import Adapters, Pair
-from cl_runner.config import ModelConfig, RunConfig
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
+from cl_runner.config.schema import ModelConfig, RunConfig
+from cl_runner.engine import zero as engine
+from cl_runner.engine.process import Place
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source, StagePlan
+from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
-from cl_runner.place import Place
 from cl_runner.settings import resolve
-from cl_runner.stage import Room, StageRun
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import sample
-from cl_runner.train import train_stage
+from cl_runner.training.loop import train_stage
+from cl_runner.training.stage import Room, StageRun
 
 # What a part calls a method → its settings.
 METHODS: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def make(base: Base, encoder: Any, config: RunConfig, device: str, bf16: bool, p
     """A world with a past of ``positions - 1`` random pairs."""
     place = Place(device=device)
     engine.start(place)
-    adapters = Adapters(
+    adapters = Layers(
         base.model,
         config.adapter,
         name_or_path=base.name_or_path,
@@ -105,12 +106,12 @@ def tiny(positions: int, device: str = "cpu", precision: str = "fp32", epochs: i
 
 def tiny_rows(world: World, count: int, task: str = "agnews", split: str = "train") -> list[Example]:
     """Synthetic rows of a benchmark task as ids."""
-    known = catalog.get(task)
+    known = benchmark.get(task)
     rows = sample(task, split, count)
     return world.room.encoder.encode_many([known.prompt(row.text) for row in rows], [row.label for row in rows])
 
 
-def random_pair(adapters: Adapters, name: str, seed: int) -> Pair:
+def random_pair(adapters: Layers, name: str, seed: int) -> Pair:
     """A pair as a stage might have left it."""
     generator = torch.Generator().manual_seed(seed)
     A: dict[str, Tensor] = {}

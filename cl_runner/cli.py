@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cl_runner import __version__, console
-from cl_runner.console import one_line, say_error, stdout_kept_for_results
+from cl_runner import __version__
 from cl_runner.errors import TrainingError, UserError
-from cl_runner.stopping import Stopped, signals_stop
+from cl_runner.terminal import console
+from cl_runner.terminal.console import one_line, say_error, stdout_kept_for_results
+from cl_runner.terminal.stopping import Stopped, signals_stop
 
 # Plain text, no boxes; errors are told in one line by main().
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
@@ -40,11 +41,15 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="section.key=value, tasks.NAME.section.key=value, stages.K.section.key=value."),
 ]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file with methods, … of your own; may be given again."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML of settings, or a run's run.yaml.")]
 Method = Annotated[str | None, typer.Option("--method", help="Continual-learning method.")]
 Model = Annotated[str | None, typer.Option("--model", help="Embedded model, folder, or hub id.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmark folder (default $CL_RUNNER_DATA).")]
-DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub or synthetic.")]
+DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub, synthetic, or another source.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder of the run folders (default runs).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -81,6 +86,7 @@ def train(
     method: Method = None,
     model: Model = None,
     preset: Presets = None,
+    plugin: Plugins = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     data: DataSource = None,
@@ -98,16 +104,17 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a task order; go on where a run stopped."""
-    from cl_runner import commands, session
+    from cl_runner.commands import train as command
+    from cl_runner.commands.request import Request
 
     flags = _flags(
         method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
         output__name=name, seed=seed,
     )  # fmt: skip
-    request = commands.Request(order, preset or [], config, flags, set_ or [])
+    request = Request(order, preset or [], config, flags, set_ or [], plugin or [])
     if extend is not None:
-        request = commands.Request.extending(extend, request, root=Path(output_dir or "runs"))
-    raise typer.Exit(session.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json))
+        request = Request.extending(extend, request, root=Path(output_dir or "runs"))
+    raise typer.Exit(command.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json))
 
 
 @app.command(name="eval")
@@ -118,19 +125,21 @@ def evaluate(
     output_dir: OutputDir = None,
     data_dir: DataDir = None,
     model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
+    plugin: Plugins = None,
     set_: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Score a finished stage again; compare with what was committed. Writes nothing into the run."""
-    from cl_runner import commands
+    from cl_runner.commands import eval as command
 
-    commands.evaluate(
+    command.evaluate(
         run,
         root=Path(output_dir or "runs"),
         stage=stage,
         tasks=tasks,
         data_dir=data_dir,
         model=model,
+        plugins=plugin or [],
         sets=set_ or [],
         as_json=as_json,
     )
@@ -147,30 +156,39 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Accuracy matrix, AA, forgetting, transfer of a run."""
-    from cl_runner import commands
+    from cl_runner.commands import report as command
 
     form = "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
-    commands.report(run or [], root=Path(output_dir or "runs"), form=form)
+    command.report(run or [], root=Path(output_dir or "runs"), form=form)
 
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="orders, tasks, methods, adapters, models, presets or runs.")],
+    what: Annotated[
+        str, typer.Argument(help="orders, tasks, methods, adapters, compatibility, sources, models, presets or runs.")
+    ],
     output_dir: OutputDir = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List orders, tasks, methods, models, presets, runs."""
-    from cl_runner import listing
+    from cl_runner.commands import list
+    from cl_runner.settings import load_plugins
 
-    listing.show_list(what, root=Path(output_dir or "runs"), as_json=as_json)
+    load_plugins(plugin or [])
+    list.show_list(what, root=Path(output_dir or "runs"), as_json=as_json)
 
 
 @app.command()
-def show(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: Json = False) -> None:
+def show(
+    method: Annotated[str, typer.Argument(help="A method's name.")], plugin: Plugins = None, as_json: Json = False
+) -> None:
     """A method: equation, paper, settings, what it carries."""
-    from cl_runner import listing
+    from cl_runner.commands.show import show_method
+    from cl_runner.settings import load_plugins
 
-    listing.show_method(method, as_json=as_json)
+    load_plugins(plugin or [])
+    show_method(method, as_json=as_json)
 
 
 @config_app.command("show")
@@ -179,6 +197,7 @@ def config_show(
     method: Method = None,
     model: Model = None,
     preset: Presets = None,
+    plugin: Plugins = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     data: DataSource = None,
@@ -187,18 +206,21 @@ def config_show(
     as_json: Json = False,
 ) -> None:
     """The resolved settings, each with where it came from."""
-    from cl_runner import commands
+    from cl_runner.commands import config as command
+    from cl_runner.commands.request import Request
 
     flags = _flags(method__name=method, model__name=model, data__dir=data_dir, data__source=data, seed=seed)
-    commands.config_show(commands.Request(order, preset or [], config, flags, set_ or []), as_json=as_json)
+    command.config_show(Request(order, preset or [], config, flags, set_ or [], plugin or []), as_json=as_json)
 
 
 @config_app.command("schema")
-def config_schema(as_json: Json = False) -> None:
+def config_schema(plugin: Plugins = None, as_json: Json = False) -> None:
     """JSON Schema of the settings, for editors (JSON in any case)."""
-    from cl_runner import listing
+    from cl_runner.commands.config import show_schema
+    from cl_runner.settings import load_plugins
 
-    listing.show_schema()
+    load_plugins(plugin or [])
+    show_schema()
 
 
 @data_app.command("check")
@@ -206,6 +228,7 @@ def data_check(
     order: Order = None,
     model: Model = None,
     preset: Presets = None,
+    plugin: Plugins = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     data: DataSource = None,
@@ -213,10 +236,11 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Rows, labels, duplicates, lengths and truncation of every task of an order."""
-    from cl_runner import commands
+    from cl_runner.commands import data as command
+    from cl_runner.commands.request import Request
 
     flags = _flags(model__name=model, data__dir=data_dir, data__source=data)
-    commands.data_check(commands.Request(order, preset or [], config, flags, set_ or []), as_json=as_json)
+    command.data_check(Request(order, preset or [], config, flags, set_ or [], plugin or []), as_json=as_json)
 
 
 @data_app.command("show")
@@ -226,6 +250,7 @@ def data_show(
     n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
     model: Model = None,
     preset: Presets = None,
+    plugin: Plugins = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     data: DataSource = None,
@@ -233,10 +258,11 @@ def data_show(
     as_json: Json = False,
 ) -> None:
     """The first test rows of a task: id, the model's exact input, the target."""
-    from cl_runner import commands
+    from cl_runner.commands import data as command
+    from cl_runner.commands.request import Request
 
     flags = _flags(model__name=model, data__dir=data_dir, data__source=data)
-    commands.data_show(commands.Request(order, preset or [], config, flags, set_ or []), task, n, as_json=as_json)
+    command.data_show(Request(order, preset or [], config, flags, set_ or [], plugin or []), task, n, as_json=as_json)
 
 
 @new_app.command("order")
@@ -282,6 +308,8 @@ def outcome(arguments: list[str]) -> int:
     """Do what the arguments say; returns the exit code. Whatever goes wrong is one line on stderr."""
     console.debugging = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
+    if registry := sys.modules.get("cl_runner.registry"):
+        registry.forget_plugins()  # of an earlier command in this process
     try:
         with stdout_kept_for_results(), signals_stop():
             code = app(arguments, standalone_mode=False)
@@ -301,8 +329,8 @@ def outcome(arguments: list[str]) -> int:
 
 def _told(error: BaseException, code: int, message: str | None = None) -> int:
     """Say it, by one process of a run alone; returns the exit code."""
+    from cl_runner.engine.process import assigned
     from cl_runner.launch.channel import TOLD, Channel
-    from cl_runner.place import assigned
 
     part = assigned()
     if part is None or part.rank == 0:
@@ -312,7 +340,7 @@ def _told(error: BaseException, code: int, message: str | None = None) -> int:
 
 
 def _part_of_many() -> bool:
-    from cl_runner.place import assigned
+    from cl_runner.engine.process import assigned
 
     part = assigned()
     return part is not None and part.ranks > 1

@@ -32,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import TASKS, grammar, rows
 
 VOCABULARY = 2400
@@ -58,7 +58,7 @@ def language(rng: random.Random) -> Iterator[Example]:
     streams = {name: rows(grammar(name), "train", SEED) for name in TASKS}
     while True:
         name = rng.choice(TASKS)
-        yield Example(str(catalog.get(name).prompt(next(streams[name]).text)), None)
+        yield Example(str(benchmark.get(name).prompt(next(streams[name]).text)), None)
 
 
 def auxiliary(rng: random.Random, plain: int) -> Iterator[Example]:
@@ -81,7 +81,7 @@ def auxiliary(rng: random.Random, plain: int) -> Iterator[Example]:
         )
         options = [*others, names[row.label]]
         rng.shuffle(options)
-        task = catalog.build(
+        task = benchmark.build(
             {"name": rng.choice(SOURCES), "kind": kind, "labels": options}
             | ({"instruction": instruction} if instruction else {})
         )

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +150,16 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def start(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[str]:
-    """``cl-runner`` with these arguments, as a process of its own."""
+def start(
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "cl_runner"),
+    **more: Any,
+) -> subprocess.Popen[str]:
+    """``cl-runner`` with these arguments, as a process of its own (or another program of Python's)."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cl_runner", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=cwd,
         env=dict(env or environment()),
         stdout=subprocess.PIPE,

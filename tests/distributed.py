@@ -51,8 +51,8 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 
 def _alone(body: Callable[..., Any], *args: Any, **named: Any) -> Any:
     import torch
 
-    from cl_runner import engine
-    from cl_runner.place import Place
+    from cl_runner.engine import zero as engine
+    from cl_runner.engine.process import Place
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have it: sums of more threads come in another order
@@ -79,7 +79,7 @@ class Processes:
     """Ranks 0 … n - 1, each waiting for work at its end of a pipe."""
 
     def __init__(self, ranks: int) -> None:
-        from cl_runner.place import free_port
+        from cl_runner.engine.process import free_port
 
         port = free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="cl-runner-ranks-")
@@ -172,8 +172,8 @@ def work(rank: int, ranks: int, port: int, fileno: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cl_runner import engine
-    from cl_runner.place import Place
+    from cl_runner.engine import zero as engine
+    from cl_runner.engine.process import Place
 
     place = Place(rank, rank, ranks, "cpu", "127.0.0.1", port)
     engine.start(place)

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from cl_runner.adapters import Adapters, FullWeights, Prompts
-from cl_runner.config import RunConfig
-from cl_runner.engine import Autocast
-from cl_runner.methods.base import Method, Source, StagePlan
+from cl_runner.adapters.kind import Opening
+from cl_runner.config.schema import RunConfig
+from cl_runner.engine.process import Place
+from cl_runner.engine.zero import Autocast
+from cl_runner.methods.protocol import Method, Source, StagePlan
 from cl_runner.models.base import Base, Layout, neutral_generation
 from cl_runner.models.batch import Example
-from cl_runner.place import Place
-from cl_runner.stage import Room, StageRun
-from cl_runner.train import Trained, train_stage
+from cl_runner.models.model_folder import ModelFolder
+from cl_runner.registry import KINDS
+from cl_runner.training.loop import train_stage
+from cl_runner.training.meter import Trained
+from cl_runner.training.stage import Room, StageRun
 
 Kind = Literal["t5", "llama"]
 VOCABULARY, PAD, END, START = 64, 0, 1, 0
@@ -108,13 +111,8 @@ def tiny_room(
     """A room with a tiny model and the adapters of ``config``."""
     model = tiny_model(kind, dropout).to(base_dtype)
     base = Base(model, None, LAYOUTS[kind], "tiny", "random")  # type: ignore[arg-type]
-    named: dict[str, Any] = {"name_or_path": "tiny", "encoder_decoder": base.encoder_decoder}
-    if method.full:
-        adapters: Adapters = FullWeights(model, base_again=True)
-    elif method.prompts:
-        adapters = Prompts(model, revision=None, **named)
-    else:
-        adapters = Adapters(model, config.adapter, **named)
+    opening = Opening(model, "tiny", None, base.encoder_decoder, base_again=True, folder=ModelFolder(model))
+    adapters = KINDS.get(method.kind(config))(config.adapter).open(opening)
     root = Autocast(adapters.model, place.torch_device, bf16)
     plans = tuple(StagePlan(name, (name,)) for name in order)
     return Room(base, Ids(), adapters, method, place, root, plans)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def test_eval_gives_the_committed_numbers(run: Path) -> None:
 
 
 def test_folded_update_is_applied_within_one_percent_on_a_bf16_base() -> None:
-    from cl_runner.adapters import Accumulator
+    from cl_runner.adapters.folding import Accumulator
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(512, 512, bias=False, device="cuda", dtype=torch.bfloat16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.packages import built
 
 REPO = Path(__file__).parents[1]
 
@@ -16,16 +17,7 @@ REPO = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's content, as it would be installed."""
-    pytest.importorskip("hatchling", reason="building the wheel needs hatchling (pip install '.[dev]')")
-    out = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
-        cwd=REPO, check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    (wheel,) = out.glob("*.whl")
-    site = out / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    return site
+    return built(REPO, tmp_path_factory.mktemp("wheel"))
 
 
 def run(site: Path, cwd: Path, *arguments: str) -> str:
@@ -51,3 +43,8 @@ def test_default_run_can_be_planned_from_the_wheel(unpacked: Path, tmp_path: Pat
     assert "olora on tiny-t5 (synthetic data)" in plan
     assert "agnews" in plan
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_example_and_no_test_is_in_the_wheel(unpacked: Path) -> None:
+    assert {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"} == {"cl_runner"}
+    assert not list(unpacked.rglob("*example*.py")) and (unpacked / "cl_runner" / "registry.py").is_file()

@@ -1,15 +1,4 @@
-"""PEFT adapters: build, fold, factor groups, save and load; or all weights in their place.
+"""What trains, and what of the past answers beside it; the only folder that imports peft.
 
-The only folder that imports peft.
+``kind.py`` says what an adapter kind is; importing the package imports no torch.
 """
-
-from cl_runner.adapters.folding import Accumulator
-from cl_runner.adapters.full import FullWeights, Stored
-from cl_runner.adapters.lora import Adapters, FactorGroup, Pair, PastFactors
-from cl_runner.adapters.prompts import Prompts
-from cl_runner.adapters.terms import Term, Terms
-
-__all__ = [
-    "Accumulator", "Adapters", "FactorGroup", "FullWeights", "Pair", "PastFactors", "Prompts", "Stored", "Term",
-    "Terms",
-]  # fmt: skip

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-if TYPE_CHECKING:
-    from cl_runner.adapters.lora import Pair
+from cl_runner.adapters.pairs import Pair
 
 Factors = tuple[Tensor, Tensor]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cl_runner.adapters.pairs import Pair
+
 
 class Term(nn.Module):
     """What is added to one target layer's output. Its parameters may train and are fp32; what is frozen are buffers."""
@@ -39,11 +41,15 @@ class Term(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """The live terms of a stage: one for each target, and parameters that belong to no layer alone."""
+    """The live terms of a stage: one for each target, and parameters that belong to no layer alone.
+
+    ``pair``: of the targets without a term, where a LoRA pair trains beside the terms.
+    """
 
     stage: str
     of: dict[str, Term]
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    pair: Pair | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter: the shared ones, then ``<target>.<name>``. One that several layers hold is there once."""

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cl_runner.console import results_fd
+from cl_runner.engine.process import free_port
 from cl_runner.errors import TrainingError, UserError
 from cl_runner.launch.channel import STOP, TOLD, VARIABLE, Channel
-from cl_runner.place import free_port
-from cl_runner.stopping import Stopped
+from cl_runner.terminal.console import results_fd
+from cl_runner.terminal.stopping import Stopped
 
 GRACE = 10.0  # seconds that ranks get to end after their launcher has
 

@@ -39,3 +39,8 @@ def principal_angles(P: Tensor, Q: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(P @ Q.mT).flip(-1).clamp(max=1)
     sines = torch.linalg.svdvals(Q - (Q @ P.mT) @ P).clamp(max=1)
     return torch.where(sines.square() < 0.5, sines.asin(), cosines.acos())
+
+
+def without(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """A matrix (m, n) without its part in the span of orthonormal columns (m, k): ``G − M Mᵀ G``."""
+    return matrix if basis is None else matrix - basis @ (basis.mT @ matrix)

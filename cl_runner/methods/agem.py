@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.maths.vectors import flat, unflat
-from cl_runner.methods.base import Source
-from cl_runner.methods.memory import Remembering, memory_gradient
+from cl_runner.methods.shared.memory import Remembering, drawn, memory_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
 
 
 class AGEM(Remembering):
@@ -41,19 +40,7 @@ class AGEM(Remembering):
         return unflat(project(flat(gradients, gradients), flat(reference, gradients)), gradients)
 
 
-def drawn(source: Source, size: int, stage: Stage) -> Source:
-    """``size`` rows of a source (all, where it has fewer), from seed, stage and step alone."""
-    import torch
-
-    generator = stage.rng(f"memory/{stage.progress.step}")
-    rows = sorted(torch.randperm(len(source.examples), generator=generator).tolist()[:size])
-    return Source([source.examples[i] for i in rows], [source.tasks[i] for i in rows])
-
-
 def project(gradient: Tensor, reference: Tensor) -> Tensor:
     """The vector nearest to ``gradient`` (n) with an inner product with ``reference`` (n) that is not negative."""
     against = (gradient @ reference).clamp(max=0)
     return gradient - against / (reference @ reference).clamp(min=1e-30) * reference
-
-
-METHOD = AGEM

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.maths.vectors import flat, unflat
-from cl_runner.methods.agem import drawn
-from cl_runner.methods.memory import Remembering, memory_gradient
+from cl_runner.methods.shared.memory import Remembering, drawn, memory_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
 
 RIDGE = 1e-6  # of the mean diagonal of G Gᵀ, so that the dual has one answer; the official code adds 1e-3 at any scale
 
@@ -95,6 +94,3 @@ def nonnegative(P: Tensor, q: Tensor) -> Tensor:
             u = torch.where(free, u, 0.0)
         u = best
     return u
-
-
-METHOD = GEM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cl_runner.methods.base import Method, PairSettings
+from cl_runner.methods.protocol import Method, PairSettings
 
 
 class IncLoRA(Method):
@@ -23,6 +23,3 @@ class IncLoRA(Method):
 
     def reads_past(self) -> Mapping[str, str]:
         return {}
-
-
-METHOD = IncLoRA

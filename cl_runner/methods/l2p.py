@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.config import RunConfig, Section
+from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.prompting import Prompting, prompts_of
+from cl_runner.methods.shared.prompting import Prompting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
     from cl_runner.models.batch import Batch
 
 
@@ -62,11 +62,11 @@ class L2P(Prompting):
         import torch
 
         M, L = self.config.pool, self.config.length
-        pool = prompts_of(stage).of_vocabulary(M * L, stage.rng("pool")).view(M, L, -1)
+        pool = stage.vocabulary_rows(M * L, stage.rng("pool")).view(M, L, -1)
         return {"pool": pool, "keys": 0.01 * torch.rand(M, pool.shape[-1], generator=stage.rng("keys"))}
 
     def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
-        parameters = stage.adapters.parameters()
+        parameters = stage.all_parameters()
         if not parameters:
             return None  # the untouched base is asked
         from torch.nn.functional import cosine_similarity
@@ -81,6 +81,3 @@ class L2P(Prompting):
         pull = self.config.lambda1 * batch.condition["distance"][:, None]
         total: Tensor = ((token_loss(stage.forward(batch), batch.labels) + pull) * batch.token_weights).sum()
         return total
-
-
-METHOD = L2P

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.config import RunConfig, Section
+from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import PairSettings, State
-from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.methods.protocol import PairSettings, State
+from cl_runner.methods.shared.distillation import divergence
+from cl_runner.methods.shared.sequential import Sequential
+from cl_runner.methods.shared.tensors import under, within
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
     from cl_runner.models.batch import Batch
 
 
-class LwF(SeqLoRA):
+class LwF(Sequential):
     """From stage 2 on. The old model answers with dropout off, as a recorded response would; no τ² (as published)."""
 
     class Config(PairSettings):
@@ -52,10 +54,10 @@ class LwF(SeqLoRA):
             return super().loss(stage, batch)
         import torch
 
-        from cl_runner.models.forward import evaluating, token_loss
+        from cl_runner.models.forward import token_loss
 
         self.old = {name: value.to(stage.device) for name, value in self.old.items()}  # restored, they are on the CPU
-        with torch.no_grad(), evaluating(stage.adapters.model):
+        with torch.no_grad(), stage.without_dropout():
             before = stage.forward(batch, self.old)
         now = stage.forward(batch)
         kept = self.config.lambda1 * divergence(before, now, self.config.temperature)
@@ -66,16 +68,13 @@ class LwF(SeqLoRA):
         self.old = {}  # the next stage begins with what this one ended with
 
     def state(self) -> State:
-        return State({f"old.{name}": value for name, value in self.old.items()})
+        return State(under("old", self.old))
+
+    def step_state(self) -> State:
+        return self.state()
+
+    def load_step_state(self, stage: Stage, state: State) -> None:
+        self.load_state(state)
 
     def load_state(self, state: State) -> None:
-        self.old = {name.removeprefix("old."): value for name, value in state.tensors.items()}
-
-
-def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
-    """KL(p_before ‖ p_now) (b, t) in fp32 of logits (b, t, V), p = softmax(logits / temperature)."""
-    old, new = ((scores.float() / temperature).log_softmax(-1) for scores in (before, now))
-    return (old.exp() * (old - new)).sum(-1)
-
-
-METHOD = LwF
+        self.old = within("old", state.tensors)

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.config import Section
-from cl_runner.methods.base import LoraOrFull
-from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.config.schema import Section
+from cl_runner.methods.protocol import LoraOrFull
+from cl_runner.methods.shared.sequential import Sequential
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
     from cl_runner.models.batch import Batch
 
 
-class MIGU(SeqLoRA):
+class MIGU(Sequential):
     """Rows of B are chosen by the whole layer's output W x + s·B A x, rows of A by A's own output A x.
 
     That is the rule the official code means for LoRA (it is not wired up there). In full, rows of every linear layer's
@@ -53,8 +53,10 @@ class MIGU(SeqLoRA):
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
         if not stage.index:
             return super().loss(stage, batch)
-        parameters = stage.parameters()
-        batch = batch.read_to_the_end(head=head_learns(stage))
+        parameters, A = stage.parameters(), stage.named("A")
+        rows_of = {**stage.named("weight"), **stage.named("B")}  # what a layer's output has to do with
+        heads = [rows_of[target] in parameters for target in stage.head_targets() if target in rows_of]
+        batch = batch.read_to_the_end(head=any(heads))  # no rows are chosen of a head that is tied or has no pair
         real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
 
         def add(name: str, rows: Tensor, mask: Tensor | None) -> None:
@@ -63,13 +65,12 @@ class MIGU(SeqLoRA):
             self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
 
         def outputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
-            for name in (f"{target}.lora_B", f"{target}.weight"):
-                if name in parameters:
-                    add(name, rows, mask)
+            if rows_of.get(target) in parameters:
+                add(rows_of[target], rows, mask)
 
         def inputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
-            if (name := f"{target}.lora_A") in parameters:
-                add(name, rows.float() @ parameters[name].detach().mT, mask)
+            if A.get(target) in parameters:
+                add(A[target], rows.float() @ parameters[A[target]].detach().mT, mask)
 
         with stage.observe("outputs", outputs), stage.observe("inputs", inputs):
             return super().loss(stage, batch)
@@ -79,33 +80,13 @@ class MIGU(SeqLoRA):
             return None
         import torch
 
-        from cl_runner.adapters.lora import is_transposed
-
-        names = sorted(self.sizes)
+        names, upright = sorted(self.sizes), {n for t, n in stage.named("weight").items() if stage.transposed(t)}
         whole = stage.sum(torch.cat([self.sizes[name] for name in names]))
         sizes = zip(names, torch.split(whole, [len(self.sizes[name]) for name in names]), strict=True)
-        layers, edited = stage.adapters.layers, {}
-        for name, size in sizes:
-            mask = learning(size, self.config.quantile)
-            # A whole weight of GPT-2's is (in, out): its rows stand upright.
-            upright = name.endswith(".weight") and is_transposed(layers[name.removesuffix(".weight")])
-            edited[name] = (mask if upright else mask[:, None]) * gradients[name]
-        self.sizes = {}
-        return edited
-
-
-def head_learns(stage: Stage) -> bool:
-    """Whether rows of the head are chosen: not where it is tied to the embedding, or has no pair."""
-    from cl_runner.models.forward import unwrapped
-
-    head = unwrapped(stage.adapters.model).get_output_embeddings()  # type: ignore[operator]
-    targets = {target for target, layer in stage.adapters.layers.items() if layer is head}
-    return any(name.rpartition(".")[0] in targets for name in stage.parameters())
+        self.sizes, found = {}, {name: learning(size, self.config.quantile) for name, size in sizes}
+        return {name: (mask if name in upright else mask[:, None]) * gradients[name] for name, mask in found.items()}
 
 
 def learning(sizes: Tensor, quantile: float) -> Tensor:
     """Which rows learn (rows): 1.0 at or over the quantile (with linear interpolation), else 0.0."""
     return (sizes >= sizes.quantile(quantile)).float()
-
-
-METHOD = MIGU

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cl_runner.methods.base import LoraOrFull, Method, StagePlan
+from cl_runner.methods.protocol import LoraOrFull, Method, StagePlan
 
 
 class MultiTask(Method):
@@ -28,6 +28,3 @@ class MultiTask(Method):
 
     def reads_past(self) -> Mapping[str, str]:
         return {}
-
-
-METHOD = MultiTask

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cl_runner.methods.base import Method, PairSettings
+from cl_runner.adapters.kind import Need
+from cl_runner.methods.protocol import Method, PairSettings
+from cl_runner.methods.shared.penalties import layers_of, mean_squared_overlap
+from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.adapters import PastFactors
-    from cl_runner.methods.base import Stage
+    from cl_runner.adapters.pairs import PastFactors
+    from cl_runner.methods.protocol import Stage
 
 
 class OLoRA(Method):
@@ -50,6 +53,14 @@ class OLoRA(Method):
     any_rank = True
     forms = "reference (default): Σ |entry|, over all layers; paper: mean of squares"
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (("A",), ("B",)) if self.config.on == "both" or self.config.lambda2 else ((self.config.on,),)
+
+    @property
+    def form(self) -> str:
+        return "reference" if self.config.reference else "paper"
+
     def reads_past(self) -> Mapping[str, str]:
         how = "rows" if self.config.reference else "gram"
         return {factor: how for factor in ("A", "B") if self.config.weight and self.config.on in (factor, "both")}
@@ -57,7 +68,7 @@ class OLoRA(Method):
     def penalty(self, stage: Stage) -> Tensor | None:
         terms: list[Tensor] = []
         groups = stage.factors()
-        layers = sum(len(group.targets) for group in groups)
+        layers = layers_of(groups)
         for group in groups:
             # The paper's form is a mean over layers and the entries of each A_i A_tᵀ, the reference's a sum.
             weight = self.config.weight / (1 if self.config.reference else layers)
@@ -68,21 +79,10 @@ class OLoRA(Method):
                     # One norm a matrix. B is zero at the start, where ‖·‖ has no gradient.
                     norms = (now.square().sum((1, 2)) + 1e-24).sqrt()
                     terms.append(self.config.lambda2 * norms.sum())
-        return sum(terms[1:], terms[0]) if terms else None
+        return added(terms) if terms else None
 
     def _overlap(self, past: PastFactors, factor: str, now: Tensor) -> Tensor:
         """Sum over layers and past stages of the sum of |A_i A_tᵀ|, or of its mean square (of B: B_iᵀ B_t)."""
         if not self.config.reference:
             return mean_squared_overlap(past, factor, now)
         return (past.rows(factor) @ now.mT).abs().sum()  # (L, R, r)
-
-
-def mean_squared_overlap(past: PastFactors, factor: str, now: Tensor) -> Tensor:
-    """``Σ_{i<t} ‖A_i A_tᵀ‖_F² / (r_i r_t)`` summed over layers; ``now`` is A_t (L, r, n), of B it is B_tᵀ (L, r, m)."""
-    rank, d = now.shape[1:]
-    if past.rank > d:
-        return ((now @ past.gram(factor)) * now).sum() / rank  # from d × d instead of R × d
-    return ((past.rows(factor) @ now.mT).square().sum(2) @ past.row_weights).sum() / rank
-
-
-METHOD = OLoRA

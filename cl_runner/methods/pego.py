@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.config import RunConfig, Section
+from cl_runner.adapters.kind import Need
+from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.base import Method
+from cl_runner.methods.protocol import Method
+from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.adapters import FactorGroup
-    from cl_runner.methods.base import Stage
+    from cl_runner.adapters.pairs import FactorGroup
+    from cl_runner.methods.protocol import Stage
 
 
 class PEGO(Method):
@@ -38,6 +40,10 @@ class PEGO(Method):
     carried = "past updates, folded into the weight"
     growth = "constant in a step"
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (("A",), ("B",))
+
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if config.adapter.r == "auto" or config.adapter.r % self.config.group:
             raise UserError(
@@ -51,8 +57,7 @@ class PEGO(Method):
     def penalty(self, stage: Stage) -> Tensor | None:
         if not self.config.lambda1:
             return None
-        sizes = [self._size(stage, group) for group in stage.factors()]
-        total: Tensor = self.config.lambda1 * sum(sizes[1:], sizes[0])
+        total: Tensor = self.config.lambda1 * added([self._size(stage, group) for group in stage.factors()])
         return total
 
     def _size(self, stage: Stage, group: FactorGroup) -> Tensor:
@@ -71,6 +76,3 @@ class PEGO(Method):
             left = B[:, first] @ (A[:, first] @ A[:, second].mT)  # B_i A_i A_jᵀ
             size = size + l1_of_product(left.flatten(0, 1), B[:, second].mT.flatten(0, 1))
         return size
-
-
-METHOD = PEGO

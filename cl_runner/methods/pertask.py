@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cl_runner.methods.base import Fold, LoraOrFull, Method, StagePlan
+from cl_runner.adapters.kind import Fold
+from cl_runner.methods.protocol import LoraOrFull, Method, StagePlan
 
 if TYPE_CHECKING:
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
 
 
 class PerTask(Method):
@@ -36,6 +37,3 @@ class PerTask(Method):
 
     def answering(self, task: str | None) -> str | None:
         return task
-
-
-METHOD = PerTask

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.methods.base import LoraOrFull, Source
-from cl_runner.methods.memory import Remembering
+from cl_runner.methods.protocol import LoraOrFull, Source
+from cl_runner.methods.shared.memory import Remembering
 
 if TYPE_CHECKING:
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
 
 
 class Replay(Remembering):
@@ -38,7 +38,6 @@ class Replay(Remembering):
     growth = "memory_per_task examples a task"
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
-        super().training_data(stage, own)
         past = self.memory.source()
         if past.examples and self.config.replay_ratio is not None:
             past = self._drawn(stage, round(self.config.replay_ratio * len(own.examples)))
@@ -58,6 +57,3 @@ class Replay(Remembering):
         order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
         tasks = list(islice(cycle(order), rows))
         return Source([next(shuffled[task]) for task in tasks], tasks)
-
-
-METHOD = Replay

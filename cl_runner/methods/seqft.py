@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cl_runner.config import Section
-from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.config.schema import Section
+from cl_runner.methods.shared.sequential import Sequential
 
 
-class SeqFT(SeqLoRA):
+class SeqFT(Sequential):
     """The lower bound as the papers have it. Optimizer and schedule are new at every stage."""
 
     class Config(Section):
@@ -26,5 +26,6 @@ class SeqFT(SeqLoRA):
     def full(self) -> bool:
         return True
 
-
-METHOD = SeqFT
+    @property
+    def form(self) -> str:
+        return ""  # there is no other

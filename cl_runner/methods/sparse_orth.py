@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.methods.base import Method, PairSettings
-from cl_runner.methods.nlora import product_size
-from cl_runner.methods.olora import mean_squared_overlap
+from cl_runner.adapters.kind import Need
+from cl_runner.methods.protocol import Method, PairSettings
+from cl_runner.methods.shared.penalties import layers_of, mean_size, mean_squared_overlap
+from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.base import Stage
+    from cl_runner.methods.protocol import Stage
 
 
 class SparseOrth(Method):
@@ -46,20 +47,21 @@ class SparseOrth(Method):
     growth = "r rows a task in the penalty, never more than Σ A_iᵀ A_i"
     any_rank = True
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (("A",), ("B",))
+
     def reads_past(self) -> Mapping[str, str]:
         return {"A": "gram"} if self.config.lambda2 else {}
 
     def penalty(self, stage: Stage) -> Tensor | None:
         done, groups = stage.progress.share, stage.factors()
         sparse, orthogonal = (1 - done) * self.config.lambda1, done * self.config.lambda2
-        layers = sum(len(group.targets) for group in groups)
+        layers = layers_of(groups)
         terms: list[Tensor] = []
         for group in groups:
             if sparse:
-                terms.append(sparse / layers * product_size(group))
+                terms.append(sparse / layers * mean_size(group))
             if orthogonal and group.past:
                 terms.append(orthogonal / layers * mean_squared_overlap(group.past, "A", group.A))
-        return sum(terms[1:], terms[0]) if terms else None
-
-
-METHOD = SparseOrth
+        return added(terms) if terms else None

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cl_runner.config import ModelConfig
+from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.catalog import Located, check, config_of, locate
+from cl_runner.models.locate import Located, check, config_of, locate
 from cl_runner.models.tokenizer import first_line, load_tokenizer, quiet
 
 # Buffers of old versions of transformers, found in many checkpoints and used by none today.
@@ -139,9 +139,9 @@ def neutral_generation(layout: Layout, max_new_tokens: int | None = None) -> Gen
 def _folder(located: Located) -> Path:
     if located.path is not None:
         return located.path
-    from cl_runner.models import hub
+    from cl_runner.models import hub_files
 
-    return hub.fetch(located)
+    return hub_files.fetch(located)
 
 
 def _load_network(

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cl_runner.lookup import shipped
+from cl_runner.config.lookup import shipped
 
 FILE = "published_results.yaml"
 

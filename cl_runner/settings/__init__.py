@@ -1,8 +1,9 @@
 """Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
 
+from cl_runner.settings.dump import dump, dump_order, schema, show
 from cl_runner.settings.layers import dotted
+from cl_runner.settings.plugins import load_plugins
 from cl_runner.settings.resolve import Resolved, difference, differing, differing_from_presets, resolve, settings_of
-from cl_runner.settings.text import dump, dump_order, schema, show
 
 __all__ = [
     "Resolved",
@@ -12,6 +13,7 @@ __all__ = [
     "dotted",
     "dump",
     "dump_order",
+    "load_plugins",
     "resolve",
     "schema",
     "settings_of",

@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cl_runner.config import RunConfig
+from cl_runner.config.schema import RunConfig
+from cl_runner.config.validation import check_override, flattened, parts_of, refuse, section_of, unknown
+from cl_runner.config.yamlfile import Document, Key, parse_value, printable
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.tasks.order import Order
-from cl_runner.validation import check_override, flattened, parts_of, refuse, section_of, unknown
-from cl_runner.yamlfile import Document, Key, parse_value, printable
 
 # Rows belong to a task, wherever it stands: a position has no data settings.
-SETTABLE = {"tasks": ("training", "method", "data"), "stages": ("training", "method")}
+OPEN = ("method", "adapter")  # whose settings depend on the name that is chosen: checked when that is known
+SETTABLE = {"tasks": ("training", "method", "options", "data"), "stages": ("training", "method", "options")}
 
 FLAGS = {
     "order": "--order",
@@ -75,7 +76,7 @@ def from_document(
             if not isinstance(value, dict):
                 raise refuse(document.position(path), f"{key} must be a mapping of settings, such as {_example(key)}")
             for name, inner_value in value.items():
-                if key != "method" and name not in kind.model_fields:
+                if key not in OPEN and name not in kind.model_fields:
                     place = document.position((*path, name), key=True)
                     raise refuse(place, unknown(f"{key}.{name}", str(name), kind))
                 layer[(key, str(name))] = given(document, (*path, name), inner_value, origin)
@@ -169,8 +170,8 @@ def _set_path(key: str, where: str, tasks: Sequence[str]) -> Key:
             raise refuse(where, f"write {section}.{'NAME' if section == 'tasks' else 'POSITION'}.section.key=value")
         _check(override, section, where)
         return (section, name if section == "tasks" else _position(name, where), override)
-    if section == "presets":
-        raise refuse(where, "choose presets with --preset")
+    if section in ("presets", "plugins"):
+        raise refuse(where, f"choose {section} with --{section[:-1]}")
     if section not in RunConfig.model_fields:
         raise refuse(where, _no_setting(key))
     kind = section_of(RunConfig, section)
@@ -180,9 +181,9 @@ def _set_path(key: str, where: str, tasks: Sequence[str]) -> Key:
         return (section,)
     if len(parts) < 2 or not all(parts):
         raise refuse(where, f"{section} is a section; write {section}.key=value")
-    if section != "method" and parts[1] not in kind.model_fields:
+    if section not in OPEN and parts[1] not in kind.model_fields:
         raise refuse(where, unknown(key, parts[1], kind))
-    if section != "method" and len(parts) > 2 and not parts_of(kind, parts[1]):
+    if section not in OPEN and len(parts) > 2 and not parts_of(kind, parts[1]):
         raise refuse(where, f"{section}.{parts[1]} has no parts")
     return tuple(parts)
 

@@ -7,15 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cl_runner.config.lookup import find, shipped
+from cl_runner.config.validation import refuse
+from cl_runner.config.yamlfile import Document, Key, load
 from cl_runner.errors import UserError
-from cl_runner.lookup import find, shipped
 from cl_runner.settings.layers import Layer, from_document, given
 from cl_runner.tasks.order import Order, load_order
-from cl_runner.validation import refuse
-from cl_runner.yamlfile import Document, Key, load
 
 PUBLISHED = "published"
 EMBEDDED = {"tiny-t5": "tiny", "tiny-llama": "tiny-llama"}  # embedded model → its preset
+# A preset's settings of one name alone: key → the section they are of, and an example.
+_BY_NAME = {"methods": ("method", "olora: {lambda1: 0.5}"), "adapters": ("adapter", "lora: {r: 8}")}
 _NOT_PRESETS = {PUBLISHED, "published_results", "kinds"}  # other files in configs/
 
 
@@ -26,7 +28,7 @@ def preset_names() -> list[str]:
 
 
 class Preset:
-    """One preset's file: settings for all methods, and under ``methods:`` those of single methods."""
+    """One preset's file: settings for all; under ``methods:`` and ``adapters:`` those of single methods, and kinds."""
 
     def __init__(self, name: str, where: str = "--preset") -> None:
         try:
@@ -37,24 +39,24 @@ class Preset:
             raise refuse(where, str(error)) from error
         self.name = name
         self.document = load(file)
-        self.methods = self.document.data.pop("methods", None) or {}
+        self.own = {key: self.document.data.pop(key, None) or {} for key in _BY_NAME}
         self.shared = from_document(self.document, f"preset {name}")
-        for key in ("presets", "order"):
+        for key in ("presets", "plugins", "order"):
             if (key,) in self.shared:
                 raise refuse(self.shared[(key,)].where_key, f"a preset does not set {key}")
 
-    def layer(self, method: str) -> Layer:
-        """What the preset sets when this method is used."""
-        if not isinstance(self.methods, dict):
-            raise refuse(
-                self.document.position(("methods",)), "methods must be a mapping, such as olora: {lambda1: 0.5}"
-            )
-        own = self.methods.get(method) or {}
-        if not isinstance(own, dict):
-            raise refuse(self.document.position(("methods", method)), f"methods.{method} must be a mapping of settings")
+    def layer(self, method: str, kind: str) -> Layer:
+        """What the preset sets when this method, and this adapter kind, are used."""
         layer = dict(self.shared)
-        for key, value in own.items():
-            layer[("method", str(key))] = given(self.document, ("methods", method, key), value, f"preset {self.name}")
+        for (key, (section, example)), name in zip(_BY_NAME.items(), (method, kind), strict=True):
+            if not isinstance(self.own[key], dict):
+                raise refuse(self.document.position((key,)), f"{key} must be a mapping, such as {example}")
+            own = self.own[key].get(name) or {}
+            if not isinstance(own, dict):
+                raise refuse(self.document.position((key, name)), f"{key}.{name} must be a mapping of settings")
+            for setting, value in own.items():
+                path = (key, name, setting)
+                layer[(section, str(setting))] = given(self.document, path, value, f"preset {self.name}")
         return layer
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cl_runner.config import RunConfig
+from cl_runner.config.lookup import looks_like_path, shipped
+from cl_runner.config.schema import AdapterConfig, RunConfig
+from cl_runner.config.validation import first_fault, refuse, section_of, unknown, wants_text
+from cl_runner.config.yamlfile import Key, load
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.lookup import looks_like_path, shipped
-from cl_runner.rundir import RunDir
+from cl_runner.registry import KINDS
 from cl_runner.settings.layers import (
+    OPEN,
     SETTABLE,
     Given,
     Layer,
@@ -28,10 +31,9 @@ from cl_runner.settings.layers import (
     user_text,
     within,
 )
+from cl_runner.settings.plugins import load_plugins
 from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, published
 from cl_runner.tasks.order import Order, find_order, load_order
-from cl_runner.validation import first_fault, refuse, section_of, unknown, wants_text
-from cl_runner.yamlfile import Key, load
 
 MethodSchema = Callable[[str], type[BaseModel]]
 StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
@@ -55,6 +57,7 @@ class Resolved:
 def resolve(
     *,
     presets: Sequence[str] = (),
+    plugins: Sequence[str] = (),
     order: str | None = None,
     config_file: Path | None = None,
     extending: bool = False,
@@ -62,11 +65,13 @@ def resolve(
     sets: Sequence[str] = (),
     method_schema: MethodSchema | None = None,
     stage_names: StageNames | None = None,
+    kept_order: Callable[[Path], str | None] = lambda file: None,
 ) -> Resolved:
     """The settings of a run.
 
     Args:
         presets: names or files, weakest first; ``published`` goes last wherever it stands.
+        plugins: Python files that are imported, beside those that the config file names (see ``load_plugins``).
         order: name or file of the task order.
         config_file: YAML of the user, or the ``run.yaml`` of a run, which gives that run again.
         extending: that run is extended by another order, under another name.
@@ -74,6 +79,7 @@ def resolve(
         sets: ``section.key=value``, ``tasks.NAME.section.key=value``, ``stages.POSITION.section.key=value``.
         method_schema: gives the class of a method's own settings; without it they are not checked.
         stage_names: gives the stages of a config and the names of its tasks; without it there is one for each task.
+        kept_order: gives the order that a run keeps beside its ``run.yaml``, for that which the file names.
 
     Raises:
         UserError: one line that names the file, line and column, or the flag, and what is wrong.
@@ -82,12 +88,13 @@ def resolve(
     file = from_document(load(config_file)) if config_file is not None else {}
     if extending:
         file = {path: given for path, given in file.items() if path not in (("order",), ("output", "name"))}
+    imported = load_plugins(plugins, file.pop(("plugins",), None), config_file)
     flagged = from_flags({**(flags or {}), **({"order": order} if order is not None else {})})
     # The order goes first: which task a --set is of depends on the names of its tasks.
     of_order = [item for item in sets if item.partition("=")[0].strip() == "order"]
     ordered = strongest([file, flagged, from_sets(of_order)], ("order",))
     if config_file is not None and ordered is not None and ordered is file.get(("order",)):
-        ordered = _kept(ordered, RunDir(config_file.parent), config_file)
+        ordered = replace(ordered, value=kept_order(config_file) or ordered.value)
     loaded = _order(ordered)
     stronger = [file, flagged, from_sets(sets, loaded.names if loaded else ())]
 
@@ -105,13 +112,14 @@ def resolve(
     method = user_text(named, "method.name") or RunConfig().method.name
     own_settings = _own_settings(method_schema, method, named)
 
-    weakest = [preset.layer(method) for preset in made]
+    kind = user_text(strongest([*shared, *stronger], ("adapter", "kind")), "adapter.kind") or AdapterConfig().kind
+    weakest = [preset.layer(method, kind) for preset in made]
     if want_published:
         weakest.append(published(method, model, loaded, notes))
     weakest = [_without_absent_tasks(layer, loaded) for layer in weakest]
     names = [_absolute(preset.name) for preset in made] + [PUBLISHED] * want_published
     origin = "--preset" if presets else file[("presets",)].origin if ("presets",) in file else "default"
-    weakest.append({("presets",): Given(names, origin, "--preset", "--preset")})
+    weakest.append({("presets",): Given(names, origin, "--preset", "--preset"), ("plugins",): imported})
     stronger = [{path: value for path, value in layer.items() if path != ("presets",)} for layer in stronger]
 
     merged = merge([*weakest, from_order(loaded) if loaded else {}, *stronger], loaded, notes)
@@ -146,12 +154,6 @@ def _order(given: Given | None) -> Order | None:
     except UserError as error:
         raise refuse(_place(given, "--order"), str(error)) from error
     return load_order(name)
-
-
-def _kept(given: Given, run: RunDir, config_file: Path) -> Given:
-    """The order that a run keeps beside its ``run.yaml``: the file it was made from may have changed, or be gone."""
-    is_own = config_file.name == run.config_file.name and run.exists() and run.order_file.is_file()
-    return replace(given, value=str(run.order_file)) if is_own else given
 
 
 def _rerunnable(given: Given, order: Order) -> Given:
@@ -215,10 +217,11 @@ def _config(merged: Layer, method: str, own_settings: type[BaseModel] | None) ->
     for path, given in merged.items():
         if len(path) == 1:
             tree[str(path[0])] = _value(RunConfig, str(path[0]), given)
-        elif len(path) == 2 and path[0] != "method":
+        elif len(path) == 2 and path[0] not in OPEN:
             kind = section_of(RunConfig, str(path[0]))
             assert kind is not None
             tree.setdefault(str(path[0]), {})[path[1]] = _value(kind, str(path[1]), given)
+    tree["adapter"] = _adapter_settings({str(p[1]): g for p, g in merged.items() if len(p) == 2 and p[0] == "adapter"})
     own = {str(path[1]): given for path, given in merged.items() if len(path) == 2 and path[0] == "method"}
     own.pop("name", None)
     tree["method"] = {"name": method, **_method_settings(own, method, own_settings)}
@@ -229,6 +232,22 @@ def _config(merged: Layer, method: str, own_settings: type[BaseModel] | None) ->
         if path[0] in ("tasks", "stages"):
             _set_override(config, path, given, own_settings)
     return config
+
+
+def _adapter_settings(own: dict[str, Given]) -> dict[str, Any]:
+    """What is set for the kind that is chosen; of presets, what it has no use for is passed over."""
+    kind = user_text(own.get("kind"), "adapter.kind") or AdapterConfig().kind
+    try:
+        schema = AdapterConfig if kind == AdapterConfig().kind else KINDS.get(kind).Config
+    except UserError as error:
+        raise refuse(_place(own.get("kind"), "--set adapter.kind"), str(error)) from error
+    values = {}
+    for name, given in own.items():
+        if name in schema.model_fields:
+            values[name] = _value(schema, name, given)
+        elif not given.origin.startswith("preset "):
+            raise refuse(given.where_key, unknown(f"adapter.{name}", name, schema, "" if kind == "lora" else kind))
+    return values
 
 
 def _value(kind: type[BaseModel], name: str, given: Given) -> Any:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.metrics.comparison import Comparison
-from cl_runner.tasks import files, folder
 from cl_runner.tasks.rows import Rows, check_forms, load_rows
+from cl_runner.tasks.sources import source_of
 from cl_runner.tasks.task import Row, Task
 
 
@@ -58,7 +58,7 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[st
         "synthetic": train.synthetic or test.synthetic,
         "names_task": data.add_task_name,
         "names_dataset": data.add_dataset_name,
-        "dev_equals_test": _dev_equals_test(task, data),
+        "dev_equals_test": source_of(task, data).dev_is_test(task, data),
         "duplicates": _duplicates(train.rows, test.rows),
         "splits": {rows.split: _split(task, rows, data, vocabulary) for rows in (train, test)},
     }
@@ -125,15 +125,3 @@ def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:
         "conflicting": sum(len(given) > 1 for given in labels.values()),
         "train_in_test": sum(row.text in labels for row in test),
     }
-
-
-def _dev_equals_test(task: Task, data: DataConfig) -> bool | None:
-    if task.source is not None:
-        what = f"task {task.name}, source.dev"
-        dev, test = (files.find(task.source.named(split), split, what) for split in ("dev", "test"))
-        same = [folder.same_file(*both) for both in zip(dev, test, strict=False)]
-        return None if not same or None in same else len(dev) == len(test) and all(same)
-    if data.dir is None or data.source in {"hub", "synthetic"}:
-        return None
-    base = folder.task_folder(task, data.dir)
-    return folder.same_file(base / "dev.json", base / "test.json")

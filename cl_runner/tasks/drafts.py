@@ -13,18 +13,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_runner.config import DataConfig
+from cl_runner.config.lookup import is_name
+from cl_runner.config.schema import DataConfig
+from cl_runner.config.validation import explain
+from cl_runner.config.yamlfile import as_yaml, printable
 from cl_runner.errors import UserError
-from cl_runner.lookup import is_name
 from cl_runner.metrics.comparison import number
-from cl_runner.metrics.text import require
-from cl_runner.tasks import catalog, files
+from cl_runner.metrics.scores import require
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.discovery import Candidate
 from cl_runner.tasks.files.opening import ending, packed
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, Row, Source, Split
-from cl_runner.validation import explain
-from cl_runner.yamlfile import as_yaml, printable
 
 # A set of labels is listed where it is no larger than this, its labels are short, and each is there twice on average.
 MOST_LABELS = 150
@@ -79,9 +79,9 @@ def task_name(text: str) -> str:
 def _benchmark(candidate: Candidate, root: Path) -> Draft | None:
     """The benchmark's own task, where the folder is laid out as the benchmark and has the task's labels."""
     name, kind = candidate.folder.name, candidate.folder.parent.name
-    if candidate.folder.parent.parent != root or name not in catalog.names() or catalog.get(name).kind != kind:
+    if candidate.folder.parent.parent != root or name not in benchmark.names() or benchmark.get(name).kind != kind:
         return None
-    task = catalog.get(name)
+    task = benchmark.get(name)
     data = DataConfig(source="folder", dir=str(root), unknown_labels="drop")
     try:
         train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
@@ -122,7 +122,7 @@ def _own(
     labels, told = _label_set(candidate, *(_answers(found.rows, many) for found in (train, test)))
     metric, why = ("labels-f1" if many else "exact", "") if labels else _metric(train.rows)
     own_kind = candidate.folder.parent.name
-    kind = own_kind if own_kind in catalog.kinds() else "classification" if labels else "generation"
+    kind = own_kind if own_kind in benchmark.kinds() else "classification" if labels else "generation"
     entry: dict[str, Any] = {"name": name, "kind": kind, "metric": metric, "source": source}
     entry |= {"labels": labels} if labels else {}
     if form.columns is None:
@@ -133,7 +133,7 @@ def _own(
         read_as = as_yaml(entry["columns"])[1:-1]
         place = [f"source: {as_yaml(paths)}", f"columns: {{{read_as}}}"]
     try:
-        task = catalog.build(entry)
+        task = benchmark.build(entry)
     except ValidationError as error:  # such as a label twice in labels.json
         fault = error.errors(include_url=False)[0]
         raise UserError(f"{'.'.join(map(str, fault['loc']))} {explain(fault)}") from error
@@ -160,8 +160,8 @@ def _instruction(form: str, given: str | None, kind: str, choice: bool) -> str:
         return f"# the instruction is the Definition in the files: {printable(given[:80])}"
     if form not in ("columns", "instances"):
         return 'instruction: ""  # the texts say what is asked'
-    if kind in catalog.kinds():
-        return f"# the instruction is that of the kind: {catalog.kinds()[kind].strip()}"
+    if kind in benchmark.kinds():
+        return f"# the instruction is that of the kind: {benchmark.kinds()[kind].strip()}"
     asked = "Choose one from the option." if choice else '""'
     return f"instruction: {asked}  # say here what is asked"
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cl_runner.config.lookup import is_name
+from cl_runner.config.yamlfile import printable, read_text
 from cl_runner.errors import UserError
-from cl_runner.lookup import is_name
-from cl_runner.tasks import catalog, files
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.discovery import candidates
 from cl_runner.tasks.drafts import Draft, draft, task_name
-from cl_runner.yamlfile import printable, read_text
 
 EXAMPLE = """\
 # A task order: the tasks are learned from top to bottom. Try it: cl-runner train --order {file} --dry-run
@@ -138,6 +138,6 @@ def _tasks_in(file: Path) -> list[str]:
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{file}: not of the form {{"TC": [{{"dataset name": "dbpedia"}}]}}') from error
     try:
-        return [catalog.get(name).name for name in names]
+        return [benchmark.get(name).name for name in names]
     except UserError as error:
         raise UserError(f"{file}: {error}") from error

@@ -17,14 +17,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_runner.config import RunConfig
+from cl_runner.config.lookup import expanded, find, is_name, shipped
+from cl_runner.config.schema import RunConfig
+from cl_runner.config.validation import check_override, explain, flattened, refuse, unknown
+from cl_runner.config.yamlfile import Document, Key, load, printable
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.lookup import expanded, find, is_name, shipped
-from cl_runner.tasks import catalog, files
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.task import Source, Task
-from cl_runner.validation import check_override, explain, flattened, refuse, unknown
-from cl_runner.yamlfile import Document, Key, load, printable
 
 __all__ = ["Order", "OrderEntry", "find_order", "load_order", "new_order", "order_names"]
 
@@ -178,7 +178,7 @@ def _known(name: str, where: str, before: Sequence[OrderEntry]) -> OrderEntry:
         if entry.task.name == name:
             return OrderEntry(entry.task, own=entry.own)
     try:
-        return OrderEntry(catalog.get(name))
+        return OrderEntry(benchmark.get(name))
     except UserError as error:
         raise refuse(where, str(error)) from error
 
@@ -208,7 +208,7 @@ def _own_task(document: Document, path: Key, entry: dict[str, Any]) -> Task:
         problem = f"name '{printable(name)}' must be of letters, digits and - _ . + (it names a folder)"
         raise refuse(document.position((*path, "name")), problem)
     try:
-        return catalog.build(values)
+        return benchmark.build(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         inner = tuple(fault["loc"])

@@ -1,4 +1,4 @@
-"""A task's rows, wherever they are: own files, the benchmark's folder, the hub, or the synthetic language."""
+"""A task's rows, wherever they are (``sources``): checked, cut, and as a run uses them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.metrics.text import wrong_gold
-from cl_runner.tasks import files, folder
-from cl_runner.tasks.sampling import first_of_each, rarest
+from cl_runner.metrics.scores import wrong_gold
+from cl_runner.tasks import files
+from cl_runner.tasks.cuts import first_of_each, rarest
+from cl_runner.tasks.sources import source_of
 from cl_runner.tasks.task import Row, Split, Task
 
 MOST_EMPTY = 0.01  # of a split's texts; more is a fault of the data
@@ -63,7 +64,7 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
 
     The task's own files win over ``data.source``. UserError names the file, the row and what to do.
     """
-    found = _find(task, data, split)
+    found = source_of(task, data).read(task, data, split)
     rows, place = found.rows, found.place
     if task.sets:
         rows = [replace(row, label=_in_order(row.label, task.labels or [])) for row in rows]
@@ -99,33 +100,6 @@ def fingerprint(rows: Iterable[Row]) -> str:
     for row in rows:
         digest.update(json.dumps([row.id, row.text, row.label], ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _find(task: Task, data: DataConfig, split: Split) -> files.Found:
-    """The rows as they stand in their source."""
-    if task.source is not None:
-        named = task.source.named(split)
-        if not named:
-            raise UserError(f"task {task.name}: its source names no {split} file")
-        return files.read(named, split, task.columns, f"task {task.name}, source.{split}", task.source, task.sets)
-    if data.source == "synthetic":
-        from cl_runner.tasks import synthetic
-
-        if task.called not in synthetic.TASKS:
-            raise UserError(
-                f"task {task.name}: no synthetic stand-in; give it files of its own (source: {{train, test}})"
-            )
-        made = synthetic.sample(task.called, split, None, data.seed)
-        return files.Found(made, f"synthetic {task.called}", f"synthetic (seed {data.seed})", synthetic=True)
-    if data.source == "hub":
-        from cl_runner.tasks import hub
-
-        return hub.read(task, split, data.seed)
-    if data.dir is None:
-        raise UserError(
-            f"task {task.name}: no data: give --data-dir FOLDER (benchmark layout), --data hub, or --data synthetic"
-        )
-    return folder.read(task, data.dir, split)
 
 
 def _empty(found: files.Found, kept: list[Row], split: Split, policy: str) -> int:

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cl_runner.config import Section
-from cl_runner.lookup import expanded
+from cl_runner.config.lookup import expanded
+from cl_runner.config.schema import Section
 from cl_runner.metrics.comparison import Comparison, comparison_of
-from cl_runner.metrics.text import judges
+from cl_runner.metrics.scores import judges
 from cl_runner.tasks.template import Templates, is_template
 
 Metric = Literal[

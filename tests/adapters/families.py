@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from cl_runner.adapters import Adapters, Pair
-from cl_runner.config import AdapterConfig
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
+from cl_runner.adapters.peft_folder import save_adapter
+from cl_runner.adapters.saved import Saved
+from cl_runner.config.schema import AdapterConfig
 
 FAMILIES = ("t5", "llama", "gpt2", "qwen2")
 VOCABULARY = 48
@@ -52,12 +57,12 @@ def base_model(family: str, layers: int = 2, seed: int = 0, **settings: Any) -> 
     return model.eval()
 
 
-def adapters_of(model: Any, family: str = "t5", *, r: int = 2, alpha: float = 6.0, **more: Any) -> Adapters:
+def adapters_of(model: Any, family: str = "t5", *, r: int = 2, alpha: float = 6.0, **more: Any) -> Layers:
     """Adapters around ``model`` itself; no dropout unless told."""
     dropped = {"dropout": more.pop("dropout", 0.0), "dropout_past": more.pop("dropout_past", False)}
     config = AdapterConfig(r=r, alpha=alpha, target_modules=more.pop("targets", None), **dropped)
     more = {"name_or_path": "some/base", "encoder_decoder": family == "t5", **more}
-    return Adapters(model, config, **more)
+    return Layers(model, config, **more)
 
 
 def logits(model: Any, rows: int = 3) -> Tensor:
@@ -73,7 +78,7 @@ def logits(model: Any, rows: int = 3) -> Tensor:
 
 
 def random_pair(
-    adapters: Adapters, stage: str, *, rank: int | None = None, scale: float | None = None, seed: int = 0,
+    adapters: Layers, stage: str, *, rank: int | None = None, scale: float | None = None, seed: int = 0,
     size: float = 0.2,
 ) -> Pair:  # fmt: skip
     """A pair with both factors random, of the adapters' rank and scale unless told."""
@@ -103,7 +108,7 @@ def with_updates(model: Any, updates: Sequence[Mapping[str, Tensor]]) -> Any:
     return changed
 
 
-def naive_updates(adapters: Adapters, pairs: Sequence[Pair]) -> list[dict[str, Tensor]]:
+def naive_updates(adapters: Layers, pairs: Sequence[Pair]) -> list[dict[str, Tensor]]:
     return [{target: naive_update(pair, target) for target in adapters.past} for pair in pairs]
 
 
@@ -111,3 +116,11 @@ def off(found: Tensor, wanted: Tensor) -> float:
     """Norm of the difference as a share of the norm."""
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())
+
+
+def saved_as(folder: Path, adapters: Layers, live: Pair | None = None) -> Saved:
+    """Save all that the adapters hold, and ``live`` as a pair that is kept."""
+    held = adapters.held()
+    if live is not None:
+        held = replace(held, kept={live.stage: live}, live=live.stage, shown=live)
+    return save_adapter(folder, adapters, held)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from cl_runner.adapters import Accumulator
+from cl_runner.adapters.folding import Accumulator
 from tests.adapters.families import (
     FAMILIES,
     adapters_of,

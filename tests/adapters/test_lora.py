@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from cl_runner.adapters import Adapters, Pair
-from cl_runner.adapters.lora import default_targets
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
+from cl_runner.adapters.targets import default_targets
 from cl_runner.errors import UserError
 from tests.adapters.families import (
     FAMILIES,
@@ -209,7 +210,7 @@ def test_a_target_is_a_whole_name_not_a_tail_of_one() -> None:
 # Factor groups.
 
 
-def folded(family: str = "qwen2", stages: int = 3) -> tuple[Adapters, list[Pair]]:
+def folded(family: str = "qwen2", stages: int = 3) -> tuple[Layers, list[Pair]]:
     adapters = adapters_of(base_model(family, layers=3), family)
     pairs = [random_pair(adapters, f"s{i}", rank=i + 1, seed=i) for i in range(stages)]
     for pair in pairs:

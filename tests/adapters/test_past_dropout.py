@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from cl_runner.adapters import Adapters, Pair
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
 from cl_runner.models.forward import checkpoint_activations
 from tests.adapters.families import FAMILIES, VOCABULARY, adapters_of, base_model, logits, off, random_pair
 
@@ -34,7 +35,7 @@ class Unfolded(nn.Module):
         return y
 
 
-def unfolded(base: Any, adapters: Adapters, pairs: Sequence[Pair]) -> Any:
+def unfolded(base: Any, adapters: Layers, pairs: Sequence[Pair]) -> Any:
     model = copy.deepcopy(base)
     for target in adapters.layers:
         above, _, name = target.rpartition(".")
@@ -43,7 +44,7 @@ def unfolded(base: Any, adapters: Adapters, pairs: Sequence[Pair]) -> Any:
     return model
 
 
-def opened(family: str = "t5", stages: int = 3, dropout_past: bool = True, **more: Any) -> tuple[Any, Adapters]:
+def opened(family: str = "t5", stages: int = 3, dropout_past: bool = True, **more: Any) -> tuple[Any, Layers]:
     """A base, and adapters of its copy after so many stages (of ranks 1, 2, …), with a random live pair."""
     base = base_model(family)
     adapters = adapters_of(copy.deepcopy(base), family, dropout=P, dropout_past=dropout_past, **more)
@@ -70,7 +71,7 @@ def loss(scores: Tensor) -> Tensor:
     return scores.float().log_softmax(-1).square().mean()
 
 
-def gradients(adapters: Adapters, scores: Tensor) -> dict[str, Tensor]:
+def gradients(adapters: Layers, scores: Tensor) -> dict[str, Tensor]:
     named = adapters.parameters()
     return dict(zip(named, torch.autograd.grad(loss(scores), list(named.values())), strict=True))
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.adapters import Adapters, Term
-from cl_runner.adapters.dense import Dense
-from cl_runner.adapters.saved import save_adapter
-from cl_runner.config import Section
-from cl_runner.methods.base import Method
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
-from tests.adapters.families import FAMILIES, adapters_of, base_model, logits, off, random_pair, with_updates
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.terms import Term
+from cl_runner.config.schema import Section
+from cl_runner.engine.process import Place
+from cl_runner.methods.coso.dense import Dense
+from cl_runner.methods.protocol import Method
+from cl_runner.training.stage import StageRun
+from tests.adapters.families import FAMILIES, adapters_of, base_model, logits, off, random_pair, saved_as, with_updates
 from tests.stages import some_rows, tiny_config, tiny_room
 
 
-def dense(adapters: Adapters, stage: str = "one", seed: int = 0) -> dict[str, Tensor]:
+def dense(adapters: Layers, stage: str = "one", seed: int = 0) -> dict[str, Tensor]:
     """Random dense terms in the layers; their ΔW."""
     dice = torch.Generator().manual_seed(seed)
     adapters.begin_terms(stage, {target: Dense(*past.base.shape) for target, past in adapters.past.items()})
@@ -125,5 +125,5 @@ def test_a_term_may_look_at_each_row_and_share_a_parameter(kind: Any) -> None:
 def test_kept_terms_are_stored_as_factors_or_as_one_matrix(tmp_path: Path) -> None:
     adapters = adapters_of(base_model("llama"), "llama")
     dense(adapters)
-    said = save_adapter(tmp_path / "a", adapters)
-    assert (said["own"], said["pairs"], said["dense"]) == ("terms", [], list(adapters.past))
+    said = saved_as(tmp_path / "a", adapters)
+    assert (said.own, said.pairs, said.dense) == ("terms", (), tuple(adapters.past))

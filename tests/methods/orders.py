@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import Pair
-from cl_runner.config import RunConfig
+from cl_runner.adapters.pairs import Pair
+from cl_runner.config.schema import RunConfig
+from cl_runner.engine.process import Place
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source, StagePlan, commit_update
-from cl_runner.place import Place
-from cl_runner.plan import BatchPlan
-from cl_runner.stage import Room, StageRun
+from cl_runner.methods.protocol import Source, StagePlan
+from cl_runner.training.sampling import BatchPlan
+from cl_runner.training.stage import Room, StageRun, commit_update
 from tests.stages import Kind, Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train, widths
 
 LR, ROWS = 0.02, 6

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_runner.methods.base import Source
+from cl_runner.engine.process import Place
+from cl_runner.methods.protocol import Source
 from cl_runner.models.batch import Example
-from cl_runner.place import Place
-from cl_runner.stage import Room
+from cl_runner.training.stage import Room
 from tests.methods.orders import order_room
 from tests.stages import END, VOCABULARY, Kind, naive_loss
 

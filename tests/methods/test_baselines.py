@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import Pair
-from cl_runner.evaluate import evaluate
-from cl_runner.methods.base import Method
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
+from cl_runner.adapters.pairs import Pair
+from cl_runner.engine.process import Place
+from cl_runner.methods.protocol import Method
+from cl_runner.training.evaluation import evaluate
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import ByHand, learn, order_room, rows_of
 from tests.stages import naive_loss
@@ -124,8 +124,8 @@ def _pertask(place: Place) -> None:
 
 
 def _answers_with_its_own_pair(room: Any, config: Any, hands: list[ByHand]) -> None:
-    from cl_runner.evaluate import TestSet
     from cl_runner.tasks.task import Row, Task
+    from cl_runner.training.evaluation import TestSet
 
     tests = {}
     for name in "cab":

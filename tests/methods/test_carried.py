@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.config import RunConfig
+from cl_runner.config.schema import RunConfig
+from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.base import State
-from cl_runner.place import Place
-from cl_runner.rundir import RunDir
-from cl_runner.stage import StageRun
+from cl_runner.methods.protocol import State
+from cl_runner.runs.folder import RunDir
+from cl_runner.training.checkpoint import restore_stage, save_stage
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, Values, off, opposed, values, vector

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
+from cl_runner.engine.process import Place
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, Values, by_hand, gradient, off, opposed, put, values, vector

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
+from cl_runner.engine.process import Place
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import opposed

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner import evaluate as scoring
-from cl_runner.checkpoint import committed, restore_stage, save_stage
-from cl_runner.methods.base import Source
-from cl_runner.models.saved import read_model, save_model
-from cl_runner.place import Place
-from cl_runner.plan import BatchPlan
-from cl_runner.rundir import RunDir
-from cl_runner.stage import StageRun
+from cl_runner.engine.process import Place
+from cl_runner.methods.protocol import Source
+from cl_runner.models.model_folder import read_model, save_model
+from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
+from cl_runner.training import evaluation as scoring
+from cl_runner.training.checkpoint import committed, restore_stage, save_stage
+from cl_runner.training.sampling import BatchPlan
+from cl_runner.training.stage import StageRun
 from tests.adapters.families import FAMILIES, base_model
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of

@@ -10,10 +10,11 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from cl_runner.methods.agem import drawn, project
+from cl_runner.engine.process import Place
+from cl_runner.methods.agem import project
 from cl_runner.methods.gem import dual
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
+from cl_runner.methods.shared.memory import drawn
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, mean_loss_gradient, off, opposed, stepped, vector, watch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cl_runner.errors import UserError
-from cl_runner.methods import limits
+from cl_runner.methods.shared import limits
 
 
 def test_too_large_for_the_setting_or_for_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cl_runner.methods.lwf import divergence
+from cl_runner.engine.process import Place
+from cl_runner.methods.shared.distillation import divergence
 from cl_runner.models.forward import token_loss
-from cl_runner.place import Place
-from cl_runner.stage import StageRun
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, by_hand, label_logits, off, opposed, put, values, vector

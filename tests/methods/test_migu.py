@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cl_runner.engine.process import Place
 from cl_runner.models.batch import Example
-from cl_runner.place import Place
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, Values, mean_loss_gradient, off, opposed, put, stepped, vector, watch
@@ -156,13 +156,15 @@ def test_rows_that_stand_upright_are_columns_of_the_weight() -> None:
     """GPT-2's Conv1D has its weight (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
+    from cl_runner.adapters.targets import is_transposed
     from cl_runner.methods.migu import MIGU
 
     method = MIGU(MIGU.Config(train="full", quantile=0.5))
     method.sizes = {"c.weight": torch.tensor([3.0, 1.0, 2.0]), "l.weight": torch.tensor([1.0, 2.0, 3.0])}
     stage: Any = SimpleNamespace(
         sum=lambda tensor: tensor,
-        adapters=SimpleNamespace(layers={"c": Conv1D(3, 3), "l": torch.nn.Linear(3, 3)}),
+        named={"weight": {"c": "c.weight", "l": "l.weight"}}.get,
+        transposed=lambda target: is_transposed({"c": Conv1D(3, 3), "l": torch.nn.Linear(3, 3)}[target]),
     )
     found = method.edit_gradients(stage, {name: torch.ones(3, 3) for name in method.sizes})
     assert found is not None

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import Adapters
-from cl_runner.config import RunConfig
+from cl_runner.adapters.layers import Layers
+from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method, method_schema
-from cl_runner.methods.nlora import NLoRA
+from cl_runner.methods.nlora.method import NLoRA
 from cl_runner.settings import resolve
 from tests.adapters.families import adapters_of, base_model, off, random_pair
 
 
-def live(family: str) -> Adapters:
+def live(family: str) -> Layers:
     adapters = adapters_of(base_model(family), family, r=3)
     adapters.fold(random_pair(adapters, "s0"))  # past pairs do not matter
     adapters.begin("now")
@@ -26,12 +26,12 @@ def live(family: str) -> Adapters:
     return adapters
 
 
-def penalty_of(adapters: Adapters, **settings: Any) -> Tensor | None:
+def penalty_of(adapters: Layers, **settings: Any) -> Tensor | None:
     stage: Any = SimpleNamespace(factors=adapters.groups)
     return NLoRA(NLoRA.Config(**settings)).penalty(stage)
 
 
-def naive(adapters: Adapters, of: str, weight: float) -> tuple[Tensor, list[Tensor]]:
+def naive(adapters: Layers, of: str, weight: float) -> tuple[Tensor, list[Tensor]]:
     """Row by row or entry by entry, layer by layer; all but the reference form are means over layers too."""
     pair = adapters.pair()
     leaves = [factor[t].double().requires_grad_() for t in adapters.layers for factor in (pair.A, pair.B)]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.config import ModelConfig
+from cl_runner.config.schema import ModelConfig
+from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
-from cl_runner.methods.ogd import extend, project
+from cl_runner.methods.ogd.directions import extend, project
 from cl_runner.models.base import load_base
 from cl_runner.models.batch import Example
-from cl_runner.place import Place
-from cl_runner.plan import check_method
+from cl_runner.training.compatibility import check_method
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of

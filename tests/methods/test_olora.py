@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import Adapters, Pair
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
 from cl_runner.methods import make_method, method_schema
 from cl_runner.methods.olora import OLoRA
 from cl_runner.settings import resolve
@@ -20,7 +21,7 @@ from tests.adapters.families import adapters_of, base_model, off, random_pair
 Factors = dict[str, dict[str, Tensor]]  # A and B, target → factor
 
 
-def after(stages: int, rank: int = 2, family: str = "qwen2") -> Adapters:
+def after(stages: int, rank: int = 2, family: str = "qwen2") -> Layers:
     """Adapters at the stage after so many folded ones (of rank, rank + 1, …), with a random live pair."""
     adapters = adapters_of(base_model(family), family, r=3)
     for i in range(stages):
@@ -30,13 +31,13 @@ def after(stages: int, rank: int = 2, family: str = "qwen2") -> Adapters:
     return adapters
 
 
-def penalty_of(adapters: Adapters, **settings: Any) -> Tensor | None:
+def penalty_of(adapters: Layers, **settings: Any) -> Tensor | None:
     method = OLoRA(OLoRA.Config(**settings))
     stage: Any = SimpleNamespace(factors=adapters.groups)
     return method.penalty(stage)
 
 
-def gradients(adapters: Adapters, penalty: Tensor) -> Factors:
+def gradients(adapters: Layers, penalty: Tensor) -> Factors:
     parameters = adapters.parameters()
     found = torch.autograd.grad(penalty, list(parameters.values()), allow_unused=True)
     named = dict(zip(parameters, found, strict=True))
@@ -50,7 +51,7 @@ def gradients(adapters: Adapters, penalty: Tensor) -> Factors:
 
 
 def naive(
-    adapters: Adapters, past: Sequence[Pair], *, lambda1: float, lambda2: float, on: str, reference: bool
+    adapters: Layers, past: Sequence[Pair], *, lambda1: float, lambda2: float, on: str, reference: bool
 ) -> tuple[Tensor, Factors]:
     """The definition, one number at a time, and what autograd makes of it. The paper's form is a mean, not a sum."""
     pair = adapters.pair()

@@ -15,16 +15,17 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from cl_runner.adapters import Adapters, Pair
-from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.config import RunConfig
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.pairs import Pair
+from cl_runner.config.schema import RunConfig
+from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Progress
-from cl_runner.methods.clora import leading, orthonormal_columns
-from cl_runner.place import Place
-from cl_runner.rundir import RunDir
-from cl_runner.stage import StageRun
+from cl_runner.methods.clora.subspaces import leading, orthonormal_columns
+from cl_runner.methods.protocol import Progress
+from cl_runner.runs.folder import RunDir
+from cl_runner.training.checkpoint import restore_stage, save_stage
+from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, base_model, random_pair
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
@@ -109,7 +110,7 @@ OWN: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("name", list(OWN))
 
 
-def after(stages: int, rank: int = 4, family: str = "qwen2") -> Adapters:
+def after(stages: int, rank: int = 4, family: str = "qwen2") -> Layers:
     """Adapters at the stage after so many folded ones, with a random live pair."""
     adapters = adapters_of(base_model(family), family, r=rank)
     for i in range(stages):
@@ -124,11 +125,11 @@ def method_of(name: str, **own: Any) -> Any:
     return make_method(RunConfig.model_validate({"adapter": {"r": 3}, "method": settings}))
 
 
-def stage_of(adapters: Adapters, step: int = 1) -> Any:
+def stage_of(adapters: Layers, step: int = 1) -> Any:
     bases = {target: past.base for target, past in adapters.past.items()}
     return SimpleNamespace(
         factors=adapters.groups, progress=Progress(step, 4, None), config=RunConfig(), device=torch.device("cpu"),
-        base_weight=bases.__getitem__, adapters=adapters, index=len(adapters.folded),
+        base_weight=bases.__getitem__, named=adapters.named, start=adapters.start, index=len(adapters.folded),
     )  # fmt: skip
 
 

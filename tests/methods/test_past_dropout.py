@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.checkpoint import restore_stage, save_stage
+from cl_runner.disk import read_json
+from cl_runner.engine.process import Place
 from cl_runner.methods import METHODS, make_method, method_class
 from cl_runner.models.forward import token_loss
-from cl_runner.place import Place
-from cl_runner.plan import BatchPlan, derived_seed
-from cl_runner.rundir import RunDir, read_json
-from cl_runner.stage import StageRun
+from cl_runner.runs.folder import RunDir
+from cl_runner.training.checkpoint import restore_stage, save_stage
+from cl_runner.training.sampling import BatchPlan, derived_seed
+from cl_runner.training.stage import StageRun
 from tests.adapters.test_past_dropout import unfolded
 from tests.command_line import call
 from tests.distributed import on_ranks
@@ -144,7 +145,7 @@ def _left(place: Place) -> dict[str, tuple[int, int, bool]]:
     """Of every method with a pair or terms, after a stage: folded pairs, folded matrices, terms at the next stage."""
     found = {}
     for name in METHODS:
-        if make_method(tiny_config(method__name=name)).full or method_class(name).prompts:
+        if make_method(config := tiny_config(method__name=name)).kind(config) != "lora":
             continue
         room, config = order_room(place, name, training__epochs=1, **OWN.get(name, {}))
         learn(room, config, 0)

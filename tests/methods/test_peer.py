@@ -22,7 +22,7 @@ from benchmarks.classifier import ClassifierStage, examples, learn
 from cl_runner.maths.vectors import flat
 from cl_runner.methods import gem as gem_module
 from cl_runner.methods import method_class
-from cl_runner.methods.base import Method, Source
+from cl_runner.methods.protocol import Method, Source
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 

@@ -11,12 +11,13 @@ import torch
 
 from benchmarks import world
 from benchmarks.precision import by_hand, errors, geometric_mean
-from cl_runner import engine
-from cl_runner.adapters import Pair, lora
-from cl_runner.config import ModelConfig
+from cl_runner.adapters import layers as lora
+from cl_runner.adapters.pairs import Pair
+from cl_runner.config.schema import ModelConfig
+from cl_runner.engine import zero as engine
+from cl_runner.engine.process import Place
 from cl_runner.models.base import load_base
 from cl_runner.models.batch import collate
-from cl_runner.place import Place
 
 
 def grown(pair: Pair) -> Pair:

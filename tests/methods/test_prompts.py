@@ -14,17 +14,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.config import DataConfig, RunConfig
+from cl_runner.config.schema import DataConfig, RunConfig
+from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.base import Source
-from cl_runner.methods.lfpt5 import Frame
+from cl_runner.methods.lfpt5.frame import Frame
+from cl_runner.methods.protocol import Source
 from cl_runner.models.batch import Example, collate_prompts
-from cl_runner.place import Place
-from cl_runner.run import _check_prefix
-from cl_runner.rundir import RunDir
-from cl_runner.stage import Room, StageRun
+from cl_runner.runs.folder import RunDir
+from cl_runner.training.checkpoint import restore_stage, save_stage
+from cl_runner.training.room import _check_prefix
+from cl_runner.training.stage import Room, StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, labels, off, opposed, values, vector

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cl_runner.methods.base import Source, State
-from cl_runner.methods.memory import Memory, choose
+from cl_runner.engine.process import Place
+from cl_runner.methods.protocol import Source, State
+from cl_runner.methods.shared.memory import Memory, choose
 from cl_runner.models.batch import Example
-from cl_runner.place import Place
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.steps import LR, by_hand, off, values, vector
@@ -125,11 +125,11 @@ def test_replay_of_everything_is_training_on_the_union() -> None:
 @pytest.mark.parametrize("how", ["reservoir", "class"])
 def test_what_a_stage_keeps_depends_on_seed_and_stage_alone(how: str) -> None:
     def kept(seed: int, index: int) -> Memory:
-        from cl_runner.stage import StageRun
+        from cl_runner.training.stage import StageRun
 
         room, config = order_room(Place(), "replay", seed=seed, method__memory_per_task=3, method__how=how)
         stage = StageRun(room, config, index)
-        room.method.training_data(stage, some_rows(30, task="a"))
+        stage.own = some_rows(30, task="a")
         room.method.end_task(stage)
         stage.close()
         return room.method.memory

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cl_runner.place import Place
+from cl_runner.engine.process import Place
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import opposed

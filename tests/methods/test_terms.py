@@ -12,12 +12,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from cl_runner import evaluate as scoring
-from cl_runner.checkpoint import restore_stage, save_stage
-from cl_runner.place import Place
-from cl_runner.rundir import RunDir, read_json
-from cl_runner.stage import StageRun
+from cl_runner.disk import read_json
+from cl_runner.engine.process import Place
+from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
+from cl_runner.training import evaluation as scoring
+from cl_runner.training.checkpoint import restore_stage, save_stage
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, off, opposed

@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cl_runner.adapters import Adapters
-from cl_runner.adapters.lora import target_shapes
-from cl_runner.config import AdapterConfig, ModelConfig
+from cl_runner.adapters.layers import Layers
+from cl_runner.adapters.targets import target_shapes
+from cl_runner.config.schema import AdapterConfig, ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.models.base import Base, load_base, outline
 from cl_runner.models.encoding import Encoder
@@ -47,7 +47,7 @@ def test_the_outline_has_the_shapes_of_what_is_loaded_and_no_weights(
     assert capfd.readouterr() == ("", "")
     assert found is not None and all(p.is_meta for p in found.parameters())
     base = load(folder)
-    adapters = Adapters(base.model, settings, name_or_path="x", encoder_decoder=base.encoder_decoder)
+    adapters = Layers(base.model, settings, name_or_path="x", encoder_decoder=base.encoder_decoder)
     assert target_shapes(found, settings) == adapters.shapes()
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import cl_runner
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import TASKS, sample
 
 FOLDER = Path(cl_runner.__file__).parent / "models" / "embedded"
@@ -52,7 +52,7 @@ def test_round_trip_of_any_text(name: str, text: str) -> None:
 def test_labels_go_through_and_are_short(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     for task in TASKS:
-        for label in catalog.get(task).labels or []:
+        for label in benchmark.get(task).labels or []:
             ids = tokenizer(label, add_special_tokens=False)["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == label
@@ -62,7 +62,7 @@ def test_labels_go_through_and_are_short(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_label_reads_the_same_alone_as_in_the_options(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    prompt = tokenizer(str(catalog.get("agnews").prompt("x")), add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(str(benchmark.get("agnews").prompt("x")), add_special_tokens=False)["input_ids"]
     for label in ("World", "Sports", "Business"):
         assert set(tokenizer(label, add_special_tokens=False)["input_ids"]) <= set(prompt)
 
@@ -95,7 +95,7 @@ def test_special_tokens() -> None:
 def test_tiny_t5_answers() -> None:
     model, tokenizer = load("tiny-t5"), TOKENIZERS["tiny-t5"]
     assert next(model.parameters()).dtype == torch.float32
-    prompt = tokenizer(str(catalog.get("agnews").prompt(sample("agnews", "test", 1)[0].text)), return_tensors="pt")
+    prompt = tokenizer(str(benchmark.get("agnews").prompt(sample("agnews", "test", 1)[0].text)), return_tensors="pt")
     loss = model(**prompt, labels=tokenizer("Sports", return_tensors="pt")["input_ids"]).loss
     assert torch.isfinite(loss)
 
@@ -103,7 +103,7 @@ def test_tiny_t5_answers() -> None:
 def test_tiny_llama_answers_the_same_with_left_padding() -> None:
     model, tokenizer = load("tiny-llama"), TOKENIZERS["tiny-llama"]
     assert next(model.parameters()).dtype == torch.float32
-    prompts = [str(catalog.get("agnews").prompt(row.text)) for row in sample("agnews", "test", 2)]
+    prompts = [str(benchmark.get("agnews").prompt(row.text)) for row in sample("agnews", "test", 2)]
     with torch.no_grad():
         alone = model(**tokenizer(prompts[0], return_tensors="pt")).logits[0, -1]
         padded = tokenizer([prompts[0], prompts[0] + " " + prompts[1]], padding=True, return_tensors="pt")
@@ -116,7 +116,7 @@ def test_tiny_t5_has_learned_its_auxiliary_task() -> None:
     """The base names the topic of texts that it has not seen: what adapters build on."""
     model, tokenizer = load("tiny-t5"), TOKENIZERS["tiny-t5"]
     rows = sample("pretraining-topic", "test", 54)
-    task = catalog.build({"name": "digest", "kind": "TC", "labels": sorted({row.label for row in rows})[::2]})
+    task = benchmark.build({"name": "digest", "kind": "TC", "labels": sorted({row.label for row in rows})[::2]})
     rows = [row for row in rows if row.label in (task.labels or [])]
     right = 0
     for row in rows:

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from cl_runner.config import DataConfig, ModelConfig
+from cl_runner.config.schema import DataConfig, ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.models.base import Layout, load_base
 from cl_runner.models.batch import Example, collate, collate_prompts
 from cl_runner.models.encoding import Encoder
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Prompt
 from tests.models.tiny_models import byte_tokenizer, t5_tokenizer
@@ -119,7 +119,7 @@ def test_reference_on_real_rows() -> None:
     base = load_base(ModelConfig(), torch.device("cpu"))
     cut, differing = 0, 0
     for file in sorted(SAMPLES.glob("*/*/test.json")):
-        task = catalog.get(file.parent.name)
+        task = benchmark.get(file.parent.name)
         rows = load_rows(task, DataConfig(source="folder", dir=str(SAMPLES), max_test=60), "test").rows
         prompts, labels = [task.prompt(row.text) for row in rows], [row.label for row in rows]
         ours, tail = (

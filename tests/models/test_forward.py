@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from cl_runner.config import ModelConfig
+from cl_runner.config.schema import ModelConfig
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example, collate, collate_prompts, filler
 from cl_runner.models.encoding import Encoder

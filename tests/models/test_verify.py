@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from cl_runner.config import ModelConfig
+from cl_runner.config.schema import ModelConfig
 from cl_runner.models.base import Base, Layout, load_base
 from cl_runner.models.batch import Batch, Example, collate_prompts
 from cl_runner.models.encoding import Encoder

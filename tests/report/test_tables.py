@@ -346,5 +346,5 @@ def test_an_undefined_measure_is_not_averaged_away() -> None:
 
 
 def test_reports_do_not_import_torch() -> None:
-    code = "import sys, cl_runner.report.compare, cl_runner.progress; sys.exit('torch' in sys.modules)"
+    code = "import sys, cl_runner.report.compare, cl_runner.terminal.progress; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cl_runner.config import DataConfig
-from cl_runner.metrics.text import score
-from cl_runner.tasks import catalog
+from cl_runner.config.schema import DataConfig
+from cl_runner.config.yamlfile import as_yaml
+from cl_runner.metrics.scores import score
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.order import load_order
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Task
-from cl_runner.yamlfile import as_yaml
 from tests.command_line import call
 from tests.models.tiny_models import FAMILIES, word_tokenizer
 
@@ -179,4 +179,4 @@ def test_numbers_are_told_apart_by_their_sign() -> None:
     golds = [row.label for row in test.rows]
     assert score("exact", ["1"] * 10, golds) == score("numeric", ["1"] * 10, golds) == 0.0
     assert score("exact", ["-1"] * 10, golds) == 100.0 and score("exact", ["10"], ["1.0"]) == 0.0
-    assert catalog.build({"name": "t", "kind": "QA"}).comparison.same(" -1\n", "-1")
+    assert benchmark.build({"name": "t", "kind": "QA"}).comparison.same(" -1\n", "-1")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.models.vocabulary import Vocabulary
-from cl_runner.report.data import data_lines
-from cl_runner.tasks import catalog
+from cl_runner.report.data_report import data_lines
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.check import check, percentiles, share_over, show
 from cl_runner.tasks.task import Task
 from tests.command_line import call
@@ -28,7 +28,7 @@ def mine(tmp_path: Path) -> Task:
         content = [{"text": text, "label": label} for text, label in records]
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     source = {split: str(tmp_path / f"{split}.json") for split in ("train", "test", "dev")}
-    return catalog.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"], "source": source})
+    return benchmark.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"], "source": source})
 
 
 def test_report(mine: Task) -> None:
@@ -94,7 +94,7 @@ def test_dev_that_is_another_file(mine: Task, tmp_path: Path) -> None:
 
 
 def test_synthetic_is_said() -> None:
-    report = check([catalog.get("COPA")], DataConfig(source="synthetic", max_train=50, max_test=10))[0]
+    report = check([benchmark.get("COPA")], DataConfig(source="synthetic", max_train=50, max_test=10))[0]
     assert report["synthetic"] and report["dev_equals_test"] is None
     assert "synthetic" in report["splits"]["train"]["source"]
     assert (report["splits"]["train"]["rows"], report["splits"]["test"]["rows"]) == (50, 10)

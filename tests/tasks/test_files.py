@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog, files
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, FileFormat, Row
 
@@ -165,7 +165,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
 
 def test_own_files_win_over_data_source(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl")
-    mine = catalog.build(
+    mine = benchmark.build(
         {
             "name": "agnews",
             "kind": "TC",
@@ -183,8 +183,8 @@ def test_numbers_as_labels_are_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('[{"text": "a", "label": 0}, {"text": "b", "label": 1}]')
     source = {"train": str(path), "test": str(path)}
-    words = catalog.build({"name": "w", "kind": "TC", "labels": ["bad", "good"], "source": source})
+    words = benchmark.build({"name": "w", "kind": "TC", "labels": ["bad", "good"], "source": source})
     with pytest.raises(UserError, match=r"row 1 \(train/0\): label '0' is not one of task w's \('bad', 'good'\)"):
         load_rows(words, DataConfig(), "train")
-    digits = catalog.build({"name": "d", "kind": "TC", "labels": ["0", "1"], "source": source})
+    digits = benchmark.build({"name": "d", "kind": "TC", "labels": ["0", "1"], "source": source})
     assert [row.label for row in load_rows(digits, DataConfig(), "train").rows] == ["0", "1"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog, files
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.order import load_order
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Columns, FileFormat
@@ -261,7 +261,7 @@ def test_the_definition_is_the_instruction_where_the_order_gives_none(tmp_path: 
     assert order(tmp_path, task_file(rows, "Sort it."), one["Instances"]).instruction == "Sort it.\n"
     assert order(tmp_path, one, one, ", instruction: Mine.").instruction == "Mine.\n"
     assert order(tmp_path, one, one, ', instruction: ""').instruction == ""
-    kinds = catalog.kinds()["TC"]
+    kinds = benchmark.kinds()["TC"]
     assert order(tmp_path, rows, rows).instruction == order(tmp_path, task_file(rows, []), rows).instruction == kinds
     assert str(order(tmp_path, one, one).prompt("I")).startswith("Task:TC\nDataset:mine\nSort it.\nBe quick.\nI\n")
     with pytest.raises(UserError, match=r"test.json: its Definition differs from that of .*train.json; give the task"):

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.plan import Plan
-from cl_runner.report.data import data_lines
+from cl_runner.report.data_report import data_lines
 from cl_runner.settings import resolve
-from cl_runner.tasks import catalog, synthetic
+from cl_runner.tasks import benchmark, synthetic
 from cl_runner.tasks.check import check
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Row, Task
+from cl_runner.training.plan import Plan
 
 KEEP = DataConfig(empty_texts="keep")
 
@@ -25,7 +25,7 @@ KEEP = DataConfig(empty_texts="keep")
 def own(folder: Path, name: str, content: str, **more: Any) -> Task:
     (folder / name).write_text(content, encoding="utf-8")
     source = {"train": str(folder / name), "test": str(folder / name)}
-    return catalog.build({"name": "mine", "kind": "QA", "source": source, **more})
+    return benchmark.build({"name": "mine", "kind": "QA", "source": source, **more})
 
 
 TARGETS = [
@@ -76,7 +76,7 @@ def test_words_of_nothing_are_words(tmp_path: Path, ending: str) -> None:
     else:
         mark = "," if ending == ".csv" else "\t"
         path.write_text(f"text{mark}label\n" + "".join(f"{word}{mark}{word}\n" for word in WORDS))
-    task = catalog.build({"name": "m", "kind": "QA", "source": {"train": str(path), "test": str(path)}})
+    task = benchmark.build({"name": "m", "kind": "QA", "source": {"train": str(path), "test": str(path)}})
     rows = load_rows(task, DataConfig(), "train")
     assert [(row.text, row.label) for row in rows.rows] == [(word, word) for word in WORDS] and rows.empty == 0
 
@@ -88,7 +88,7 @@ def test_missing_values_of_parquet(tmp_path: Path) -> None:
     def rows(records: list[dict[str, Any]], split: str = "train") -> Any:
         pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
         source = {"train": str(tmp_path / "x.parquet"), "test": str(tmp_path / "x.parquet")}
-        return load_rows(catalog.build({"name": "m", "kind": "QA", "source": source}), KEEP, split)  # type: ignore[arg-type]
+        return load_rows(benchmark.build({"name": "m", "kind": "QA", "source": source}), KEEP, split)  # type: ignore[arg-type]
 
     for value, says in ((None, "null"), (math.nan, "NaN")):
         with pytest.raises(UserError, match=rf"x.parquet: row 2 \(train/1\): 'label' is {says}"):
@@ -152,7 +152,7 @@ def test_the_title_that_is_missing_may_be_left_out(tmp_path: Path) -> None:
 
 
 def test_empty_texts_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agnews = catalog.get("agnews")
+    agnews = benchmark.get("agnews")
     folder = tmp_path / "TC" / "agnews"
     folder.mkdir(parents=True)
     records = [{"sentence": text, "label": "World"} for text in ("a", " ", "c")]
@@ -165,13 +165,13 @@ def test_empty_texts_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"synthetic agnews: row 2 \(train/1\): the text is empty"):
         load_rows(agnews, DataConfig(source="synthetic"), "train")
 
-    from cl_runner.tasks import hub
+    from cl_runner.tasks import hub_rows
 
     parts = {"premise": ["p", " "], "hypothesis": ["h", None], "label": ["neutral", "neutral"]}
     from datasets import Dataset
 
-    monkeypatch.setattr(hub, "_load", lambda *_: (Dataset.from_dict(parts), None))
-    mnli = catalog.get("MNLI")
+    monkeypatch.setattr(hub_rows, "_load", lambda *_: (Dataset.from_dict(parts), None))
+    mnli = benchmark.get("MNLI")
     with pytest.raises(UserError, match=r"hub .*: row 2 \(train/1\): the text is empty or lacks a part"):
         load_rows(mnli, DataConfig(source="hub"), "train")
     rows = load_rows(mnli, DataConfig(source="hub", empty_texts="keep"), "train")
@@ -183,15 +183,15 @@ def test_rows_of_the_hub_may_lack_a_part(monkeypatch: pytest.MonkeyPatch) -> Non
     """Yahoo's questions are often a title alone, and some have no answer: rows like any other, as they always were."""
     from datasets import Dataset
 
-    from cl_runner.tasks import hub
+    from cl_runner.tasks import hub_rows
 
-    yahoo = catalog.get("yahoo")
+    yahoo = benchmark.get("yahoo")
     topic = (yahoo.labels or [])[0]
     records = [("t", "c", "a"), ("t", "", "a"), ("t", "", ""), ("t", "c", ""), ("", "c", "a"), ("t", None, None)]
     names = ("question_title", "question_content", "best_answer")
     columns = {name: [record[k] for record in records] for k, name in enumerate(names)}
     data = Dataset.from_dict({**columns, "topic": [topic] * len(records)})
-    monkeypatch.setattr(hub, "_load", lambda *_: (data, None))
+    monkeypatch.setattr(hub_rows, "_load", lambda *_: (data, None))
     rows = load_rows(yahoo, DataConfig(source="hub"), "train")
     assert rows.empty == 0
     assert [row.text for row in sorted(rows.rows, key=lambda row: row.id)] == [

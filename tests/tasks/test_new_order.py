@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cl_runner.config.yamlfile import as_yaml, parse
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.drafts import task_name
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order
-from cl_runner.yamlfile import as_yaml, parse
 from tests.command_line import call
 
 WORDS = ["billing", "technical"]
@@ -178,7 +178,7 @@ def test_a_saved_dataset_is_one_task(data: Path) -> None:
 
 
 def test_tasks_of_the_benchmark_are_called_by_their_names(data: Path) -> None:
-    agnews = catalog.get("agnews")
+    agnews = benchmark.get("agnews")
     labels = agnews.labels or []
     for split in ("train", "test"):
         put(data / "TC" / "agnews" / f"{split}.json", json.dumps(rows(8, "sentence", "label", labels)))
@@ -189,7 +189,7 @@ def test_tasks_of_the_benchmark_are_called_by_their_names(data: Path) -> None:
     order = load_order("o.yaml")
     assert order.names == ["agnews", "yahoo"] and [bool(entry.own) for entry in order.entries] == [False, True]
     assert order.tasks[1].labels == WORDS, "other labels than the benchmark's: a task of one's own"
-    assert order.tasks[1].instruction == catalog.kinds()["TC"]
+    assert order.tasks[1].instruction == benchmark.kinds()["TC"]
 
 
 def test_two_of_the_same_name(data: Path) -> None:

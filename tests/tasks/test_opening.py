@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog, files
+from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.check import check
 from cl_runner.tasks.files import opening
 from cl_runner.tasks.new_order import new_order
@@ -139,7 +139,7 @@ def test_rows_are_named_by_their_own_file(shards: Path) -> None:
         read(shards / "part-*.jsonl")
     (shards / "part-2.jsonl").write_text(lines("c") + '{"text": "d", "label": "Y"}\n')
     source = {"train": str(shards / "part-*.jsonl"), "test": str(shards / "more.csv")}
-    task = catalog.build({"name": "mine", "kind": "TC", "labels": ["x", "y"], "source": source})
+    task = benchmark.build({"name": "mine", "kind": "TC", "labels": ["x", "y"], "source": source})
     with pytest.raises(UserError, match=r"part-2.jsonl: row 2 \(train/3\): label 'Y' is not .* differ by case only"):
         load_rows(task, DataConfig(), "train")
     rows = load_rows(task, DataConfig(unknown_labels="drop"), "train")
@@ -322,13 +322,13 @@ def test_the_benchmarks_folder_may_not_be_read(tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as patch:
             Locked(patch, locked)
             with pytest.raises(UserError) as caught:
-                load_rows(catalog.get("agnews"), data, "train")
+                load_rows(benchmark.get("agnews"), data, "train")
             assert NO_RIGHT in str(caught.value) and str(tmp_path) in str(caught.value)
     with monkeypatch.context() as patch:
         Locked(patch, folder / "dev.json")
-        assert len(load_rows(catalog.get("agnews"), data, "train")) == 1
+        assert len(load_rows(benchmark.get("agnews"), data, "train")) == 1
         with pytest.raises(UserError, match=r"dev.json cannot be read \(Permission denied\)"):
-            check([catalog.get("agnews")], data)
+            check([benchmark.get("agnews")], data)
 
 
 def test_an_order_of_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

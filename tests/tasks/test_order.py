@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.settings import dump_order
 from cl_runner.tasks.new_order import new_order

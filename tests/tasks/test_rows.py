@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cl_runner.config import DataConfig
+from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog, hub, synthetic
+from cl_runner.tasks import benchmark, hub_rows, synthetic
 from cl_runner.tasks.rows import fingerprint, load_rows
 from cl_runner.tasks.task import Row, Split, Task
 
@@ -27,7 +27,7 @@ def own(folder: Path, **more: Any) -> Task:
     path = folder / "mine.json"
     path.write_text(json.dumps([{"text": text, "label": label} for text, label in RECORDS]))
     entry = {"name": "mine", "kind": "YN", "labels": ["yes", "no"], "source": {"train": str(path), "test": str(path)}}
-    return catalog.build(entry | more)
+    return benchmark.build(entry | more)
 
 
 def test_test_rows_without_a_known_label_are_dropped_and_counted(mine: Task) -> None:
@@ -165,7 +165,7 @@ BAD_SETS: list[tuple[Any, str]] = [
 
 
 def several(**more: Any) -> Task:
-    return catalog.build({"name": "mine", "kind": "SC", "labels": ["a", "b", "c d"], "metric": "labels-f1"} | more)
+    return benchmark.build({"name": "mine", "kind": "SC", "labels": ["a", "b", "c d"], "metric": "labels-f1"} | more)
 
 
 def benchmark_folder(root: Path, field: str, values: list[Any]) -> DataConfig:
@@ -199,7 +199,7 @@ def of_the_hub(monkeypatch: pytest.MonkeyPatch, feature: Any, values: list[Any])
 
     columns = {"text": [f"x {k}" for k in range(len(values))], "label": values}
     data = Dataset.from_dict(columns, features=Features({"text": Value("string"), "label": feature}))
-    monkeypatch.setattr(hub, "_load", lambda *_: (data, None))
+    monkeypatch.setattr(hub_rows, "_load", lambda *_: (data, None))
 
 
 def labels_of(task: Task, split: Split = "train") -> list[str]:
@@ -242,7 +242,7 @@ def test_lists_of_labels_on_the_hub_are_no_text(monkeypatch: pytest.MonkeyPatch)
     """Once the target was the list as Python writes it."""
     from datasets import List, Value
 
-    task = catalog.build({"name": "mine", "kind": "QA", "hub": {"id": "some/where", "text": "{text}"}})
+    task = benchmark.build({"name": "mine", "kind": "QA", "hub": {"id": "some/where", "text": "{text}"}})
     of_the_hub(monkeypatch, List(Value("string")), [["a"], ["b"]])
     assert labels_of(task) == ["a", "b"], "lists of one are what they hold"
     of_the_hub(monkeypatch, List(Value("string")), [["a"], ["b", "c"]])
@@ -262,22 +262,22 @@ def test_fingerprint_is_of_the_rows_alone(tmp_path: Path) -> None:
 
 
 def test_synthetic_stand_ins_fit_the_catalog() -> None:
-    assert set(synthetic.TASKS) == set(catalog.names())
-    for name in catalog.names():
-        rows = load_rows(catalog.get(name), DataConfig(source="synthetic", max_test=150), "test")
+    assert set(synthetic.TASKS) == set(benchmark.names())
+    for name in benchmark.names():
+        rows = load_rows(benchmark.get(name), DataConfig(source="synthetic", max_test=150), "test")
         assert rows.synthetic and "synthetic" in rows.source and len(rows) == 150
-        assert not rows.unknown and {row.label for row in rows.rows} == set(catalog.get(name).labels or [])
+        assert not rows.unknown and {row.label for row in rows.rows} == set(benchmark.get(name).labels or [])
 
 
 def test_synthetic_prefix_and_seed() -> None:
-    task = catalog.get("QQP")
+    task = benchmark.get("QQP")
     whole = load_rows(task, DataConfig(source="synthetic"), "test")
     assert load_rows(task, DataConfig(source="synthetic", max_test=7), "test").rows == whole.rows[:7]
     assert load_rows(task, DataConfig(source="synthetic", seed=1), "test").fingerprint != whole.fingerprint
 
 
 def test_no_stand_in_for_own_tasks() -> None:
-    bare = catalog.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"]})
+    bare = benchmark.build({"name": "mine", "kind": "YN", "labels": ["yes", "no"]})
     with pytest.raises(UserError, match="task mine: no synthetic stand-in; give it files"):
         load_rows(bare, DataConfig(source="synthetic"), "train")
     with pytest.raises(UserError, match="task mine is not on the hub"):

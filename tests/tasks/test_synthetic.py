@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import SIZES, TASKS, grammar, sample, size
 
 FORMS = {
@@ -34,13 +34,13 @@ FORMS = {
 
 
 def test_the_tasks_are_the_benchmarks() -> None:
-    assert sorted(TASKS) == sorted(catalog.names())
+    assert sorted(TASKS) == sorted(benchmark.names())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_labels_and_kind_are_the_benchmarks(task: str) -> None:
-    assert list(grammar(task).labels) == catalog.get(task).labels
-    assert grammar(task).kind == catalog.get(task).kind
+    assert list(grammar(task).labels) == benchmark.get(task).labels
+    assert grammar(task).kind == benchmark.get(task).kind
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cl_runner.errors import UserError
-from cl_runner.tasks import catalog
+from cl_runner.tasks import benchmark
 from cl_runner.tasks.task import Task
 
 HIDDEN_TEST_LABELS = {"MNLI", "CB", "RTE", "QQP", "WiC", "COPA", "BoolQA", "MultiRC", "SST-2"}
 
 
 def task(**more: Any) -> Task:
-    return catalog.build({"name": "mine", "kind": "TC", "labels": ["a", "b"], **more})
+    return benchmark.build({"name": "mine", "kind": "TC", "labels": ["a", "b"], **more})
 
 
 def test_prompt_is_the_benchmarks() -> None:
-    prompt = catalog.get("MNLI").prompt("sentence 1: x\nsentence 2: y")
+    prompt = benchmark.get("MNLI").prompt("sentence 1: x\nsentence 2: y")
     assert str(prompt) == (
         "Task:NLI\n"
         "Dataset:MNLI\n"
@@ -37,7 +37,7 @@ def test_prompt_is_the_benchmarks() -> None:
 
 
 def test_copa_asks_in_its_text_alone() -> None:
-    assert str(catalog.get("COPA").prompt("Which?")) == "Task:COPA\nDataset:COPA\nWhich?\nAnswer:"
+    assert str(benchmark.get("COPA").prompt("Which?")) == "Task:COPA\nDataset:COPA\nWhich?\nAnswer:"
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_copa_asks_in_its_text_alone() -> None:
     [(True, False, "Task:TC\nWhat"), (False, True, "Dataset:agnews\nWhat"), (False, False, "What is the topic")],
 )
 def test_names_can_be_left_out(task_name: bool, dataset_name: bool, begins: str) -> None:
-    prompt = catalog.get("agnews").prompt("x", add_task_name=task_name, add_dataset_name=dataset_name)
+    prompt = benchmark.get("agnews").prompt("x", add_task_name=task_name, add_dataset_name=dataset_name)
     assert str(prompt).startswith(begins)
     assert ("Task:" in str(prompt)) is task_name and ("Dataset:" in str(prompt)) is dataset_name
 
 
 def test_free_text_has_no_options() -> None:
-    free = catalog.build({"name": "sum", "kind": "Summary", "instruction": "Summarise.", "metric": "rouge-l"})
+    free = benchmark.build({"name": "sum", "kind": "Summary", "instruction": "Summarise.", "metric": "rouge-l"})
     assert str(free.prompt("long")) == "Task:Summary\nDataset:sum\nSummarise.\nlong\nAnswer:"
 
 
@@ -128,17 +128,17 @@ BENCHMARK = {
 
 
 def test_catalog_is_the_benchmark() -> None:
-    assert set(catalog.names()) == set(BENCHMARK)
+    assert set(benchmark.names()) == set(BENCHMARK)
     for name, (labels, train, test) in BENCHMARK.items():
-        found = catalog.get(name)
+        found = benchmark.get(name)
         assert found.name == name
         assert (len(found.labels or []), found.sizes.train, found.sizes.test) == (labels, train, test)
-        assert found.kind in catalog.kinds()
+        assert found.kind in benchmark.kinds()
 
 
 @pytest.mark.parametrize("name", sorted(BENCHMARK))
 def test_hub_mapping_is_whole(name: str) -> None:
-    found = catalog.get(name)
+    found = benchmark.get(name)
     assert found.hub is not None and found.hub.labels is not None
     assert set(found.hub.labels.values()) == set(found.labels or [])
     assert len(found.hub.labels) == len(found.labels or []), "one class of the hub per label"
@@ -149,4 +149,4 @@ def test_hub_mapping_is_whole(name: str) -> None:
 
 def test_unknown_task_says_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'agnews'"):
-        catalog.get("agnewz")
+        benchmark.get("agnewz")

@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from cl_runner.config.yamlfile import printable
 from cl_runner.errors import UserError
 from cl_runner.tasks.task import Split
-from cl_runner.yamlfile import printable
 
 PACKED = (".gz", ".bz2", ".zst")
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.errors import UserError
-from cl_runner.tasks.files import columnar, documents, opening, tables
+from cl_runner.tasks.files import columnar, delimited, documents, opening
 from cl_runner.tasks.files.forms import Form, form_of
-from cl_runner.tasks.files.place import Found, Place, where
 from cl_runner.tasks.files.values import Fault, check
+from cl_runner.tasks.files.where import Found, Place, where
 from cl_runner.tasks.task import Columns, FileFormat, Row, Split
 
 
@@ -75,7 +75,7 @@ def _records(path: Path, how: FileFormat, notes: list[str]) -> tuple[Iterable[An
     if kind in (".jsonl", ".ndjson"):
         return documents.lines(path, how.encoding), False
     if kind in (".csv", ".tsv") or (how.delimiter is not None and kind != ".parquet"):
-        return tables.records(path, how, notes), False
+        return delimited.records(path, how, notes), False
     if kind == ".parquet" and not opening.packed(path):
         return columnar.parquet(path), False
     raise UserError(

@@ -1,0 +1,92 @@
+"""What an adapter kind is: what it parameterises, and what that offers to methods. Nothing here imports torch.
+
+A kind is one class in one file, found by ``adapter.kind``. It knows no method: a method says what it needs
+(``Method.needs``), a kind what it offers, and what does not fit is refused by name before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from cl_runner.config.schema import AdapterConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from cl_runner.adapters.base import Adapters
+
+Offer = Literal["A", "B", "factors", "update", "terms", "weights", "prompts"]
+OFFERS: Mapping[Offer, str] = {
+    "A": "a factor A that trains",
+    "B": "a factor B that trains",
+    "factors": "factors A and B in the graph",
+    "update": "the update ΔW of a layer",
+    "terms": "layers that take a method's own terms",
+    "weights": "all weights of the model",
+    "prompts": "soft prompts before the input",
+}
+Need = tuple[Offer, ...]  # any of these will do
+Fold = Literal["factors", "dense", "keep", "replace"]
+
+
+class ModelFolder(Protocol):
+    """Writes a whole model, and reads its weights back."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, configs and tokenizer."""
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """Name → weight of every parameter, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A model that is about to get its adapters, and what they have to know of the run."""
+
+    model: nn.Module
+    name_or_path: str
+    revision: str | None
+    encoder_decoder: bool
+    compute: torch.dtype | None = None  # of the forward, where autocast makes it another than the base's
+    base_again: bool = False  # whether a later stage begins from the untouched base
+    folder: ModelFolder | None = None
+
+
+class Kind:
+    """An adapter kind. Class attributes are what ``cl-runner list adapters`` and ``list compatibility`` print."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    equation: ClassVar[str]
+    paper: ClassVar[str] = ""  # arXiv id
+    offers: ClassVar[frozenset[Offer]]
+    trains: ClassVar[tuple[str, ...]] = ()  # the roles of parameters that receive gradient
+    folds: ClassVar[tuple[Fold, ...]] = ()  # what may become of a stage's update
+    folder: ClassVar[str] = "adapter"  # of a stage's folder: where it lies on disk
+
+    class Config(AdapterConfig):
+        """The kind's settings: those of ``adapter`` that all kinds know, and its own."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config: Any = config
+
+    def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """A (rank, n) and B (m, rank) as a stage begins, fp32 on the CPU, of a kind with factors."""
+        raise NotImplementedError
+
+    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
+        """(m, n), out by in, of every layer it adapts, of a model that may be on the meta device. Raises UserError."""
+        return []
+
+    def open(self, opening: Opening) -> Adapters:
+        """Put what trains beside, or into, a model. Raises UserError where the model cannot take it."""
+        raise NotImplementedError
+
+
+def lacking(kind: type[Kind], needs: Sequence[Need]) -> list[str]:
+    """What a kind does not offer of what a method needs, in words."""
+    return [" or ".join(OFFERS[offer] for offer in need) for need in needs if not kind.offers & set(need)]

@@ -1,0 +1,138 @@
+"""A stage's factors, and those of past stages stacked: an update is ``(s·B) A`` in fp32, here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cl_runner.adapters.folding import Accumulator
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32 on the CPU.
+
+    The update is ``s·B A``. Of a pair that was let go of, both are empty.
+    """
+
+    stage: str
+    rank: int
+    scale: float
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    @property
+    def held(self) -> bool:
+        """Whether the factors are in memory."""
+        return bool(self.A)
+
+    def let_go(self) -> Pair:
+        """The same pair by name, rank and scale alone."""
+        return replace(self, A={}, B={})
+
+    def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
+        """ΔW of a target, (m, n) fp32, computed on ``device``."""
+        return (self.scale * self.B[target].to(device)) @ self.A[target].to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class PastFactors:
+    """The folded pairs of L target layers of equal shape: constants of a stage, made once, when first asked for.
+
+    ``rank`` is R, the sum of the ranks. The scale s is in none of them. ``grams`` are sums over pairs that were let go
+    of, all of them before those that are held.
+    """
+
+    targets: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    device: torch.device
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return sum(pair.rank for pair in self.pairs)
+
+    def rows(self, factor: str) -> Tensor:
+        """What the pairs span in the input (A) or the output (B): every A_i (L, R, n), or B_iᵀ (L, R, m), stacked."""
+        return self._rows_A if factor == "A" else self._rows_B
+
+    def gram(self, factor: str) -> Tensor:
+        """``Σ A_iᵀ A_i / r_i`` (L, n, n), or ``Σ B_i B_iᵀ / r_i`` (L, m, m): the same size at every stage."""
+        return self._gram_A if factor == "A" else self._gram_B
+
+    @cached_property
+    def row_weights(self) -> Tensor:
+        """``1 / r_i`` of each of the R rows: every pair counts alike, whatever its rank."""
+        ranks = torch.tensor([pair.rank for pair in self.pairs], device=self.device)
+        return (1 / ranks).repeat_interleave(ranks)
+
+    @cached_property
+    def _rows_A(self) -> Tensor:
+        return self._stacked("A")
+
+    @cached_property
+    def _rows_B(self) -> Tensor:
+        return self._stacked("B")
+
+    @cached_property
+    def _gram_A(self) -> Tensor:
+        return self._sum("A")
+
+    @cached_property
+    def _gram_B(self) -> Tensor:
+        return self._sum("B")
+
+    def _stacked(self, factor: str) -> Tensor:
+        if not all(pair.held for pair in self.pairs):
+            raise RuntimeError(f"past {factor} were let go of: the method's reads_past() does not say it reads them")
+        return torch.cat([self._rows_of(pair, factor) for pair in self.pairs], dim=1)
+
+    def _sum(self, factor: str) -> Tensor:
+        held = [pair for pair in self.pairs if pair.held]
+        if len(held) < len(self.pairs) and factor not in self.grams:
+            raise RuntimeError(f"past {factor} were let go of: the method's reads_past() does not say it reads them")
+        total = self.grams[factor].clone() if factor in self.grams else None
+        for pair in held:
+            rows = self._rows_of(pair, factor)
+            mean = rows.mT @ rows / pair.rank
+            total = mean if total is None else total.add_(mean)
+        assert total is not None, "there are no past pairs"
+        return total
+
+    def _rows_of(self, pair: Pair, factor: str) -> Tensor:
+        stacked = torch.stack([(pair.A if factor == "A" else pair.B)[target] for target in self.targets])
+        return (stacked if factor == "A" else stacked.mT).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class FactorGroup:
+    """Target layers of equal shape, stacked, so that a penalty is a few batched products.
+
+    ``A`` (L, r, n) and ``B`` (L, m, r) are the live pair, part of the graph; ``past`` the pairs of past stages, None
+    at the first one. The scale s is in none of them.
+    """
+
+    targets: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+    past: PastFactors | None
+    accumulators: tuple[Accumulator, ...] = ()
+
+    def past_update(self) -> Tensor | None:
+        """The sum of past updates, folded in whatever way, (L, m, n) fp32; None at the first stage."""
+        sums = [accumulator.sum for accumulator in self.accumulators]
+        return None if not sums or any(total is None for total in sums) else torch.stack(sums)  # type: ignore[arg-type]
+
+
+Fresh = Callable[[int, int, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
+
+
+def fresh_pair(m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A (rank, n) Kaiming-uniform as PEFT's, drawn on the CPU, and B (m, rank) zero."""
+    A = torch.empty(rank, n, dtype=torch.float32)
+    torch.nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
+    return A, torch.zeros(m, rank, dtype=torch.float32)

@@ -1,0 +1,79 @@
+"""Which layers of a model are adapted: their names, their shapes, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from cl_runner.config.schema import AdapterConfig
+from cl_runner.errors import UserError, did_you_mean
+
+
+def target_shapes(model: nn.Module, config: AdapterConfig) -> list[tuple[int, int]]:
+    """(m, n), out by in, of every layer that would get a pair, of a model that may be on the meta device.
+
+    Raises:
+        UserError: as ``check_targets``.
+    """
+    targets = config.target_modules or default_targets(model)
+    check_targets(model, targets)
+    layers = [module for name, module in model.named_modules() if is_target(name, targets)]
+    weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
+    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Query and value of the model's attention, as PEFT knows them; GPT-2's ``c_attn`` holds both."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    family = getattr(getattr(model, "config", None), "model_type", "")
+    if family in known:
+        return list(known[family])
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"], ["c_attn"], ["query_key_value"]):
+        if set(pair) <= names:
+            return pair
+    raise UserError(f"adapter.target_modules: cannot tell query and value of a {family or 'model'}; name the layers")
+
+
+def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
+    """Every target names at least one linear layer.
+
+    Raises:
+        UserError: it names none, something else, or one whose weight is another layer's too.
+    """
+    modules = dict(model.named_modules())
+    endings = {name.rsplit(".", 1)[-1] for name, m in modules.items() if is_linear(m)}
+    owners: dict[int, set[str]] = {}  # of each weight, tied ones counted at every place
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    for target in targets:
+        found = {name: module for name, module in modules.items() if is_target(name, [target])}
+        if not found:
+            hint = did_you_mean(target, endings) or f" (there are {', '.join(sorted(endings))})"
+            raise UserError(f"adapter.target_modules: the model has no layer '{target}'{hint}")
+        if not all(is_linear(module) for module in found.values()):
+            raise UserError(f"adapter.target_modules: '{target}' is no linear layer")
+        for name, module in found.items():
+            for other in sorted(owners.get(id(module.weight), set()) - {name}):
+                raise UserError(
+                    f"adapter.target_modules: '{target}' shares its weight with {other}, which a folded update would "
+                    "change too; leave it out"
+                )
+
+
+def is_target(name: str, targets: Iterable[str]) -> bool:
+    """Whether a module's name is one of the targets, or ends in one."""
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a matrix product."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"

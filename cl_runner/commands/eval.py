@@ -1,0 +1,89 @@
+"""``cl-runner eval``: a committed stage scored again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cl_runner import methods
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.runs import catalog
+from cl_runner.runs.folder import kept_order, readable, stage_names
+from cl_runner.runs.guard import other_plugins, plugin_identity
+from cl_runner.runs.results import real_tasks
+from cl_runner.settings import resolve
+from cl_runner.terminal.console import print_json
+
+
+def evaluate(
+    wanted: str | None,
+    *,
+    root: Path,
+    stage: int | None,
+    tasks: str | None,
+    data_dir: str | None,
+    model: str | None,
+    plugins: Sequence[str],
+    sets: Sequence[str],
+    as_json: bool,
+) -> None:
+    """``cl-runner eval``."""
+    rundir = catalog.find(root, wanted)
+    about = rundir.about()
+    with readable(rundir):
+        names = stage_names(about)
+        done = rundir.committed(names)
+    if done == 0:
+        raise UserError(f"the run {rundir.path} has no finished stage yet")
+    number = done if stage is None else stage
+    if not 1 <= number <= done:
+        there = "stage 1 alone" if done == 1 else f"stages 1 to {done}"
+        raise UserError(f"--stage {number}: the run {rundir.path} has finished {there}")
+    for item in sets:
+        if not item.startswith("eval."):
+            raise UserError(f"--set {item}: eval takes only --set eval.…; the rest is the run's own")
+    resolved = resolve(
+        config_file=rundir.config_file,
+        plugins=plugins,
+        sets=sets,
+        flags={"data.dir": data_dir or None, "model.name": model},
+        method_schema=methods.method_schema,
+        stage_names=methods.stage_names,
+        kept_order=kept_order,
+    )
+    if data_dir and resolved.config.data.source == "synthetic" and not real_tasks(about):
+        raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")
+    if resolved.config.eval.future and tasks is None:
+        tasks = ",".join(about["tasks"])
+    chosen = None if tasks is None else _tasks_of(tasks, about["tasks"])
+    from cl_runner.engine.process import here
+    from cl_runner.terminal.progress import Screen
+    from cl_runner.training.rescore import rescore
+
+    place = here()
+    with Screen(enabled=place.rank == 0) as screen:
+        if wanted is None:
+            screen.line(f"the newest run: {rundir.path}")
+        if other := other_plugins(rundir, about["identity"], plugin_identity()):
+            screen.line(other)
+        found = rescore(resolved, rundir, number - 1, chosen, place, screen)
+    if place.rank != 0:
+        return
+    if as_json:
+        print_json({"run": str(rundir.path), **found.to_json()})
+        return
+    print(f"run folder: {rundir.path}")
+    for line in found.lines():
+        print(line)
+
+
+def _tasks_of(given: str, known: Sequence[str]) -> list[str]:
+    """``--tasks a,b`` as a list. Raises UserError."""
+    chosen = list(dict.fromkeys(task.strip() for task in given.split(",") if task.strip()))
+    if not chosen:
+        raise UserError(f"--tasks '{given}': names no task; this run has {', '.join(known)}")
+    for task in chosen:
+        if task not in known:
+            hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
+            raise UserError(f"--tasks: {task} is no task of this run{hint}")
+    return chosen

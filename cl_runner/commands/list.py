@@ -1,0 +1,141 @@
+"""``list``, ``show`` and ``config schema``: what there is, told from the code itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.registry import KINDS, METHODS, SOURCES, Registry
+from cl_runner.report.tables import number
+from cl_runner.runs import catalog
+from cl_runner.terminal.console import aligned, print_json
+
+LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "runs")
+
+
+def show_list(what: str, *, root: Path, as_json: bool) -> None:
+    """``cl-runner list``. Raises UserError for a kind there is not."""
+    if what not in LISTS:
+        hint = did_you_mean(what, LISTS) or f" (there are {', '.join(LISTS)})"
+        raise UserError(f"list {what}: there is nothing of that kind{hint}")
+    lists: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "orders": _orders,
+        "tasks": _tasks,
+        "methods": _methods,
+        "adapters": _adapters,
+        "compatibility": _compatibility,
+        "sources": _sources,
+        "models": _models,
+        "presets": _presets,
+        "runs": lambda: _runs(root),
+    }
+    rows = lists[what]()
+    if as_json:
+        print_json({what: rows})
+    elif not rows:
+        print(f"there are no {what} in {root}")
+    else:
+        rows = [_run_row(row) for row in rows] if what == "runs" else rows
+        head = list(rows[0])
+        print(aligned(head, [[_cell(row[key]) for key in head] for row in rows], right=("seed", "AA")))
+
+
+def _run_row(run: dict[str, Any]) -> dict[str, Any]:
+    """A run as people read it."""
+    score = run["average_accuracy"]
+    without = f" without {', '.join(run['undefined'])}" if run["undefined"] and score is not None else ""
+    return {
+        **{key: run[key] for key in ("name", "method", "order", "model", "seed")},
+        "stage": f"{run['stage']}/{run['stages']}",
+        "state": run["state"],
+        "AA": number(score) + without + (" (synthetic)" if run["synthetic"] and score is not None else ""),
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) or value is None:
+        return number(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _orders() -> list[dict[str, Any]]:
+    from cl_runner.tasks.order import load_order, order_names
+
+    return [{"order": name, "tasks": load_order(name).names} for name in order_names()]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from cl_runner.tasks import benchmark
+
+    rows = []
+    for name in benchmark.names():
+        task = benchmark.get(name)
+        rows.append({"task": name, "kind": task.kind, "labels": task.labels or "free text"})
+    return rows
+
+
+def _methods() -> list[dict[str, Any]]:
+    return [_registered(METHODS, "method", name, {"carried": "carried", "task id": "task_id"}) for name in METHODS]
+
+
+def _sources() -> list[dict[str, Any]]:
+    return [_registered(SOURCES, "source", name, {}) for name in SOURCES]
+
+
+def _shown(fact: Any) -> Any:
+    """A fact as JSON has it."""
+    return sorted(fact) if isinstance(fact, frozenset) else fact
+
+
+def _registered(registry: Registry[Any], sort: str, name: str, facts: Mapping[str, str]) -> dict[str, Any]:
+    """What a class says of itself (column → attribute), and whose it is; of one that cannot be used, why not."""
+    whose = {"from": registry.origin(name)}
+    try:
+        found = registry.get(name)
+    except UserError as error:
+        return {sort: name, "what": f"cannot be used: {error}", **dict.fromkeys(facts, ""), **whose}
+    return {
+        sort: name,
+        "what": found.title,
+        **{key: _shown(getattr(found, fact)) for key, fact in facts.items()},
+        **whose,
+    }
+
+
+def _adapters() -> list[dict[str, Any]]:
+    facts = {"update": "equation", "offers": "offers", "folds": "folds", "paper": "paper"}
+    return [_registered(KINDS, "adapter", name, facts) for name in KINDS]
+
+
+def _compatibility() -> list[dict[str, Any]]:
+    from cl_runner.training.compatibility import compatibility
+
+    return list(compatibility())
+
+
+def _models() -> list[dict[str, Any]]:
+    from cl_runner.models.locate import EMBEDDED
+
+    rows = [{"model": name, "what": "embedded, works offline"} for name in EMBEDDED]
+    return [*rows, {"model": "FOLDER or HUB-ID", "what": "any encoder-decoder or decoder-only model of transformers"}]
+
+
+def _presets() -> list[dict[str, Any]]:
+    from cl_runner.config.lookup import shipped
+    from cl_runner.settings.presets import PUBLISHED, preset_names
+
+    rows = []
+    for name in preset_names():
+        comment = (shipped("configs") / f"{name}.yaml").read_text("utf-8").splitlines()[0].lstrip("# ")
+        rows.append({"preset": name, "what": comment.split(". ")[0].rstrip(".:")})
+    rows[-1] = {"preset": PUBLISHED, "what": "what was published for the method, the model's family and the order"}
+    return rows
+
+
+def _runs(root: Path) -> list[dict[str, Any]]:
+    return [asdict(catalog.listed(run)) for run in catalog.all_runs(root)]

@@ -1,0 +1,106 @@
+"""What a user asked for on the command line, and the settings that it resolves to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cl_runner.config.lookup import expanded
+from cl_runner.errors import UserError
+from cl_runner.methods import method_schema, stage_names
+from cl_runner.models.locate import EMBEDDED
+from cl_runner.runs import catalog
+from cl_runner.runs.folder import RunDir, kept_order
+from cl_runner.settings import Resolved, resolve
+from cl_runner.tasks.order import Order, order_names
+from cl_runner.training.moved import run_of, with_files
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for, before it is resolved."""
+
+    order: str | None
+    presets: Sequence[str]
+    config_file: Path | None
+    flags: Mapping[str, Any]
+    sets: Sequence[str]
+    plugins: Sequence[str] = ()
+    extends: RunDir | None = None  # a run whose settings these are
+
+    @classmethod
+    def extending(cls, name: str, given: Request, root: Path) -> Request:
+        """The settings of a run by name, under the order that was given. Raises UserError."""
+        if given.order is None:
+            raise UserError("--extend: say the longer order, which begins with the run's, with --order")
+        if given.config_file is not None or given.presets:
+            raise UserError("--extend: the settings are those of the run; leave --config and --preset out")
+        run = catalog.find(root, name)
+        run.about()
+        return replace(given, config_file=run.config_file, extends=run)
+
+    def resolve(self) -> Resolved:
+        """The settings. Raises UserError."""
+        resolved = resolve(
+            presets=self.presets,
+            plugins=self.plugins,
+            order=self.order,
+            config_file=self.config_file,
+            extending=self.extends is not None,
+            flags=self.flags,
+            sets=self.sets,
+            method_schema=method_schema,
+            stage_names=stage_names,
+            kept_order=kept_order,
+        )
+        data_dir = os.environ.get("CL_RUNNER_DATA")
+        if data_dir and resolved.config.data.dir is None and resolved.config.data.source in ("auto", "folder"):
+            resolved.config.data.dir = data_dir
+            resolved.origin["data.dir"] = "$CL_RUNNER_DATA"
+        make_absolute(resolved)
+        if resolved.config.data.source == "auto":
+            settle_source(resolved)
+        return resolved
+
+    def with_order(self) -> tuple[Resolved, Order]:
+        """The settings and the order, which has to be given. Raises UserError."""
+        resolved = self.resolve()
+        if resolved.order is None:
+            raise UserError(f"no task order: say --order NAME or FILE (there are {', '.join(order_names())})")
+        if run := run_of(resolved.order):
+            resolved = replace(resolved, order=with_files(resolved.order, run, resolved.config))
+        assert resolved.order is not None
+        return resolved, resolved.order
+
+
+def make_absolute(resolved: Resolved) -> None:
+    """Paths of the user's become absolute, so that ``run.yaml`` gives the same run from any folder."""
+    data, training, model = resolved.config.data, resolved.config.training, resolved.config.model
+    if model.name.strip() and expanded(model.name).is_dir():
+        model.name = str(expanded(model.name).absolute())
+    if data.dir is not None:
+        data.dir = str(expanded(data.dir).absolute())
+    if training.deepspeed is not None:
+        training.deepspeed = str(expanded(training.deepspeed).absolute())
+
+
+def settle_source(resolved: Resolved) -> None:
+    """``data.source: auto`` becomes what it means here: a folder if one is given, synthetic for embedded models."""
+    data, model = resolved.config.data, resolved.config.model.name
+    if data.dir is not None:
+        data.source = "folder"
+    elif model in EMBEDDED and not _own_rows(resolved.order):
+        data.source = "synthetic"
+        resolved.notes.append(
+            f"synthetic stand-in data on the embedded {model}; for the real thing: "
+            "cl-runner train --order order1 --preset t5-large --data-dir CL_Benchmark"
+        )
+    # Else it stays auto: tasks with files of their own need nothing, the others are refused by name.
+
+
+def _own_rows(order: Order | None) -> bool:
+    """Whether every task has files of its own, so that no rows are made up."""
+    return order is not None and all(task.source is not None for task in order.tasks)

@@ -1,0 +1,175 @@
+"""``cl-runner train``: what is checked before it starts, and where it goes.
+
+Everything that can be refused is refused in this order, and nothing is written until all of it is fine: settings,
+model files, rows of every task, the run folder (all without torch), then the model itself, every row as tokens, disk.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cl_runner.commands.report import print_result
+from cl_runner.commands.request import Request
+from cl_runner.engine.process import Assigned, assigned
+from cl_runner.errors import UserError
+from cl_runner.models.locate import check, locate, model_identity
+from cl_runner.runs import catalog
+from cl_runner.runs.folder import RunDir
+from cl_runner.runs.guard import plugin_identity, refuse_other_settings, refuse_unwritable
+from cl_runner.runs.results import write_results
+from cl_runner.settings import Resolved
+from cl_runner.terminal.console import aligned, print_json
+from cl_runner.training.extend import Extended
+from cl_runner.training.plan import Plan
+from cl_runner.training.session import Session
+
+
+def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, as_json: bool) -> int:
+    """Train what is asked for, or say that it is done; returns the exit code.
+
+    Raises:
+        UserError, TrainingError, Stopped: before there was a run to tell the end of.
+    """
+    check_platform()
+    resolved, order = request.with_order()
+    config = resolved.config
+    part = assigned()
+    check_gpus(gpus, part)
+    folder = name_of(resolved, restart)
+    refuse_unwritable(folder.path)
+    located = locate(config.model)
+    check(located)
+    plan = Plan.make(config, order.name, order.tasks)
+    plan.check_shapes()
+    processes = part.ranks if part else gpus or 1
+    identity = {"model": model_identity(located), **plan.identity(processes), **plugin_identity()}
+    extended = None
+    if request.extends is not None and not folder.exists():
+        extended = Extended.of(request.extends, order.name, plan, config, identity)
+    done = len(extended.stages) if extended else 0
+    if folder.exists():
+        refuse_other_settings(folder, config, identity)
+        folder.refuse_gaps(plan.names)
+        done = folder.committed(plan.names)
+    if dry_run:
+        print_plan(plan, resolved, folder, done, processes, as_json)
+        return 0
+    if done == len(plan.stages):
+        if part is None or part.rank == 0:
+            finish(folder)
+            print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
+            print_result(folder, as_json)
+        return 0
+    if processes > 1 and part is None:
+        if folder.exists():
+            with folder.lock():  # rather now than when all processes are up
+                pass
+        from cl_runner.launch.local import launch
+
+        return launch(processes, sys.argv[1:])
+    session = Session(resolved, located, plan, identity, folder, part, extended)
+    code = session.run()
+    if code == 0 and session.place.rank == 0:
+        print_result(session.folder, as_json)
+    return code
+
+
+def check_platform() -> None:
+    """Training needs Linux. Raises UserError elsewhere."""
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"cl-runner trains on Linux; this is {sys.platform} (WSL 2, a container or a GPU box will do)")
+
+
+def check_gpus(gpus: int | None, part: Assigned | None) -> None:
+    """Refuse a number of GPUs that there is not, or that is not the launcher's. Raises UserError."""
+    if gpus is None:
+        return
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: must be 1 or more")
+    if part is not None:
+        if gpus != part.ranks:
+            raise UserError(
+                f"--gpus {gpus}: another launcher has started {part.ranks} processes already; leave --gpus out"
+            )
+    elif gpus > 1:
+        from cl_runner.launch.local import check as enough
+
+        enough(gpus)
+
+
+def name_of(resolved: Resolved, restart: bool) -> RunDir:
+    """The folder of the run: its given name, or one made of the settings; beside the old one for ``--restart``.
+
+    Raises UserError for a name that would leave its folder.
+    """
+    output = resolved.config.output
+    root = Path(output.dir).expanduser()
+    name = catalog.check_name(output.name) if output.name else catalog.folder_name(resolved)
+    return RunDir(root / (catalog.beside(root, name) if restart else name))
+
+
+def finish(folder: RunDir) -> None:
+    """Write the results of a run that was cut off between its last stage and them; else do nothing."""
+    if folder.status().get("state") != "done":
+        with folder.lock():
+            write_results(folder)
+            folder.set_status("done")
+
+
+def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks: int, as_json: bool) -> None:
+    """``--dry-run``: stages, steps, batch arithmetic, rows."""
+    stages = []
+    for index, (stage, batch) in enumerate(zip(plan.stages, plan.batches(ranks), strict=True)):
+        tested = list(plan.data.tasks) if plan.config.eval.future else plan.seen(index)
+        stages.append(
+            {
+                "stage": index + 1,
+                "name": stage.name,
+                "done": index < done,
+                "train_rows": batch.rows,
+                "test_rows": sum(len(plan.data.test[task]) for task in tested),
+                "epochs": batch.epochs,
+                "steps": batch.steps,
+                "global_batch": batch.global_batch,
+                "micro_batch": batch.micro_batch,
+                "accumulation": batch.accumulation,
+            }
+        )
+    about = {
+        "order": plan.order,
+        "method": plan.config.method.name,
+        "model": plan.config.model.name,
+        "synthetic": plan.data.synthetic,
+        "processes": ranks,
+        "grows": plan.grows or None,
+        "folder": str(folder.path),
+        "stages_done": done,
+        "stages": stages,
+    }
+    if as_json:
+        print_json(about)
+        return
+    for note in [*resolved.notes, *plan.notes()]:
+        print(note)
+    made_up = plan.data.made_up()
+    whole = len(made_up) == len(plan.data.tasks)
+    mark = (" (synthetic data)" if whole else f" (synthetic: {', '.join(made_up)})") if made_up else ""
+    print(f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}")
+    head = ["", "stage", "train rows", "test rows", "epochs", "steps", "batch = micro × accumulation × processes"]
+    rows = [
+        [
+            f"{s['stage']}{'*' if s['done'] else ''}",
+            str(s["name"]),
+            *(str(s[key]) for key in ("train_rows", "test_rows", "epochs", "steps")),
+            f"{s['global_batch']} = {s['micro_batch']} × {s['accumulation']} × {ranks}",
+        ]
+        for s in stages
+    ]
+    print(aligned(head, rows, right=("train rows", "test rows", "epochs", "steps")))
+    if done:
+        print("* done")
+    if plan.grows:
+        print(plan.grows)
+    there = "done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
+    print(f"folder: {folder.path} ({there}; nothing was written)")

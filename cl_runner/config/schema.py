@@ -1,0 +1,298 @@
+"""RunConfig: every setting of a run, in nine sections.
+
+This file says what there is; ``settings/`` says where a value comes from (presets, files, flags) and
+``yamlfile.py`` reads YAML with positions. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.registry import KINDS, SOURCES
+
+LORA = "lora"  # the kind whose settings are AdapterConfig's own
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model: frozen unless the method trains it."""
+
+    name: str = Field(default="tiny-t5", description="Embedded model (tiny-t5, tiny-llama), folder, or hub id.")
+    revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Precision of the frozen base: auto is bf16 on a GPU, fp32 on the CPU."
+    )
+    attention: str | None = Field(
+        default=None, description="Attention implementation of transformers; default: its own choice."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run code that comes with a hub model. Off unless you say so."
+    )
+
+
+def _kinds(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``adapter.kind``: the names there are as it is made."""
+    schema["enum"] = list(KINDS)
+
+
+class AdapterConfig(Section):
+    """The parameterisation of the update."""
+
+    kind: str = Field(
+        default="lora",
+        description="Adapter kind, which may have settings of its own beside these (cl-runner list adapters).",
+        json_schema_extra=_kinds,
+    )
+    r: int | Literal["auto"] = Field(
+        default=8,
+        description="Rank of each stage's pair; auto: chosen at each stage by the spectrum of its task's gradient.",
+    )
+    energy: float = Field(
+        default=0.9, gt=0, le=1, description="r auto: share of the gradient's squared norm that the rank has to hold."
+    )
+    max_r: int = Field(default=64, ge=1, description="r auto: largest rank.")
+    alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    dropout_past: bool = Field(
+        default=False,
+        description="Past pairs read the dropped-out input too while training (reference): their factors stay in "
+        "memory, and a step costs more with every stage.",
+    )
+    target_modules: list[str] | None = Field(
+        default=None,
+        description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
+    )
+
+    @field_validator("r", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("must be a whole number, 1 or more, or auto")
+        return value
+
+    @property
+    def largest(self) -> int:
+        """The rank, or the largest that may be chosen."""
+        return self.max_r if self.r == "auto" else self.r
+
+
+class MethodConfig(BaseModel):
+    """The method's name; its own settings are the method's config class (``cl-runner show METHOD``)."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    name: str = Field(default="olora", description="Continual-learning method (cl-runner list methods).")
+
+    def own(self) -> dict[str, Any]:
+        """The settings beside the name, as given."""
+        return dict(self.model_extra or {})
+
+
+def _sources(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``data.source``: the names there are as it is made."""
+    schema["enum"] = ["auto", *SOURCES]
+
+
+class SlowCopyConfig(Section):
+    """A slow exponential copy of what trains."""
+
+    beta: float = Field(
+        default=0.99, ge=0, lt=1, description="Memory: after each step slow ← β slow + (1 − β) fast; 0: the fast one."
+    )
+    answers: bool = Field(default=True, description="After a stage the slow values answer; false: the trained ones.")
+    next: Literal["fast", "slow"] = Field(
+        default="fast", description="Which values are folded, and which the next stage starts from."
+    )
+
+
+class OptionsConfig(Section):
+    """What any method may have beside itself; null: not."""
+
+    slow_copy: SlowCopyConfig | None = Field(
+        default=None, description="A slow exponential copy of what trains: {beta, answers, next: fast or slow}."
+    )
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become text."""
+
+    source: str = Field(
+        default="auto",
+        description="folder (dir), hub, synthetic, or another (cl-runner list sources); auto: folder if dir is set, "
+        "synthetic for the embedded models.",
+        json_schema_extra=_sources,
+    )
+    dir: str | None = Field(default=None, description="Benchmark folder <kind>/<name>/{train,dev,test,labels}.json.")
+    seed: int = Field(default=42, ge=0, description="Seed of synthetic rows and of the cut of hub data.")
+    max_train: int | None = Field(default=None, ge=1, description="Use only the first so many train rows of each task.")
+    max_test: int | None = Field(default=None, ge=1, description="Use only the first so many test rows of each task.")
+    balanced: bool = Field(
+        default=False, description="max_train and max_test take the first rows of each label, as evenly as can be."
+    )
+    unknown_labels: Literal["refuse", "drop"] = Field(
+        default="refuse", description="Train rows whose label is outside the task's set."
+    )
+    unknown_test: Literal["drop", "score"] = Field(
+        default="drop",
+        description="Test rows whose label is outside the task's set: left out, or scored by that label (reference), "
+        "which makes them wrong unless it is the answer.",
+    )
+    empty_texts: Literal["refuse", "keep"] = Field(
+        default="refuse", description="A split more than 1 % of whose texts are empty or lack a part (missing cells)."
+    )
+    add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
+    add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
+    truncate: Literal["text", "tail", "reference"] = Field(
+        default="text",
+        description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "
+        "whole, read back as text and tokenised again, as the reference code of encoder-decoder models has it.",
+    )
+    max_source: int = Field(default=512, ge=8, description="Longest input in tokens.")
+    max_target: int = Field(default=50, ge=2, description="Longest target in tokens, the end token included.")
+    long_targets: Literal["refuse", "cut"] = Field(
+        default="refuse",
+        description="Train targets over max_target: refused, or cut (reference). Test targets are always cut, and "
+        "scored as texts.",
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = ["auto", *SOURCES]
+        if value not in known:
+            raise ValueError(f"must be one of {', '.join(known)}{did_you_mean(value, known)}")
+        return value
+
+
+class TrainingConfig(Section):
+    """One stage's optimisation."""
+
+    epochs: int = Field(default=1, ge=0, description="Passes over the task's rows.")
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup: float = Field(default=0.0, ge=0, description="Warm-up: steps, or a share of all steps if below 1.")
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw",
+        description="Rule of the ordinary parameters; muon: of the matrices among them, and adamw of the others.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    clip: float = Field(default=1.0, ge=0, description="Whole-gradient norm bound; 0 is off.")
+    global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
+    micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
+    length_window: int = Field(
+        default=8, ge=1, description="Steps whose rows are dealt among them by length, to pad little; 1: plain shuffle."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Compute: auto is bf16 on GPU, fp32 on CPU."
+    )
+    loss_mean: Literal["global", "micro"] = Field(
+        default="global",
+        description="Mean over the label tokens of the global batch, or of each micro-batch (reference).",
+    )
+    penalty_at: Literal["step", "micro"] = Field(
+        default="step",
+        description="A method's penalty counts once an optimizer step, or (micro) once for each of its accumulated "
+        "micro-batches: the reference code run without DeepSpeed. With it, as published, it counts once.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward instead of keeping them: slower, smaller."
+    )
+    deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
+    offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
+
+
+class EvalConfig(Section):
+    """Scoring."""
+
+    mode: Literal["verify", "generate"] = Field(
+        default="verify",
+        description="verify: decode only the rows that a pass over the gold labels does not prove right; same answers.",
+    )
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of an evaluation batch, padding included (at least a row). Default: 4096 on the CPU, where "
+        "more leave its cache; on a GPU 65536, or 16384 of a decoder-only model, whose prompts' keys and values stay.",
+    )
+    max_new_tokens: int = Field(default=50, ge=1, description="Longest generated answer.")
+    future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
+
+
+class OutputConfig(Section):
+    """What is written, and where. Nothing here changes a number."""
+
+    dir: str = Field(default="runs", description="Folder of the run folders.")
+    name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
+    log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
+    keep_stages: int | Literal["all"] = Field(
+        default="all",
+        description="Full fine-tuning: how many of the last stages keep their model (those that answer always do).",
+    )
+
+    @field_validator("keep_stages", mode="before")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if value != "all" and (type(value) is not int or value < 1):
+            raise ValueError("must be a whole number, 1 or more, or all")
+        return value
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    presets: list[str] = Field(
+        default_factory=list, description="Presets the settings began with; --preset adds to them."
+    )
+    order: str | None = Field(default=None, description="Name of a task order, or its YAML file.")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python files with methods, adapter kinds, options or task sources; --plugin adds to them.",
+    )
+    seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of initialisation, order of rows and dropout.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: SerializeAsAny[AdapterConfig] = Field(default_factory=AdapterConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    options: OptionsConfig = Field(default_factory=OptionsConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    tasks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Per task: section.key → value, for example MNLI: {training.epochs: 2}."
+    )
+    stages: dict[int, dict[str, Any]] = Field(
+        default_factory=dict, description="Per position (from 1): section.key → value; stronger than tasks."
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any) -> Any:
+        """The settings of the kind that is named."""
+        if not isinstance(value, Mapping) or value.get("kind", LORA) == LORA:
+            return value
+        try:
+            found = KINDS.get(str(value["kind"]))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return found.Config.model_validate(value)
+
+    def at(self, position: int, task: str | None) -> RunConfig:
+        """The config of one stage: ours with what is set for its task, then for its position (from 1)."""
+        changes = dict(self.tasks.get(task, {})) if task else {}
+        changes.update(self.stages.get(position, {}))
+        if not changes:
+            return self
+        values = self.model_dump()
+        for key, value in changes.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        return RunConfig.model_validate(values)

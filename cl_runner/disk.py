@@ -1,0 +1,92 @@
+"""Files of ours on disk: replaced in one atomic step, read back or refused in one line, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_runner.errors import UserError
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file's content in one atomic step."""
+    draft = file.with_name(f".{file.name}.draft")
+    try:
+        draft.write_text(text, "utf-8", "backslashreplace")
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file by readable JSON, in one atomic step."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must be a JSON object")
+    return value
+
+
+def append_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON Lines file; a number that is not finite becomes null, a lone surrogate an escape."""
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON Lines file of ours. Raises UserError where it is missing or broken."""
+    try:
+        # Not splitlines(): a text may hold U+2028 and others of its kind as they are.
+        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: broken JSON: {error}") from None

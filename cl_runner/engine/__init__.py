@@ -1,0 +1,1 @@
+"""DeepSpeed, optimizers, and this process's place among others."""

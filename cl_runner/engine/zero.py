@@ -1,0 +1,445 @@
+"""DeepSpeed ZeRO-2, on one process or many, GPU or CPU. The only file that imports deepspeed.
+
+Measured facts this file rests on (deepspeed 0.19): a parameter that trains is fp32 and its own master as long as
+DeepSpeed's ``bf16`` section stays off; gradient clipping left unset means 1.0; an in-place write to a parameter is
+lost at the next step unless the fp32 fragment is written with it; an engine that is not destroyed is never freed, nor
+is one whose hooks stay on the module.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_runner.config.schema import TrainingConfig
+from cl_runner.engine.optim import WHOLE, ParameterGroup, RuleOptimizer
+from cl_runner.engine.process import Place
+from cl_runner.errors import TrainingError, UserError
+
+# Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
+OWNED = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
+    "managed_gradient_accumulation": "training.global_batch and training.micro_batch",
+    "gradient_clipping": "training.clip",
+    "optimizer": "training.optimizer and training.lr",
+    "scheduler": "training.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
+    "zero_optimization.offload_optimizer": "training.offload_optimizer",
+    "zero_optimization.zenflow": "training.offload_optimizer",
+}
+
+# What ``start`` sets, and what it was before: a child process must not take this one's port and rank for its own.
+_EXPORTED = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("DS_ACCELERATOR", "DS_BUILD_OPS"),
+)
+_environment: dict[str, str | None] = {}
+
+
+class Autocast(nn.Module):
+    """The model under bf16 autocast where wanted, entered inside the wrapped module's forward.
+
+    ``forward`` takes the computation itself, so that whatever a method does (a second forward for distillation, a
+    penalty in fp32) runs inside one forward of the engine.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._device = device.type
+        self._bf16 = bf16
+
+    def context(self) -> Any:
+        """The autocast context of every forward of this model, training or not."""
+        if not self._bf16:
+            return nullcontext()
+        # Uncached: a cast made under no_grad (or before a write) would serve later forwards, without their gradient.
+        return torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+
+    def twin(self) -> Autocast:
+        """Another wrapper of the same model, out of reach of what DeepSpeed hangs on this one."""
+        return Autocast(self.model, torch.device(self._device), self._bf16)
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        with self.context():
+            return compute()
+
+
+def start(place: Place) -> None:
+    """Bring up the one process group of this process; it lives through all stages. Safe to call again."""
+    if torch.distributed.is_initialized():
+        return
+    _environment.update({name: os.environ.get(name) for name in _EXPORTED})
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if place.device == "cuda" else "cpu")
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    place.export()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory collective compiles for most of a minute on a fresh machine, and gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls a collective by a name that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    if place.device == "cuda":
+        torch.cuda.set_device(place.torch_device)  # collectives of objects take the current device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
+
+
+def stop() -> None:
+    """Take the process group down (an open one makes later groups of this process hang), the environment with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # with the groups that DeepSpeed itself remembers
+        comm.comm.cdb = None
+    for name, value in _environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environment.clear()
+
+
+def broadcast_object(place: Place, value: Any) -> Any:
+    """Rank 0's value on every rank. *Collective*; needs ``start`` where there are several."""
+    if place.ranks == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Engine:
+    """One stage's optimisation.
+
+    Args:
+        root: the model, wrapped for autocast; what trains in it is fp32.
+        groups: which parameters train, and by which rule.
+        training: the stage's settings.
+        place: this process among the others.
+        micro_batch, accumulation: the batch arithmetic of the plan (``train.BatchPlan``).
+    """
+
+    def __init__(
+        self,
+        root: Autocast,
+        groups: Sequence[ParameterGroup],
+        training: TrainingConfig,
+        place: Place,
+        *,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        import deepspeed
+
+        self.place = place
+        self.accumulation = accumulation
+        self.skipped = 0
+        self._linked = False
+        self._clip = training.clip
+        self._lr = training.lr
+        self.groups = [group for group in groups if group.parameters]
+        self.parameters: dict[str, nn.Parameter] = {}
+        for group in self.groups:
+            self.parameters.update(group.parameters)
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                raise TrainingError(f"{name} trains and is {parameter.dtype}; what trains must be fp32")
+            parameter.grad = None  # what an earlier stage left, that did not train it, would be added to
+        self.whole = [name for group in self.groups if group.rule in WHOLE for name in group.parameters]
+        config = deepspeed_config(training, micro_batch=micro_batch, accumulation=accumulation, ranks=place.ranks)
+        optimizer = self._make_optimizer()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                    model=root,
+                    model_parameters=list(self.parameters.values()),
+                    optimizer=optimizer,
+                    config=config,
+                    dist_init_required=False,
+                )
+        except (AssertionError, ValueError) as error:
+            if training.deepspeed is None:
+                raise
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"training.deepspeed: {training.deepspeed}: DeepSpeed refuses it: {why}") from error
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        groups = [
+            {
+                "params": list(group.parameters.values()),
+                "lr": self._lr * group.lr_scale,
+                "weight_decay": group.weight_decay,
+                **group.options,
+            }
+            for group in self.groups
+        ]
+        if all(group.rule == "adamw" for group in self.groups):
+            return torch.optim.AdamW(groups, weight_decay=0.0, fused=self.place.device == "cuda")
+        for made, group in zip(groups, self.groups, strict=True):
+            made["rule"] = group.rule
+        return RuleOptimizer(groups)
+
+    # One step: forward and backward of each micro-batch, then clip, edit, whole steps, step.
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The loss that ``compute`` returns, computed inside the engine's forward (autocast on)."""
+        loss: Tensor = self._engine(compute)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` (a scalar, already divided by what it is to be divided by)."""
+        if not loss.requires_grad:
+            # A loss that reaches no trained parameter still has to pass through, on every rank alike.
+            loss = loss + sum((p.sum() * 0.0 for p in self.parameters.values()), torch.zeros((), device=loss.device))
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def next_micro_batch(self) -> None:
+        """Between two micro-batches of one step: DeepSpeed counts them by its ``step``."""
+        self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the coming step, before each group's own scale."""
+        self._lr = lr
+        for made, group in zip(self._optimizer.param_groups, self.groups, strict=True):
+            made["lr"] = lr * group.lr_scale
+
+    def _fragments(self) -> Iterator[Tensor]:
+        for parameter in self.parameters.values():
+            zero: Any = parameter  # ZeRO hangs what it knows on the parameter itself
+            if zero._hp_mapping is not None:
+                yield zero._hp_mapping.get_lp_grad_fragment(zero._index_in_param_group)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """L2 norm of the whole mean gradient (no clipping), the same number on every rank."""
+        square = torch.zeros((), dtype=torch.float64, device=self.place.torch_device)
+        fragments = list(self._fragments())
+        for norm in torch._foreach_norm(fragments) if fragments else ():  # a rank may own nothing but padding
+            square += norm.double().to(square.device) ** 2
+        return float(self.all_reduce(square).sqrt())
+
+    @torch.no_grad()
+    def clip(self) -> float:
+        """Scale the whole gradient to norm ``training.clip`` at most; returns the norm before."""
+        norm = self.gradient_norm()
+        fragments = list(self._fragments())
+        if fragments and 0 < self._clip < norm < math.inf:
+            torch._foreach_mul_(fragments, self._clip / (norm + 1e-6))
+        return norm
+
+    def whole_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Name → whole fp32 mean gradient, of all parameters or of some.
+
+        Between the last backward of a step and ``step``; a collective.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(self.parameters[name]) for name in names or self.parameters}
+
+    def set_whole_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Replace the gradients of the names given (fp32, the same on every rank)."""
+        from deepspeed.utils import safe_set_full_grad
+
+        for name, gradient in gradients.items():
+            safe_set_full_grad(self.parameters[name], gradient.to(torch.float32).contiguous())
+
+    def step(self) -> None:
+        """One optimizer step from the gradients as they are."""
+        before = self._engine.skipped_steps
+        self._engine.step()
+        self.skipped += int(self._engine.skipped_steps - before)
+        if not self._linked and self._engine.global_steps > self._engine.skipped_steps:
+            self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let each parameter know its moments: DeepSpeed does so once, when the first group alone has any."""
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters: the parameter and its fp32 fragment together. The same values on every rank."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, value in values.items():
+            parameter = self.parameters[name]
+            value = value.to(parameter.device, torch.float32).contiguous()
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    def moments(self, name: str) -> dict[str, Tensor] | None:
+        """Adam's whole ``exp_avg`` and ``exp_avg_sq`` of a parameter; a collective.
+
+        None before the first step, and for a parameter of another rule.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self._has_moments(name):
+            return None
+        parameter = self.parameters[name]
+        return {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+
+    def _has_moments(self, name: str) -> bool:
+        # Asked of what every rank knows alike: DeepSpeed itself fails on the rank that owns a fragment alone.
+        adamw = any(name in group.parameters and group.rule == "adamw" for group in self.groups)
+        return adamw and self._engine.global_steps > self._engine.skipped_steps
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Replace Adam's moments of a parameter (after at least one step)."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not self._has_moments(name):
+            raise TrainingError(f"{name} has no moments before the first step, nor under another rule than adamw")
+        for key, value in moments.items():
+            safe_set_full_optimizer_state(self.parameters[name], value.to(torch.float32).contiguous(), key)
+
+    # What it holds between two steps.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Parameters and what their rules keep of them, whole and on the CPU, and the counts of steps. *Collective*.
+
+        ``parameter.<name>``, ``exp_avg.<name>``, …: the same on every rank; any number of ranks may go on with them.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors = {f"parameter.{name}": p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        for group, made in zip(self.groups, self._optimizer.optimizer.param_groups, strict=True):
+            part = made["params"][0]  # flat: what this rank steps
+            kept = self._optimizer.optimizer.state.get(part, {})
+            for key in [key for key, value in kept.items() if torch.is_tensor(value) and value.shape == part.shape]:
+                for name, parameter in group.parameters.items():
+                    tensors[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).cpu()
+        return tensors, {"steps": int(self._engine.global_steps), "skipped": self.skipped}
+
+    def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave; of an engine that has taken no step. The same on every rank."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        steps, self.skipped = counts["steps"], counts["skipped"]
+        self.write({name: tensors[f"parameter.{name}"] for name in self.parameters})
+        self._engine.global_steps, self._engine.skipped_steps = steps, self.skipped
+        self._engine.micro_steps = steps * self.accumulation
+        if steps == self.skipped:
+            return
+        kept: dict[tuple[str, str], Tensor] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind != "parameter":
+                kept[name, kind] = value
+        for group, made in zip(self.groups, self._optimizer.optimizer.param_groups, strict=True):
+            part = made["params"][0]
+            keys = [key for name, key in kept if name == next(iter(group.parameters))]
+            if keys:  # as a first step would make them
+                state = {key: torch.zeros_like(part) for key in keys}
+                if group.rule == "adamw":
+                    where = part.device if made.get("fused") or made.get("capturable") else "cpu"
+                    state["step"] = torch.tensor(float(steps - self.skipped), device=where)
+                self._optimizer.optimizer.state[part] = state
+        self._link_moments()
+        for (name, key), value in kept.items():
+            safe_set_full_optimizer_state(self.parameters[name], value.contiguous(), key)
+
+    # Ranks.
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns the tensor."""
+        if self.place.ranks > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def destroy(self) -> None:
+        """Free the engine. The module stays, its parameters keep their values."""
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                # The data were views into ZeRO's flat buffers, which would stay alive with them.
+                parameter.data = parameter.data.clone()
+                for name in ("_hp_mapping", "_zero_optimizer", "_dp_group", "_index_in_param_group"):
+                    if hasattr(parameter, name):
+                        delattr(parameter, name)
+                parameter.grad = None
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            if hook is not None:  # DeepSpeed leaves both on the module, and the engine alive with them
+                hook.remove()
+        self._engine.destroy()
+        del self._engine, self._optimizer
+        gc.collect()
+        if self.place.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def deepspeed_config(training: TrainingConfig, *, micro_batch: int, accumulation: int, ranks: int) -> dict[str, Any]:
+    """The DeepSpeed config: the user's JSON merged over ours, except for the keys that we own.
+
+    Raises:
+        UserError: the file is missing or broken, or sets a key of ours.
+    """
+    ours: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every forward
+        "wall_clock_breakdown": False,
+    }
+    if training.offload_optimizer:
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        ours["zero_force_ds_cpu_optimizer"] = False
+    return _merge(ours, read_deepspeed_json(training.deepspeed))
+
+
+def read_deepspeed_json(file: str | None) -> dict[str, Any]:
+    """The user's DeepSpeed JSON, checked for keys that we own; ``{}`` without one."""
+    if file is None:
+        return {}
+    try:
+        given = json.loads(Path(file).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"training.deepspeed: {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"training.deepspeed: {file}: not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"training.deepspeed: {file}: must be a JSON object")
+    zero = given.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 2) != 2:
+        raise UserError(f"training.deepspeed: {file}: zero_optimization.stage must be 2")
+    for key, ours in OWNED.items():
+        section, _, name = key.rpartition(".")
+        if name in (given.get(section, {}) if section else given):
+            raise UserError(f"training.deepspeed: {file}: '{key}' is decided by {ours}; remove it from the file")
+    return given
+
+
+def _merge(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in given.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

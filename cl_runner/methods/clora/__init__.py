@@ -1,0 +1,1 @@
+"""CLoRA, and the subspaces that its null space keeps."""

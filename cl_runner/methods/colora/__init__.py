@@ -1,0 +1,1 @@
+"""CoLoRA: experts beside a shared pair, rounds, and the gate that tells tasks apart."""

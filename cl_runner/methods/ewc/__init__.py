@@ -1,0 +1,1 @@
+"""EWC, and the Fisher information it goes by."""

@@ -1,0 +1,1 @@
+"""Grassmann, and the spans of past pairs."""

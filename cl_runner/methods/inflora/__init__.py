@@ -1,0 +1,1 @@
+"""InfLoRA, and its memory of what past tasks use."""

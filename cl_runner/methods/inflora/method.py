@@ -1,0 +1,135 @@
+"""InfLoRA: A is designed before the task, off what past tasks use, and only B trains (arXiv 2404.00228)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cl_runner.adapters.kind import Need
+from cl_runner.config.schema import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.protocol import Method, State
+from cl_runner.methods.shared.limits import refuse_too_large
+from cl_runner.methods.shared.moments import input_moments
+from cl_runner.methods.shared.tensors import of_rank_0, under, within
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.inflora.gpm import Memory
+    from cl_runner.methods.protocol import Stage
+
+
+class InfLoRA(Method):
+    """Past inputs, but for the share 1 − ε of their energy, lie off the rows of A and are answered as before.
+
+    Targets with the same input share A, and one memory. Inputs are those of the task's own rows, padding left out,
+    before the stage for A and after it for the memory. Moments and memories are fp64, A and B fp32 as all that trains.
+    """
+
+    class Config(Section):
+        """Settings of InfLoRA."""
+
+        threshold: float = Field(
+            0.95, gt=0, le=1, description="ε at the first task: share of the input energy that later tasks leave alone."
+        )
+        last_threshold: float = Field(
+            1.0,
+            gt=0,
+            le=1,
+            description="ε grows linearly to this, for a task after the last. Published: 0.95 or 0.98 to 1.",
+        )
+        max_gb: float = Field(16.0, gt=0, description="Most that moments and bases of all layers may take, 10⁹ bytes.")
+
+    name = "inflora"
+    title = "InfLoRA: A designed off the inputs of past tasks, only B trains"
+    equation = "A_t = top-r left singular vectors of (I − M Mᵀ) Σ x xᵀ, over √3;  W_t = W_{t−1} + s·B_t A_t, B_t trains"
+    paper = "2404.00228 (InfLoRA: interference-free low-rank adaptation for continual learning)"
+    trains = "B of a LoRA pair"
+    frozen = "the base, all past updates, and A"
+    carried = "past updates, folded into the weight; M, or its complement where that is smaller"
+    growth = "at most n / 2 columns of length n, fp64, for each input that layers share"
+    by_shape = True
+    by_order = True
+    revision = 2  # 1: moments and memories in fp32
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (("factors",), ("B",))
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.memories: dict[str, Memory] = {}  # by the first of the targets that share the input
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if self.config.last_threshold < self.config.threshold:
+            raise UserError(
+                f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
+                f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
+            )
+        if shapes is not None:
+            gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
+            of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
+            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
+        r = config.adapter.largest
+        least = min((n for _, n in shapes or ()), default=r)
+        if r > least:
+            raise UserError(f"adapter.r: {r} directions of a layer's {least} inputs; set {least} or less")
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
+
+    def build(self, stage: Stage) -> None:
+        super().build(stage)
+        parameters = stage.all_parameters()
+        for name in stage.named("A").values():
+            parameters[name].requires_grad_(False)
+
+    def begin_task(self, stage: Stage) -> None:
+        from cl_runner.methods.inflora.gpm import designed_rows
+
+        names = stage.named("A")
+        for targets, moment in input_moments(stage).items():
+            A = designed_rows(moment, self._memory(targets[0], moment), stage.pair_rank)
+            A = stage.broadcast(A)  # another library on another rank may turn directions of equal energy
+            stage.write({names[target]: A for target in targets})
+
+    def load_step_state(self, stage: Stage, state: State) -> None:
+        """A is among the parameters."""
+
+    def end_task(self, stage: Stage) -> None:
+        from cl_runner.methods.inflora.gpm import Memory, updated
+
+        first, last = self.config.threshold, self.config.last_threshold
+        threshold = first + (last - first) * stage.index / len(stage.order)
+        for targets, moment in input_moments(stage).items():
+            memory = updated(self._memory(targets[0], moment), moment, threshold)
+            free = bool(stage.broadcast(moment.new_tensor(float(memory.free))))
+            # Laid out as it will be read from disk: products of another layout add up in another order.
+            self.memories[targets[0]] = Memory(of_rank_0(stage, memory.basis).cpu(), free)
+
+    def _memory(self, name: str, like: Tensor) -> Memory | None:
+        from cl_runner.methods.inflora.gpm import Memory
+
+        found = self.memories.get(name)
+        return None if found is None else Memory(found.basis.to(like), found.free)  # fp32 as runs once wrote it
+
+    def free_share(self, stage: Stage) -> float:
+        each = {name: memory.free_share for name, memory in self.memories.items()}
+        return statistics.fmean(each.get(targets[0], 1.0) for targets in stage.input_groups() for _ in targets)
+
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 8 * sum(n * n // 2 for _, n in shapes)
+
+    def state(self) -> State:
+        bases = {name: memory.basis for name, memory in self.memories.items()}
+        return State(under("memory", bases), {"free": [name for name, memory in self.memories.items() if memory.free]})
+
+    def load_state(self, state: State) -> None:
+        from cl_runner.methods.inflora.gpm import Memory
+
+        bases, free = within("memory", state.tensors), state.json.get("free", [])
+        self.memories = {name: Memory(basis, name in free) for name, basis in bases.items()}

@@ -1,0 +1,1 @@
+"""LFPT5, and the frames of what it writes."""

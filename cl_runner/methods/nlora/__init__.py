@@ -1,0 +1,1 @@
+"""N-LoRA, in three forms."""

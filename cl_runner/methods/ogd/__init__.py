@@ -1,0 +1,1 @@
+"""OGD, and the directions it keeps clear of."""

@@ -1,0 +1,1 @@
+"""OSFT, and the spectrum it trains the low end of."""

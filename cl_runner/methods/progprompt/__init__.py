@@ -1,0 +1,1 @@
+"""Progressive Prompts, and how a prompt is made of what trains."""

@@ -1,0 +1,540 @@
+"""The one waist: what a continual-learning method is, and what it may touch.
+
+A method is one class in one short file. Every hook has a default that does nothing; a hook reaches the machinery only
+through the ``stage`` it is handed. Nothing here imports torch at run time, so that listing methods is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from cl_runner.adapters.kind import Fold, Need
+from cl_runner.config.schema import RunConfig, Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cl_runner.adapters.pairs import FactorGroup, Pair
+    from cl_runner.adapters.terms import Term
+    from cl_runner.engine.optim import ParameterGroup
+    from cl_runner.models.batch import Batch, Example
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its name, the tasks it trains on, and what it starts from."""
+
+    name: str
+    tasks: tuple[str, ...]
+    start: Literal["previous", "base"] = "previous"
+
+
+@dataclass
+class Source:
+    """A part of a stage's training mix: examples, and the weight of each one's label tokens in the loss."""
+
+    examples: Sequence[Example]
+    tasks: Sequence[str]
+    weight: float = 1.0
+
+    def take(self, rows: Iterable[int]) -> Source:
+        """Some of its rows, by number."""
+        rows = list(rows)
+        return Source([self.examples[i] for i in rows], [self.tasks[i] for i in rows], self.weight)
+
+
+@dataclass
+class State:
+    """What a method carries over. Whatever is not here does not survive.
+
+    ``tensors`` come back to the bit, on the CPU, with dtype and shape; ``json`` comes back as JSON has it: names are
+    text, tuples are lists, and numbers are finite.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    json: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the stage is: optimizer steps done, of how many, and the detached task loss of the step so far.
+
+    The loss is this rank's share; after a step's last forward the mean over ranks is the loss of the global batch.
+    """
+
+    step: int
+    steps: int
+    loss: Tensor | None
+
+    @property
+    def share(self) -> float:
+        """Steps done, 0 to 1."""
+        return self.step / self.steps if self.steps else 1.0
+
+
+class Stage(Protocol):
+    """What a hook is handed: the stage it works for, and the services of the machinery.
+
+    Services marked *collective* have to be called on every rank, in the same order.
+    """
+
+    config: RunConfig
+    plan: StagePlan
+    index: int  # from 0
+    order: tuple[StagePlan, ...]
+    evaluating: bool  # True when the stage was rebuilt only to answer
+
+    @property
+    def progress(self) -> Progress:
+        """Steps done and the task loss of the step so far."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    # What trains.
+
+    def begin(self) -> None:
+        """A new parameter set of the adapter kind, from seed and stage alone."""
+
+    def train_on(self) -> None:
+        """Train on with the set that answers now; a new one where there is none."""
+
+    def begin_terms(self, terms: Mapping[str, Term], shared: Mapping[str, torch.nn.Parameter] | None = None) -> None:
+        """Target → a term in the place of its pair; all their parameters train.
+
+        ``shared`` are parameters that several terms hold, or none of them. Targets without a term keep the pair, where
+        one was begun.
+        """
+
+    def hold_prompts(self, values: Mapping[str, Tensor]) -> None:
+        """Of a kind with prompts: parameters of these values, by name, in place of those there are."""
+
+    def answer_with(self, prompt: Tensor) -> None:
+        """Of a kind with prompts: the one prompt (p, d) that answers after this stage, for its folder on disk."""
+
+    def vocabulary_rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of a kind with prompts: embeddings of ``count`` tokens drawn from a CPU generator, (count, d) fp32."""
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Everything that trains, by name."""
+
+    def all_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The same, whether or not it asks for gradients now (between stages nothing does)."""
+
+    def named(self, role: str) -> dict[str, str]:
+        """Target → name of its parameter of that role: ``A``, ``B``, ``weight``, or a term's own word for it."""
+
+    def ordinary_groups(self, parameters: Mapping[str, torch.nn.Parameter] | None = None) -> list[ParameterGroup]:
+        """All that trains, or these of it, by the rule that ``training.optimizer`` says."""
+
+    # What it is beside, and makes.
+
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Target layer → (m, n), out by in."""
+
+    def transposed(self, target: str) -> bool:
+        """Whether a target's own weight lies in by out, as GPT-2's do."""
+
+    def head_targets(self) -> set[str]:
+        """The targets that are the output head of the model."""
+
+    @property
+    def pair_rank(self) -> int:
+        """r of the stage's pair."""
+
+    @property
+    def scale(self) -> float:
+        """s of the stage's pair, alpha / r."""
+
+    def factors(self) -> list[FactorGroup]:
+        """The live pair and past ones in groups of equal shape."""
+
+    @property
+    def start(self) -> Pair | None:
+        """The pair as the stage began, where it trains on."""
+
+    def terms(self) -> dict[str, Any]:
+        """Target → the live term that the method gave it; none where there are no terms."""
+
+    def live_update(self) -> dict[str, Tensor]:
+        """Target → ΔW (m, n) fp32 of what the stage trains."""
+
+    def base_weight(self, target: str) -> Tensor:
+        """W0 of a target layer, (m, n)."""
+
+    def whole_weight(self, target: str) -> Tensor:
+        """W0 and all past updates of a target layer, (m, n) fp32, before any rounding."""
+
+    def own_rows(self) -> Source:
+        """The stage's own rows, from ``begin_task`` to ``end_task``."""
+
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Targets that share an input."""
+
+    # Forwards and gradients.
+
+    def without_dropout(self) -> AbstractContextManager[None]:
+        """Inside, forwards have no dropout."""
+
+    def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (b, t, vocabulary) at the label positions, on the raw module; other parameter values if given."""
+
+    def gradient(
+        self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of ``loss`` by name, fp32, on the raw module, dropout off. *Collective*.
+
+        One dict: the sum over all batches of all ranks, the same on every rank. ``per_example``: one dict for each
+        example of all ranks, in the order of the source, the same on every rank.
+        """
+
+    def observe(
+        self, what: Literal["inputs", "outputs"], see: Callable[[str, Tensor, Tensor | None], None]
+    ) -> AbstractContextManager[None]:
+        """Call ``see(target, rows, mask)`` at every forward of a target layer: ``rows`` (b, t, d), mask (b, t)."""
+
+    def batches(self, source: Source | None = None) -> Iterator[Batch]:
+        """This rank's share of a source (default: the stage's own rows), as many batches on every rank.
+
+        Row weights are such that the sum of the token losses over all batches and ranks is the mean per label token.
+        """
+
+    def generate(
+        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """Greedy answers, in order, the same on every rank. *Collective*.
+
+        ``task`` where the method may know it; ``tick`` is told how many examples are answered, batch by batch.
+        """
+
+    def sample(
+        self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
+    ) -> list[list[int]]:
+        """An answer drawn to each example, as ids without the end token. *Collective*.
+
+        In order, the same on every rank; at most ``tokens`` long, each token among the ``top_k`` likeliest. A second
+        call in a stage draws the same.
+        """
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the frozen base makes of each source: the mean of its last hidden states, (b, d) fp32.
+
+        Without prompts, live terms, labels, dropout or gradient.
+        """
+
+    # Over the ranks.
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks. *Collective*."""
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks. *Collective*."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's value on every rank. *Collective*."""
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator from seed, stage and purpose alone: the same on every rank."""
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters by name: the only write that lasts. The same values on every rank."""
+
+    def moments(self, name: str) -> dict[str, Tensor] | None:
+        """Adam's whole moments of a parameter; None before the first step. *Collective*."""
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Replace Adam's moments of a parameter."""
+
+
+class Reorthogonalise(Section):
+    """Every few steps a factor is put back to orthonormal rows, or rows of norm 1."""
+
+    how: Literal["hard", "soft"] = Field(default="hard", description="hard: QR, the same span; soft: rows of norm 1.")
+    every: int = Field(default=100, ge=1, description="Optimizer steps between.")
+    on: Literal["A", "B", "both"] = Field(default="A", description="Which factor; of B the columns.")
+    rescale: bool = Field(default=False, description="Correct the other factor, so that the update stays as it was.")
+    moments: bool | None = Field(
+        default=None, description="Whether Adam's moments go over to the new factors; null: with rescale."
+    )
+
+    @model_validator(mode="after")
+    def _one_to_correct(self) -> Reorthogonalise:
+        if self.rescale and self.on == "both":
+            raise ValueError("cannot rescale on: both, as no factor is left to correct; use A or B")
+        return self
+
+    @property
+    def maps_moments(self) -> bool:
+        """Whether Adam's moments go over."""
+        return self.rescale if self.moments is None else self.moments
+
+
+class PairSettings(Section):
+    """Of every method that trains a LoRA pair without promising anything of its factors."""
+
+    reorthogonalise: Reorthogonalise | None = Field(
+        None,
+        description="{how: hard or soft, every: steps, on: A, B or both, rescale: true, moments: true}; null: never.",
+    )
+
+
+class LoraOrFull(PairSettings):
+    """What the papers' baselines have the choice of."""
+
+    train: Literal["lora", "full"] = Field(
+        "lora", description="What trains: a LoRA pair beside the frozen base, or all weights of the model (full)."
+    )
+
+
+class Method:
+    """A continual-learning method. Subclass it in one file, or one folder; ``methods/__init__.py`` lists them.
+
+    Class attributes are what ``cl-runner show METHOD`` prints.
+    """
+
+    class Config(Section):
+        """The method's own settings."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # arXiv id and short title
+    carried: ClassVar[str] = ""
+    growth: ClassVar[str] = ""
+    task_id: ClassVar[Literal["no", "yes", "optional"]] = "no"  # at inference; optional: as the settings have it
+    trains: ClassVar[str] = "a LoRA pair"
+    factors: ClassVar[str] = "A (r × n, reads the input) is PEFT's lora_A, B (m × r) its lora_B; ΔW = alpha/r · B A"
+    frozen: ClassVar[str] = "the base and all past updates"
+    forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
+    any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
+    by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
+    past_as: ClassVar[Literal["pairs", "none", "other"]] = "pairs"  # what earlier stages left beside what trains
+    by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
+    only_kind: ClassVar[str] = ""  # the adapter kind without which there is no such method, whatever ``adapter.kind``
+    edits_before_clip: ClassVar[bool] = False  # ``edit_gradients`` comes first, and the clip goes by what it left
+    dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
+    revision: ClassVar[int] = 1  # goes up where equations change whatever is set: no run goes on from one to another
+
+    def __init__(self, config: Section) -> None:
+        self.config: Any = config
+        self.stages = 1  # of the plan, once ``plan`` has made it
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights of the model train."""
+        return isinstance(self.config, LoraOrFull) and self.config.train == "full"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What an adapter kind has to offer, as the settings have it; of each tuple any one will do.
+
+        Factors ``A`` and ``B`` are such as receive gradient: a penalty on others would be silently nothing.
+        """
+        if self.full:
+            return (("weights",),)
+        return (("update", "weights"),) if "train" in type(self).Config.model_fields else (("update",),)
+
+    def kind(self, config: RunConfig) -> str:
+        """The name of the adapter kind that trains."""
+        return "full" if self.full else type(self).only_kind or config.adapter.kind
+
+    @property
+    def reorthogonalise(self) -> Reorthogonalise | None:
+        """When and how a factor is put back, where the method has that option and it is set."""
+        return self.config.reorthogonalise if isinstance(self.config, PairSettings) else None
+
+    @property
+    def form(self) -> str:
+        """``reference`` or ``paper`` where a method has both, ``full`` where all weights train instead of a pair."""
+        return "full" if isinstance(self.config, LoraOrFull) and self.full else ""
+
+    @property
+    def knows_task(self) -> bool:
+        """Whether a row's task is known where it is answered: always, never, or (optional) as settings have it."""
+        return type(self).task_id == "yes"
+
+    def configure(self, config: Section) -> None:
+        """Take the settings of one stage (per-task and per-position ones included), before ``build``."""
+        self.config = config
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Refuse with UserError, before anything is trained, what cannot work.
+
+        Runs before stage 1, after ``plan``: with the settings alone, and with the target layers' (m, n) once they are
+        known (where ``by_shape``, from the model's config, before its weights are loaded).
+        """
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        """Runs with ``check``, where ``by_shape``: a line on how much this method will carry; empty says nothing."""
+        return ""
+
+    def plan(self, order: Sequence[str]) -> list[StagePlan]:
+        """Runs once: the stages of the order. Default: one a task, each from the state before; ``stages`` of them."""
+        self.stages = len(order)
+        return [StagePlan(task, (task,)) for task in order]
+
+    def prefix_tokens(self, stages: int) -> int:
+        """Runs before stage 1: how long a prefix may become (``condition``), of an order of so many stages."""
+        return 0
+
+    def build(self, stage: Stage) -> None:
+        """Runs at the start of a stage, on resume and before ``eval``: structures from config and state alone.
+
+        Default: a new pair for the stage. What is no pair goes by ``stage.begin_terms``; a term that was folded at
+        commit is not needed where ``stage.evaluating``, one that was kept has to be there as it was.
+        """
+        stage.begin()
+
+    def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:
+        """Runs after build: learning rates, weight decay and rules. Default: ``training.optimizer`` for everything."""
+        return stage.ordinary_groups()
+
+    def begin_task(self, stage: Stage) -> None:
+        """Runs once a stage, before ``training_data`` and ``parameter_groups``; what it makes is state.
+
+        Data at hand, dropout off, no engine yet: it may still decide what trains, and in what shape.
+        """
+
+    def training_data(self, stage: Stage, own: Source) -> list[Source]:
+        """Runs before training: the mix. Default: the stage's own rows."""
+        return [own]
+
+    def condition(self, stage: Stage, batch: Batch, task: str | None) -> dict[str, Tensor] | None:
+        """Runs before every forward: per-example tensors (b, …), sliced with the batch as ``batch.condition``.
+
+        ``prefix`` (b, p, d) is soft prompts: embeddings that stand before each row's input.
+        """
+        return None
+
+    def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        """Runs at every micro-batch. Default: the weighted token loss."""
+        from cl_runner.models.forward import token_loss
+
+        return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
+
+    def reads_past(self) -> Mapping[str, str]:
+        """Runs at commit: what this method reads of the past factors that ``stage.factors()`` offers.
+
+        ``A`` or ``B`` to ``rows`` (all of them, however many) or to ``gram`` (``past.gram`` where there are more rows
+        than the matrix has; fewer may be read as rows). What is not read is let go of, once the adapter's folder does
+        without it too: memory then stays constant. Default: everything.
+        """
+        return {"A": "rows", "B": "rows"}
+
+    def penalty(self, stage: Stage) -> Tensor | None:
+        """Runs once per optimizer step, the same on every rank, fp32; None adds nothing.
+
+        ``training.penalty_at: micro`` takes it as many times as the step has micro-batches.
+        """
+        return None
+
+    def logged(self, stage: Stage) -> dict[str, Any]:
+        """Runs at every logged step, after the step, on every rank: columns of its own for ``log.jsonl``."""
+        return {}
+
+    def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Runs after clipping, on whole fp32 mean gradients; returns those to replace. None leaves all.
+
+        Before clipping where ``edits_before_clip``: the norm that is clipped, and logged, is then that of the result.
+        """
+        return None
+
+    def whole_step(self, stage: Stage, name: str, gradient: Tensor, lr: float) -> Tensor:
+        """Runs for each parameter of rule ``whole``: the update to add to it, lr applied."""
+        raise NotImplementedError
+
+    def after_step(self, stage: Stage) -> None:
+        """Runs after the optimizer step; writes only through ``stage.write``."""
+
+    def end_task(self, stage: Stage) -> None:
+        """Runs when the parameters are final, the engine still alive."""
+
+    def fold(self, stage: Stage) -> Fold:
+        """Runs at commit: what becomes of the stage's update.
+
+        ``factors`` adds the live pair to the sum of past updates, ``dense`` adds ``dense_update`` instead, ``replace``
+        makes the sum exactly ``replacement`` (element-wise merges), ``keep`` leaves the pair in the forward, as the
+        parameter set of the stage's name (live terms stay as they are, and are carried by the method's own state).
+        """
+        return "factors"
+
+    @property
+    def fold_loses(self) -> bool:
+        """Whether the fold may change the answers: the stage is scored before it too."""
+        return False
+
+    def dense_update(self, stage: Stage) -> dict[str, Tensor]:
+        """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""
+        return stage.live_update()
+
+    def replacement(self, stage: Stage) -> dict[str, Tensor]:
+        """Runs at commit where ``fold`` is ``replace``: of every target the new sum of past updates, (m, n) fp32.
+
+        Of full fine-tuning: the new weights, by the model's own names.
+        """
+        raise NotImplementedError
+
+    def each_answer(self, stage: Stage) -> Iterator[str]:
+        """Runs at commit: yields each task that live terms answer by a ΔW of its own, ``update`` being that meanwhile.
+
+        Each has an adapter folder then, which ``answers.json`` names.
+        """
+        yield from ()
+
+    def free_share(self, stage: Stage) -> float | None:
+        """Runs at commit: the share of directions that this method leaves to later stages, mean over layers.
+
+        None: they are the input directions that no pair in the sum reads, and reports see those in the folders.
+        """
+        return None
+
+    def state(self) -> State:
+        """Runs at commit: what is carried on, beside the adapters."""
+        return State()
+
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        """About how large this method's own files are after so many stages: for the room on disk.
+
+        ``shapes`` are the target layers' (m, n), ``trained`` the parameters of a stage. Token ids do not count.
+        """
+        return 0
+
+    def load_state(self, state: State) -> None:
+        """Runs before ``build`` of a later stage, on resume and before ``eval``."""
+
+    def step_state(self) -> State:
+        """Between two steps: what this rank holds that neither the state carried nor ``training_data`` gives again.
+
+        Parameters, those that do not train too, are none of it.
+        """
+        return State()
+
+    def load_step_state(self, stage: Stage, state: State) -> None:
+        """Runs in the place of ``begin_task`` where a stage is entered in its middle. Default: ``begin_task`` again.
+
+        It finds what trains as ``build`` has left it; values are put in afterwards.
+        """
+        self.begin_task(stage)
+
+    def answering(self, task: str | None) -> str | None:
+        """Runs at evaluation: the stage whose kept pair answers; None is the model as it is.
+
+        ``task`` is None unless the method may know it (``knows_task``).
+        """
+        return None
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether a method defines a hook itself: what it leaves alone costs nothing."""
+    return getattr(type(method), hook) is not getattr(Method, hook)

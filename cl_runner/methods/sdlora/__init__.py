@@ -1,0 +1,1 @@
+"""SD-LoRA, and the directions that stay."""

@@ -1,0 +1,1 @@
+"""What several methods have in common: none of it is a method."""

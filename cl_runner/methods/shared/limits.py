@@ -1,0 +1,32 @@
+"""What is too large for the machine is refused before the start, with its size."""
+
+from __future__ import annotations
+
+from cl_runner.engine.process import here, memory
+from cl_runner.errors import UserError
+
+
+def size(of_bytes: float) -> str:
+    """How large, as users are told: ``472 MB``, ``6.63 GB``; three digits, in units of 10⁶ or 10⁹ bytes."""
+    unit, scale = ("MB", 1e6) if of_bytes < 999.5e6 else ("GB", 1e9)
+    value = of_bytes / scale
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def refuse_too_large(what: str, gigabytes: float, max_gb: float, instead: str) -> None:
+    """Refuse what takes more than ``method.max_gb``, or than there is memory where the model computes.
+
+    Args:
+        what: the setting that decides it, and what it is of.
+        gigabytes: its size, 10⁹ bytes.
+        instead: what to do.
+
+    Raises:
+        UserError: it is too large.
+    """
+    take = f"{what} take {size(gigabytes * 1e9)}"
+    if gigabytes > max_gb:
+        raise UserError(f"{take}, over method.max_gb {max_gb:g}; {instead}, or set a larger max_gb")
+    whose, room = memory(here().device)
+    if gigabytes * 1e9 > room:
+        raise UserError(f"{take}, and {whose} has {size(room)} of memory; {instead}")

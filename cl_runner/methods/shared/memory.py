@@ -1,0 +1,136 @@
+"""Examples of past tasks, kept as token ids: the memory of replay, GEM and A-GEM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, zip_longest
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cl_runner.config.schema import RunConfig, Section
+from cl_runner.errors import UserError
+from cl_runner.methods.protocol import PairSettings, Source, State
+from cl_runner.methods.shared.sequential import Sequential
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cl_runner.methods.protocol import Stage
+    from cl_runner.models.batch import Example
+
+How = Literal["reservoir", "class"]
+
+
+@dataclass
+class Memory:
+    """Task → examples, in the order the tasks were learned."""
+
+    tasks: dict[str, list[Example]] = field(default_factory=dict)
+
+    def keep(self, source: Source, per_task: int, how: How, generator: torch.Generator) -> None:
+        """Remember ``per_task`` examples of every task of a source (all, where it has fewer)."""
+        from cl_runner.models.batch import Example
+
+        for task in dict.fromkeys(source.tasks):
+            own = [e for e, name in zip(source.examples, source.tasks, strict=True) if name == task and e.weight]
+            chosen = choose([tuple(e.target) for e in own], per_task, how, generator)
+            self.tasks[task] = [Example([*own[i].source], [*own[i].target]) for i in chosen]
+
+    def source(self, tasks: Iterable[str] | None = None) -> Source:
+        """What is remembered (of ``tasks``), task after task."""
+        pairs = [(e, task) for task in (self.tasks if tasks is None else tasks) for e in self.tasks[task]]
+        return Source([e for e, _ in pairs], [task for _, task in pairs])
+
+    def state(self) -> State:
+        """Token ids as flat int32 with the row ends in int64: no text."""
+        if not self.tasks:
+            return State()
+        import torch
+
+        examples = self.source().examples
+        parts = {"source": [e.source for e in examples], "target": [e.target for e in examples]}
+        tensors: dict[str, Tensor] = {}
+        for name, rows in parts.items():
+            tensors[f"memory.{name}"] = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+            tensors[f"memory.{name}_ends"] = torch.tensor(list(accumulate(map(len, rows))), dtype=torch.int64)
+        return State(tensors, {"memory": [[task, len(rows)] for task, rows in self.tasks.items()]})
+
+    @classmethod
+    def load(cls, state: State) -> Memory:
+        """The memory that ``state`` says."""
+        from cl_runner.models.batch import Example
+
+        made = cls()
+        if "memory" in state.json:
+            parts = [_rows(state.tensors, f"memory.{name}") for name in ("source", "target")]
+            examples = [Example(source, target) for source, target in zip(*parts, strict=True)]
+            counts = [0, *accumulate(count for _, count in state.json["memory"])]
+            for (task, _), (start, end) in zip(state.json["memory"], pairwise(counts), strict=True):
+                made.tasks[task] = examples[start:end]
+        return made
+
+
+def _rows(tensors: dict[str, Tensor], name: str) -> list[list[int]]:
+    ids, ends = tensors[name].tolist(), tensors[f"{name}_ends"].tolist()
+    return [ids[start:end] for start, end in pairwise([0, *ends])]
+
+
+def choose(labels: Sequence[tuple[int, ...]], size: int, how: How, generator: torch.Generator) -> list[int]:
+    """``size`` of the rows that have these labels, in the order of the rows.
+
+    ``reservoir``: every row as likely as any other, as one pass with a reservoir gives. ``class``: as many of each
+    label as of any other, as far as there are rows; what is left over goes to labels by lot.
+    """
+    import torch
+
+    shuffled = torch.randperm(len(labels), generator=generator).tolist()
+    if how == "class":
+        by_label: dict[tuple[int, ...], list[int]] = {}
+        for row in shuffled:
+            by_label.setdefault(labels[row], []).append(row)
+        shuffled = [row for turn in zip_longest(*by_label.values()) for row in turn if row is not None]
+    return sorted(shuffled[:size])
+
+
+def drawn(source: Source, size: int, stage: Stage) -> Source:
+    """``size`` rows of a source (all, where it has fewer), from seed, stage and step alone."""
+    import torch
+
+    generator = stage.rng(f"memory/{stage.progress.step}")
+    return source.take(sorted(torch.randperm(len(source.examples), generator=generator).tolist()[:size]))
+
+
+def memory_gradient(method: Remembering, stage: Stage, source: Source) -> dict[str, Tensor]:
+    """Gradient of the mean loss per label token of a source, by name; the same on every rank. *Collective*."""
+    (found,) = stage.gradient(lambda batch: method.loss(stage, batch), stage.batches(source))
+    return found
+
+
+class Remembering(Sequential):
+    """One pair for all tasks, and a memory that grows by some examples of each: what its methods share."""
+
+    class Config(PairSettings):
+        """Settings of the memory."""
+
+        memory_per_task: int = Field(256, ge=0, description="Examples kept of each task.")
+        how: How = Field("reservoir", description="Which: reservoir (each as likely), or class (as many per label).")
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.memory = Memory()
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if not self.config.memory_per_task:
+            raise UserError(f"method.memory_per_task: {self.name} needs a memory; set 1 or more, or use seqlora")
+
+    def end_task(self, stage: Stage) -> None:
+        self.memory.keep(stage.own_rows(), self.config.memory_per_task, self.config.how, stage.rng("memory"))
+
+    def state(self) -> State:
+        return self.memory.state()
+
+    def load_state(self, state: State) -> None:
+        self.memory = Memory.load(state)

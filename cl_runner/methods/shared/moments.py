@@ -1,0 +1,43 @@
+"""Second moments of what the target layers read: where in its inputs a task lives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.protocol import Stage
+
+
+def input_moments(stage: Stage) -> dict[tuple[str, ...], Tensor]:
+    """Targets that share an input → the mean of x xᵀ (n, n) over the tokens of the stage's own rows. *Collective*.
+
+    fp64, the same on every rank; the model as it is, dropout off. Products of fp32 are exact there, and their sum keeps
+    directions a ten-millionth of another in length; added up in fp32 it would lose those of a thousandth.
+    """
+    import torch
+
+    groups = {targets[0]: targets for targets in stage.input_groups()}
+    moments: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    real = torch.ones((), dtype=torch.bool)
+
+    def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
+        if target not in groups:
+            return
+        counted = real[:, None].expand(rows.shape[:2]) if mask is None else mask & real[:, None]
+        x = (rows * counted[..., None]).double().flatten(0, 1)
+        if target not in moments:
+            moments[target] = x.new_zeros(x.shape[1], x.shape[1])
+            counts[target] = counted.new_zeros((), dtype=torch.int64)
+        with torch.autocast(rows.device.type, enabled=False):
+            moments[target].addmm_(x.mT, x)  # in place: nothing else of this size
+        counts[target] += counted.sum()
+
+    with torch.no_grad(), stage.observe("inputs", see):
+        for batch in stage.batches():
+            real = (batch.token_weights != 0).any(1)  # a rank without rows sees one that does not count
+            stage.forward(batch)
+    # One by one out of the dictionary, so that none is held beside its sum.
+    return {groups[name]: stage.sum(moments.pop(name)).div_(stage.sum(counts[name])) for name in sorted(moments)}

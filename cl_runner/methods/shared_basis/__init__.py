@@ -1,0 +1,1 @@
+"""Shared basis: its terms, how tasks mix, and what it carries."""

@@ -1,0 +1,1 @@
+"""Runs on disk: one folder's layout, the catalog of them, what their stages left."""

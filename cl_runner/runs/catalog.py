@@ -1,0 +1,161 @@
+"""Run folders under one ``runs``: their names, which one is meant, what stands in them. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_runner.config.yamlfile import as_yaml
+from cl_runner.errors import UserError, did_you_mean
+from cl_runner.metrics.accuracy import average_accuracy
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.results import _matrix
+from cl_runner.settings import Resolved, differing_from_presets
+
+
+def folder_name(resolved: Resolved) -> str:
+    """Order, method, model, seed, and six hex digits of the settings that differ from the presets, if any do."""
+    config = resolved.config
+    assert resolved.order is not None
+    parts = [resolved.order.name, config.method.name, model_label(config.model.name), f"s{config.seed}"]
+    return "-".join([*parts, *([digits] if (digits := variant(resolved)) else [])])
+
+
+def variant(resolved: Resolved) -> str:
+    """Six hex digits of the settings that differ from the presets (the seed does not count), empty if none does."""
+    changed = differing_from_presets(resolved)
+    if not changed:
+        return ""
+    text = json.dumps(changed, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def changed(resolved: Resolved) -> list[str]:
+    """The settings behind ``variant``, each as ``--set`` takes it."""
+    return [f"{key}={as_yaml(value)}" for key, value in sorted(differing_from_presets(resolved).items())]
+
+
+def model_label(name: str) -> str:
+    """The last part of a model's name or path, as it stands in folder names."""
+    return re.sub(r"[^\w.+-]+", "_", name.rstrip("/").rsplit("/", 1)[-1])[:60] or "model"
+
+
+def check_name(name: str) -> str:
+    """A run's own name: one path component.
+
+    Raises:
+        UserError: it would leave its folder, or no file system takes it.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]{0,119}", name) or len(name.encode()) > 200:
+        raise UserError(f"--name {name!r}: use letters, digits and . + - _, beginning with a letter or digit")
+    return name
+
+
+def beside(root: Path, name: str) -> str:
+    """The first of ``name-2``, ``name-3`` … that is no run yet; ``name`` itself if that is none."""
+    number, candidate = 1, name
+    while (root / candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def find(root: Path, wanted: str | None) -> RunDir:
+    """The run of that name, unique prefix or path; the newest without one.
+
+    Raises:
+        UserError: there is none, or more than one fits.
+    """
+    if wanted is not None:
+        if not wanted:
+            raise UserError("the name of the run is empty; leave it out for the newest run")
+        run = RunDir(Path(wanted))
+        if run.exists():
+            return run
+        if "/" in wanted:
+            run.about()  # says what is wrong
+    runs = all_runs(root)
+    if wanted is None:
+        if not runs:
+            raise UserError(f"there is no run in {root}; cl-runner train --order order1 makes one")
+        return runs[0]
+    fitting = [run for run in runs if run.name.startswith(wanted)]
+    exact = [run for run in fitting if run.name == wanted]
+    if len(exact or fitting) == 1:
+        return (exact or fitting)[0]
+    if fitting:
+        names = [run.name for run in fitting]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(f"'{wanted}' is the beginning of {len(names)} runs: {', '.join(names[:5])}{more}")
+    raise UserError(f"there is no run '{wanted}' in {root}{did_you_mean(wanted, [run.name for run in runs])}")
+
+
+def all_runs(root: Path) -> list[RunDir]:
+    """Run folders, the one that was last trained first."""
+    try:
+        runs = [RunDir(path) for path in root.iterdir() if not path.name.startswith(".") and RunDir(path).exists()]
+    except OSError:
+        return []
+    return sorted(runs, key=lambda run: (_trained_at(run), run.name), reverse=True)
+
+
+def _trained_at(run: RunDir) -> int:
+    """When its state was last written, in ns."""
+    status, plan = run.path / "status.json", run.path / "run.json"
+    try:
+        return (status if status.exists() else plan).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run in a list."""
+
+    name: str
+    method: str
+    order: str
+    model: str
+    seed: int
+    stage: int
+    stages: int
+    state: str  # running, stopped, failed or done
+    average_accuracy: float | None
+    undefined: tuple[str, ...]  # tasks that the average is without
+    synthetic: bool
+
+
+def listed(run: RunDir) -> Listed:
+    """How a run stands; one whose files cannot be read is listed as broken."""
+    try:
+        with readable(run):
+            about = run.about()
+            names = stage_names(about)
+            done, matrix = run.committed(names), _matrix(run)
+            return Listed(
+                run.name,
+                str(about["method"]),
+                str(about["order"]),
+                str(about["model"]),
+                int(about["seed"]),
+                done,
+                len(names),
+                state_of(run, done, len(names)),
+                average_accuracy(matrix),
+                tuple(matrix.undefined[-1]) if matrix.stages else (),
+                bool(about["synthetic"]),
+            )
+    except UserError:
+        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, (), False)
+
+
+def state_of(run: RunDir, done: int, stages: int) -> str:
+    """running, stopped, failed or done."""
+    if done == stages:
+        return "done"
+    if run.locked():
+        return "running"
+    return "failed" if run.status().get("state") == "failed" else "stopped"

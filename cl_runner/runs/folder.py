@@ -1,0 +1,297 @@
+"""What lies where in a run folder, and how a stage is committed: all of it or nothing.
+
+A stage is written beside its place and renamed into it, so that a reader, or a run that goes on after kill -9, sees
+only whole stages. The run folder itself begins in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cl_runner.config.lookup import is_name
+from cl_runner.disk import read_json, sha256, sync, umask, write_json, write_text
+from cl_runner.errors import UserError
+
+LAYOUT = 2
+READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no options
+PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
+
+
+class RunDir:
+    """One run folder. Reading needs no lock; writing happens under ``lock()`` on rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config: running it again gives this run."""
+        return self.path / "run.yaml"
+
+    @property
+    def order_file(self) -> Path:
+        """The order as the run has it: its own tasks stand in it. Runs of earlier versions have none."""
+        return self.path / "order.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        """What the screen said, plain lines."""
+        return self.path / "run.log"
+
+    @property
+    def stages_dir(self) -> Path:
+        """Folder of the committed stages."""
+        return self.path / "stages"
+
+    def exists(self) -> bool:
+        """Whether this folder is a run."""
+        return self.config_file.is_file() and (self.path / "run.json").is_file()
+
+    def create(
+        self,
+        config_yaml: str,
+        order_yaml: str,
+        about: Mapping[str, Any],
+        fill: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Make the folder with ``run.yaml``, ``order.yaml`` and ``run.json`` (what the run is of), in one atomic step.
+
+        ``fill`` may put more into the folder before anybody sees it. A run that another process has made there in the
+        meantime is left as it is.
+
+        Raises:
+            UserError: it cannot be written, or something else is there.
+        """
+        made: list[Path] = []
+        draft: Path | None = None
+        try:
+            for folder in reversed([self.path.parent, *self.path.parent.parents]):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+            draft = Path(tempfile.mkdtemp(prefix=f".{self.name[:80]}.", suffix=".draft", dir=self.path.parent))
+            draft.chmod(0o777 & ~umask())
+            (draft / "stages").mkdir()
+            write_text(draft / "run.yaml", config_yaml)
+            write_text(draft / "order.yaml", order_yaml)
+            write_json(draft / "run.json", {"layout": LAYOUT, "folder": str(self.path.absolute()), **about})
+            if fill is not None:
+                fill(draft)
+            for file in ("run.yaml", "order.yaml", "run.json", ""):
+                sync(draft / file)
+            draft.rename(self.path)
+            sync(self.path.parent)
+        except BaseException as error:
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, OSError) and self.exists():
+                return
+            with suppress(OSError):  # a folder that others use by now stays
+                for folder in reversed(made):
+                    folder.rmdir()
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+            raise
+
+    def about(self) -> dict[str, Any]:
+        """``run.json``: the plan and what identifies the run.
+
+        Raises:
+            UserError: this is no run folder, or its ``run.json`` is broken or of another version.
+        """
+        if not self.exists():
+            what = "is no run folder (it has no run.yaml and run.json)" if self.path.exists() else "does not exist"
+            raise UserError(f"{self.path} {what}")
+        about = read_json(self.path / "run.json")
+        if about.get("layout") not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise UserError(f"{self.path / 'run.json'}: layout {about.get('layout')}; this version reads {known}")
+        return about
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; a second process that wants it is refused. Ends with the process."""
+        import fcntl
+
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+        try:
+            patience = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= patience:
+                        raise UserError(f"the run {self.path} is being trained {self._by_whom()}") from None
+                    time.sleep(0.05)
+            yield
+        finally:
+            os.close(handle)
+
+    def _by_whom(self) -> str:
+        with suppress(UserError):
+            status = self.status()
+            if "pid" in status:
+                return f"by another process (pid {status['pid']} on {status.get('host', 'this machine')})"
+        return "by another process"
+
+    def locked(self) -> bool:
+        """Whether a living process holds the run."""
+        import fcntl
+
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    # Stages.
+
+    def stage_dir(self, index: int, name: str) -> Path:
+        """Folder of stage ``index`` (from 0): ``01-dbpedia``."""
+        return self.stages_dir / f"{index + 1:02d}-{name}"
+
+    def committed(self, names: Sequence[str]) -> int:
+        """How many of the planned stages are committed, without a gap."""
+        for index, name in enumerate(names):
+            if not (self.stage_dir(index, name) / "DONE").is_file():
+                return index
+        return len(names)
+
+    def refuse_gaps(self, names: Sequence[str]) -> None:
+        """A stage stands on those before it.
+
+        Raises:
+            UserError: one is committed, and one before it is not.
+        """
+        done = self.committed(names)
+        for index in range(done + 1, len(names)):
+            if (self.stage_dir(index, names[index]) / "DONE").exists():
+                raise UserError(
+                    f"{self.path} is damaged: stage {index + 1} ({names[index]}) is there and stage {done + 1} "
+                    f"({names[done]}) is not; put it back, or --restart to begin anew beside it"
+                )
+
+    def commit(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` fill a folder beside the stage's place, then move it there in one atomic step."""
+        final = self.stage_dir(index, name)
+        draft = final.with_name(f".{final.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            draft.mkdir(parents=True)
+            write(draft)
+            files = sorted(file for file in draft.rglob("*") if file.is_file())
+            for file in files:
+                file.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
+            write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
+            for path in [*draft.rglob("*"), draft]:
+                sync(path)
+            if final.exists() and not (final / "DONE").exists():
+                shutil.rmtree(final)  # was never whole
+            draft.rename(final)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
+            raise
+        sync(final.parent)
+        return final
+
+    def remove(self, index: int, name: str, parts: Sequence[str]) -> None:
+        """Remove files and folders of a committed stage on purpose. ``DONE`` says so first; to do it again is safe."""
+        folder = self.stage_dir(index, name)
+        done = read_json(folder / "DONE")
+        gone = {file: digest for file, digest in done["sha256"].items() if Path(file).parts[0] in parts}
+        if gone:
+            kept = {file: digest for file, digest in done["sha256"].items() if file not in gone}
+            write_json(folder / "DONE", {"sha256": kept, "removed": {**done.get("removed", {}), **gone}})
+            sync(folder)
+        for part in parts:
+            if (folder / part).is_dir():
+                shutil.rmtree(folder / part)
+            else:
+                (folder / part).unlink(missing_ok=True)
+
+    def clear_drafts(self) -> None:
+        """Remove what an interrupted commit left."""
+        for draft in [*self.stages_dir.glob(".*.draft"), *self.path.glob(".*.draft")]:
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
+
+    def keep_log_rows(self, stages: Sequence[str]) -> None:
+        """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""
+        file = self.path / "log.jsonl"
+        if not file.is_file():
+            return
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            lines = list(stream)
+        kept = [line for line in lines if _stage_of(line) in stages]
+        if kept != lines:
+            write_text(file, "".join(kept))
+
+    def status(self) -> dict[str, Any]:
+        """``status.json``: how the last process ended; ``{}`` if none said."""
+        file = self.path / "status.json"
+        return read_json(file) if file.is_file() else {}
+
+    def set_status(self, state: str, **more: Any) -> None:
+        """Record how the run stands: running, stopped, failed, done."""
+        write_json(self.path / "status.json", {"state": state, **more})
+
+
+def _stage_of(line: str) -> str | None:
+    """The stage that a line of ``log.jsonl`` is of; None where the line is not whole."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    stage = row.get("stage") if isinstance(row, dict) else None
+    return stage if isinstance(stage, str) else None
+
+
+def kept_order(config_file: Path) -> str | None:
+    """The order that a run keeps beside its ``run.yaml``: the file it was made from may have changed, or be gone."""
+    run = RunDir(config_file.parent)
+    is_own = config_file.name == run.config_file.name and run.exists() and run.order_file.is_file()
+    return str(run.order_file) if is_own else None
+
+
+@contextmanager
+def readable(run: RunDir) -> Iterator[None]:
+    """Inside, a key that a run's file lacks, or that holds something else, is a fault of that run."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the run {run.path} has a broken file ({what})") from error
+
+
+def stage_names(about: Mapping[str, Any]) -> list[str]:
+    """The planned stages of a ``run.json``."""
+    names = [stage["name"] for stage in about["stages"]]
+    for name in names:
+        if not isinstance(name, str) or not is_name(name):
+            raise ValueError(f"{name!r} is no name of a stage")
+    return names

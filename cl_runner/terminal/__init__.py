@@ -1,0 +1,1 @@
+"""What the user sees and how they stop us: console, progress, signals."""

@@ -1,0 +1,86 @@
+"""What a method, or an option beside it, cannot do with these settings or shapes, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cl_runner.adapters.kind import Kind, Need, lacking
+from cl_runner.config.schema import AdapterConfig, RunConfig
+from cl_runner.errors import UserError
+from cl_runner.methods import METHODS, make_method
+from cl_runner.methods.protocol import Method, StagePlan
+from cl_runner.registry import KINDS
+from cl_runner.training.options import check_options
+
+
+def unused_settings(config: RunConfig, plans: Sequence[StagePlan]) -> list[str]:
+    """A line for each setting of a task that no stage can follow."""
+    found = []
+    for task, changes in config.tasks.items():
+        if any(plan.tasks == (task,) for plan in plans):
+            continue
+        keys = [key for key in changes if not key.startswith("data.")]
+        found += [f"tasks.{task}.{key} is not used: {task} trains together with others" for key in keys]
+    return found
+
+
+def stage_config(config: RunConfig, index: int, plan: StagePlan) -> RunConfig:
+    """The config of a stage: what is set for its task (where it trains one) and for its position."""
+    return config.at(index + 1, plan.tasks[0] if len(plan.tasks) == 1 else None)
+
+
+def fitting_kind(config: RunConfig, method: Method) -> Kind:
+    """The adapter kind that trains. Raises UserError where it does not offer what the method needs.
+
+    A penalty on factors that a kind lacks, or freezes, would be silently nothing.
+    """
+    name = method.kind(config)
+    asked = config.adapter.kind
+    if asked != AdapterConfig().kind and asked != name:
+        raise UserError(f"adapter.kind: {asked}, and {method.name} trains {KINDS.get(name).title}; leave it out")
+    kind = KINDS.get(name)
+    missing = lacking(kind, needs(method))
+    if asked == "full" and not method.full and not missing:
+        raise UserError(f"adapter.kind: full is what method.train=full chooses; set that for {method.name}")
+    if missing:
+        others = [other for other, found in KINDS.usable() if not lacking(found, needs(method))]
+        raise UserError(
+            f"adapter.kind: {method.name} needs {' and '.join(missing)}, which {name} does not offer; "
+            f"{', '.join(others) or 'no kind there is'} would do"
+        )
+    return kind(config.adapter)
+
+
+def needs(method: Method) -> tuple[Need, ...]:
+    """What a method needs of a kind, and the factors that it has put back every few steps."""
+    again = None if method.full else method.reorthogonalise  # which is refused in its own words
+    on = () if again is None else (("A",), ("B",)) if again.on == "both" else ((again.on,),)
+    return tuple(dict.fromkeys([*method.needs, *on]))
+
+
+def compatibility() -> list[dict[str, str]]:
+    """Every method, with its defaults, on every kind: ``yes``, or what the kind lacks."""
+    rows, kinds = [], list(KINDS.usable())
+    for name, found in METHODS.usable():
+        wanted = needs(found(found.Config()))
+        gaps = {kind: lacking(offering, wanted) for kind, offering in kinds}
+        rows.append({"method": name, **{kind: f"no: {', '.join(gap)}" if gap else "yes" for kind, gap in gaps.items()}})
+    return rows
+
+
+def check_method(
+    config: RunConfig, stages: Sequence[StagePlan], shapes: Sequence[tuple[int, int]] | None = None
+) -> None:
+    """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError."""
+    order = list(dict.fromkeys(task for plan in stages for task in plan.tasks))
+    for index, plan in enumerate(stages):
+        of_stage = stage_config(config, index, plan)
+        method = make_method(of_stage)
+        method.plan(order)
+        check_options(of_stage, method, shapes)
+        if of_stage.adapter.dropout_past and method.past_as == "other":
+            raise UserError(
+                f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
+                "it to false"
+            )
+        method.check(of_stage, shapes)

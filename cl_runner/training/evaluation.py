@@ -1,0 +1,79 @@
+"""Scores of a stage: what the model answers on the test rows of every task, and how much of it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cl_runner.metrics.scores import Undefined, score
+from cl_runner.models.batch import Example
+from cl_runner.tasks.task import Row, Task
+from cl_runner.training.stage import StageRun
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task's answers and score in percent; None where the metric is undefined, with why."""
+
+    task: str
+    score: float | None
+    predictions: list[dict[str, Any]]
+    undefined: str = ""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A task's test rows and their token ids."""
+
+    task: Task
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+
+
+def evaluate(
+    stage: StageRun, tests: Mapping[str, TestSet], tick: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Scored]:
+    """Answer and score the test rows of each task, each with the parameters that the method answers it with.
+
+    Batches are formed over all rows and then dealt to the ranks, so that their number changes no answer.
+    ``tick`` takes a task, how many of its rows are answered, and how many there are.
+    """
+    method, adapters = stage.room.method, stage.adapters
+    shown = adapters.shown()
+    results = []
+    for name, test in tests.items():
+        ticking = partial(_tick, tick, name, len(test.rows))
+        ticking(0)
+        known = name if method.knows_task else None
+        wanted = method.answering(known)
+        if wanted is not None:
+            adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
+        results.append(score_task(test, stage.answer(test.examples, known, ticking)))
+    adapters.show(shown)
+    return results
+
+
+def _tick(tick: Callable[[str, int, int], None], task: str, total: int, done: int) -> None:
+    tick(task, done, total)
+
+
+def score_task(test: TestSet, answers: Sequence[str]) -> Scored:
+    """Score answers, and write down each one beside its gold label."""
+    task, golds = test.task, [row.label for row in test.rows]
+    predictions = [
+        {
+            "task": task.name,
+            "id": row.id,
+            "gold": row.label,
+            "output": answer,
+            "correct": task.comparison.same(answer, row.label),
+        }
+        for row, answer in zip(test.rows, answers, strict=True)
+    ]
+    try:
+        found = score(task.metric, list(answers), golds, task.labels, task.comparison)
+    except Undefined as why:
+        return Scored(task.name, None, predictions, str(why))
+    return Scored(task.name, found, predictions)

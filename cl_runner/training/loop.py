@@ -1,0 +1,263 @@
+"""One stage's training: the batch arithmetic, the loop over optimizer steps, and what is logged.
+
+One step reads: options before it, micro-batches (condition, loss, backward), the penalty on the last one, clip, edit
+(first edit, then clip where a method says so), whole steps, engine step, after_step, options after it, log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cl_runner.engine.optim import WHOLE, Muon
+from cl_runner.engine.zero import Engine
+from cl_runner.errors import TrainingError
+from cl_runner.methods.protocol import Source, overrides
+from cl_runner.models.batch import Batch, Example
+from cl_runner.models.forward import checkpoint_activations
+from cl_runner.models.tokens import Joined, lengths
+from cl_runner.training.health import PenaltyWatch
+from cl_runner.training.meter import HookTime, LogRow, Meter, Trained
+from cl_runner.training.prefetch import prefetched
+from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed
+from cl_runner.training.schedule import learning_rate
+from cl_runner.training.stage import StageRun
+from cl_runner.training.step_state import StepState, put, put_beginning, take
+
+AHEAD = 2  # micro-batches that may wait, padded, for the device
+
+
+Padded = tuple[Batch, list[str]]  # a micro-batch on the CPU, and its rows' tasks
+
+
+def train_stage(
+    stage: StageRun,
+    own: Source,
+    *,
+    log: Callable[[LogRow], None],
+    tick: Callable[[int, float | None, float | None], None],
+    state: StepState | None = None,
+    between: Callable[[Callable[[], StepState]], None] = lambda _: None,
+) -> Trained:
+    """Train one stage; the adapters hold the result.
+
+    Args:
+        stage: built by its method.
+        own: the stage's own rows.
+        log: takes a row of ``log.jsonl`` (rank 0 writes it).
+        tick: called after every step with steps done, loss and examples/s (those two at logged steps).
+        state: of this stage, taken between two of its steps: it is entered there, and the rest is to the bit that of a
+            stage that was never left.
+        between: called after every step, on every rank, with what takes the state (a collective).
+
+    Raises:
+        TrainingError: a gradient that is not finite.
+    """
+    method, training = stage.room.method, stage.config.training
+    stage.own = own
+    hooks, muon = HookTime(), Muon()
+    stage.adapters.model.eval()  # fresh layers are not, restored ones neither
+    _seed(stage, "begin")
+    _begin(stage, own, state, hooks)  # before there is an engine: what trains, and in what shape, may still be decided
+    with hooks:
+        sources = method.training_data(stage, own)
+    examples = Joined([source.examples for source in sources])
+    tasks = [task for source in sources for task in source.tasks]
+    shares = [source.weight for source in sources for _ in source.tasks]
+    plan = BatchPlan.make(len(examples), training, stage.ranks)
+    inputs, labels = lengths(examples)
+    weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)
+    steps = list(plan.step_rows(stage.config.seed, stage.index, (inputs + labels).tolist(), len(set(tasks)) > 1))
+    stage.steps, stage.step = plan.steps, 0
+    engine = Engine(
+        stage.room.root,
+        method.parameter_groups(stage),
+        training,
+        stage.room.place,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+    )
+    stage.engine = engine
+    meter = Meter(stage, log, tick, hooks)
+    scales = {group.lr_scale for group in engine.groups}
+    scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
+    try:
+        checkpoint_activations(stage.adapters.model, training.activation_checkpointing)
+        stage.adapters.model.train()
+        if state is not None:
+            put(stage, engine, muon, meter, state)
+        to_come = steps[stage.step :]
+        with closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
+            for rows in to_come:
+                lr = learning_rate(training, stage.step, plan.steps)
+                engine.set_lr(lr)
+                _before_step(stage, hooks)
+                loss, penalty, norm, batch = _gradients(stage, plan, rows, batches, hooks, meter)
+                gradients = {} if method.edits_before_clip else _edit(stage, hooks)
+                _whole_steps(stage, gradients, lr, muon, hooks)
+                engine.step()
+                stage.step += 1
+                _after_step(stage, batch, hooks, meter)
+                meter.step(len(rows), loss, penalty, lr * scale, norm)
+                between(partial(take, stage, engine, muon, meter))
+        stage.adapters.model.eval()
+        _seed(stage, "end")
+        with hooks:
+            for option in stage.options:
+                option.end(stage)
+            method.end_task(stage)
+        return meter.trained(plan, engine.skipped)
+    finally:
+        stage.engine = None
+        engine.destroy()
+
+
+def _begin(stage: StageRun, own: Source, state: StepState | None, hooks: HookTime) -> None:
+    """What options and method make of a stage before its first step, or what they had when it was left."""
+    if state is not None:
+        put_beginning(stage, state)
+        return
+    for option in stage.options:
+        option.begin(stage, own)
+    with hooks:
+        stage.room.method.begin_task(stage)
+
+
+def _before_step(stage: StageRun, hooks: HookTime) -> None:
+    with hooks:
+        for option in stage.options:
+            option.before_step(stage)
+
+
+def _after_step(stage: StageRun, batch: Batch, hooks: HookTime, meter: Meter) -> None:
+    """What method and options make of the step that was taken."""
+    with hooks:
+        stage.room.method.after_step(stage)
+        for option in stage.options:
+            if row := option.after_step(stage, batch):
+                meter.note(row)
+
+
+def _gradients(
+    stage: StageRun,
+    plan: BatchPlan,
+    rows: Sequence[int],
+    batches: Iterator[Padded],
+    hooks: HookTime,
+    meter: Meter,
+) -> tuple[Tensor, Tensor | None, float, Batch]:
+    """The whole gradient of a step, clipped; this rank's loss, the penalty, the norm, and the last micro-batch."""
+    engine, watch = stage.engine, meter.watch
+    assert engine is not None
+    looking = watch if meter.due(stage.step + 1) else None
+    loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, looking)
+    if watch.waits:
+        watch.compare(engine.whole_gradients())
+    if stage.room.method.edits_before_clip:
+        _edit(stage, hooks)
+    norm = engine.clip()
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not finite; try a "
+            "lower training.lr"
+        )
+    return loss, penalty, norm, batch
+
+
+def _padded(
+    stage: StageRun,
+    plan: BatchPlan,
+    weights: StepWeights,
+    steps: Sequence[Sequence[int]],
+    examples: Sequence[Example],
+    tasks: Sequence[str],
+) -> Generator[Padded, None, None]:
+    """This rank's micro-batches of all steps, padded in the background while the device computes."""
+
+    def pad(of_step: tuple[Sequence[int], Sequence[int]]) -> Padded:
+        step_rows, mine = of_step
+        # A rank without rows takes the step's first row at weight zero, so that graphs stay alike.
+        rows, row_weights = (mine, weights.of(step_rows, mine)) if mine else ([step_rows[0]], [0.0])
+        return stage.padded([examples[i] for i in rows], row_weights), [tasks[i] for i in rows]
+
+    micro_batches = ((rows, mine) for rows in steps for _, mine in plan.micro_batches(rows, stage.rank))
+    # A thread begins on the first GPU; page-locked memory would open that one in every process.
+    begin = partial(torch.cuda.set_device, stage.device) if stage.device.type == "cuda" else None
+    return prefetched(pad, micro_batches, AHEAD, begin)
+
+
+def _micro_batches(
+    stage: StageRun,
+    plan: BatchPlan,
+    rows: Sequence[int],
+    batches: Iterator[Padded],
+    hooks: HookTime,
+    watch: PenaltyWatch | None,
+) -> tuple[Tensor, Tensor | None, Batch]:
+    """Forward and backward of a step's micro-batches; this rank's task loss, the penalty, and the last micro-batch."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    total = torch.zeros((), device=stage.device)
+    penalty: Tensor | None = None
+    for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
+        _seed(stage, "forward", stage.step, number)
+        batch = stage.ready(*next(batches))
+        loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
+        # Not the last forward's alone: a rank may have had no rows for that one.
+        stage.task_loss = total = total + loss.detach()
+        last = slot == plan.accumulation - 1
+        if last:
+            with hooks:
+                penalty = method.penalty(stage)
+            if penalty is not None and stage.config.training.penalty_at == "micro":
+                penalty = plan.accumulation * penalty  # its gradient is the same at each of them
+            if watch is not None:
+                watch.see(penalty, engine.parameters)
+        engine.backward(loss if penalty is None else loss + penalty)
+        if not last:
+            engine.next_micro_batch()
+    return total, None if penalty is None else penalty.detach(), batch
+
+
+def _seed(stage: StageRun, *of: object) -> None:
+    """Draw anew, from what decides it alone: the same on any number of ranks, and after a restart."""
+    torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
+
+
+def _edit(stage: StageRun, hooks: HookTime) -> dict[str, Tensor]:
+    """The method's edits of whole gradients; all of them as they are then, or nothing where it edits none."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    if not overrides(method, "edit_gradients"):
+        return {}
+    with hooks:
+        gradients = engine.whole_gradients()
+        changed = method.edit_gradients(stage, gradients)
+        if changed:
+            engine.set_whole_gradients(changed)
+            gradients.update(changed)
+    return gradients
+
+
+def _whole_steps(stage: StageRun, gradients: dict[str, Tensor], lr: float, muon: Muon, hooks: HookTime) -> None:
+    """The updates by rules that take whole gradients: those given, where they are at hand."""
+    method, engine = stage.room.method, stage.engine
+    assert engine is not None
+    if engine.whole:
+        gradients = gradients or engine.whole_gradients(engine.whole)
+    updates: dict[str, Tensor] = {}
+    for group in engine.groups:
+        rate = lr * group.lr_scale
+        for name, parameter in group.parameters.items() if group.rule in WHOLE else ():
+            if group.rule == "muon":
+                updates[name] = muon.update(name, parameter, gradients[name], rate, group.weight_decay)
+            else:
+                with hooks:
+                    updates[name] = method.whole_step(stage, name, gradients[name], rate)
+    if updates:
+        engine.write({name: engine.parameters[name].detach() + update for name, update in updates.items()})

@@ -1,0 +1,153 @@
+"""What a stage's training measures and logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_runner.training.health import PenaltyWatch
+from cl_runner.training.sampling import BatchPlan
+from cl_runner.training.stage import StageRun
+
+
+@dataclass
+class Trained:
+    """What a stage's training reports."""
+
+    steps: int
+    examples: int
+    seconds: float
+    loss: float | None
+    penalty: float | None
+    skipped: int
+    plan: BatchPlan
+    hook_seconds: float  # of the method's own hooks, those before and after the steps too, and options'
+    watch: PenaltyWatch
+    about: dict[str, Any]  # what options have to say, in ``metrics.json`` and on the screen
+    said: list[str]
+
+
+LogRow = dict[str, Any]
+
+
+class HookTime:
+    """Wall time in a method's own hooks, and options'; on a GPU, to launch their work and where they wait for it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+class Meter:
+    """Rows of ``log.jsonl`` and the pace of a stage.
+
+    Reading a loss off the device waits for it, so it is done at logged steps only.
+    """
+
+    def __init__(
+        self, stage: StageRun, log: Callable[[LogRow], None], tick: Callable[..., None], hooks: HookTime
+    ) -> None:
+        self.stage, self.log, self.tick, self.hooks = stage, log, tick, hooks
+        self.started = self.last = time.perf_counter()
+        self.examples = self.since = 0
+        self.loss: float | None = None
+        self.penalty: float | None = None
+        self.watch = PenaltyWatch()
+
+    def due(self, step: int) -> bool:
+        """Whether step ``step`` (from 1) is logged."""
+        return step % self.stage.config.output.log_every == 0 or step == self.stage.steps
+
+    def step(self, examples: int, loss: Tensor, penalty: Tensor | None, lr: float, norm: float) -> None:
+        """Count one optimizer step, and log it if it is due."""
+        stage = self.stage
+        self.examples += examples
+        self.since += examples
+        if not self.due(stage.step):
+            self.tick(stage.step, None, None)
+            return
+        self.loss = float(stage.mean(loss))
+        self.penalty = None if penalty is None else float(penalty)
+        now = time.perf_counter()
+        pace = self.since / max(now - self.last, 1e-9)
+        self.last, self.since = now, 0
+        row: LogRow = {
+            "stage": stage.plan.name,
+            "step": stage.step,
+            "steps": stage.steps,
+            "loss": self.loss,
+            "penalty": self.penalty,
+            "penalty_gradient_ratio": self.watch.ratio,
+            "lr": lr,
+            "gradient_norm": norm,
+            "examples_per_second": round(pace, 2),
+            "memory_mb": memory_mb(stage.device),
+            **stage.room.method.logged(stage),
+        }
+        for option in stage.options:
+            row.update(option.logged(stage))
+        self.log(row)
+        self.tick(stage.step, self.loss, pace)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """A row of its own."""
+        self.log({"stage": self.stage.plan.name, "step": self.stage.step, "steps": self.stage.steps, **row})
+
+    def state(self) -> dict[str, Any]:
+        """What it has counted and seen, as JSON has it; times are seconds so far."""
+        now = time.perf_counter()
+        return {
+            "seconds": now - self.started,
+            "since_seconds": now - self.last,
+            "hook_seconds": self.hooks.seconds,
+            "examples": self.examples,
+            "since": self.since,
+            "loss": self.loss,
+            "penalty": self.penalty,
+            "watch": self.watch.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from there."""
+        now = time.perf_counter()
+        self.started, self.last = now - state["seconds"], now - state["since_seconds"]
+        self.hooks.seconds += state["hook_seconds"]
+        self.examples, self.since = state["examples"], state["since"]
+        self.loss, self.penalty = state["loss"], state["penalty"]
+        self.watch.load_state(state["watch"])
+
+    def trained(self, plan: BatchPlan, skipped: int) -> Trained:
+        """The stage's summary."""
+        options = self.stage.options
+        return Trained(
+            steps=self.stage.step,
+            examples=self.examples,
+            seconds=time.perf_counter() - self.started,
+            loss=self.loss,
+            penalty=self.penalty,
+            skipped=skipped,
+            plan=plan,
+            hook_seconds=self.hooks.seconds,
+            watch=self.watch,
+            about={key: value for option in options for key, value in option.about().items()},
+            said=[said for option in options if (said := option.said())],
+        )
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -1,0 +1,155 @@
+"""What a run will do: its stages, their rows and their batch arithmetic. Known, and refused, before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_runner.adapters.kind import Kind
+from cl_runner.config.schema import RunConfig
+from cl_runner.errors import UserError
+from cl_runner.methods import make_method
+from cl_runner.methods.protocol import Method, StagePlan
+from cl_runner.metrics.scores import require
+from cl_runner.tasks.task import Task
+from cl_runner.training.compatibility import check_method, fitting_kind, stage_config, unused_settings
+from cl_runner.training.data import Data
+from cl_runner.training.options import make_options
+from cl_runner.training.sampling import BatchPlan
+
+
+@dataclass
+class Plan:
+    """What a run will do, known before anything is loaded on a device."""
+
+    config: RunConfig
+    order: str
+    method: Method
+    kind: Kind
+    stages: tuple[StagePlan, ...]
+    data: Data
+    grows: str = ""  # how much the method will carry, where that is known beforehand
+    only: Sequence[str] | None = None  # the tasks that it will be evaluated on; None where it trains
+
+    @classmethod
+    def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], only: Sequence[str] | None = None) -> Plan:
+        """Check all that can be refused without the model. Raises UserError.
+
+        only: the tasks whose test rows alone are needed, of a plan that will only be evaluated: what cannot be trained
+        here, or would be refused by now, still answers.
+        """
+        method = make_method(config)
+        kind = fitting_kind(config, method)
+        stages = tuple(method.plan([task.name for task in tasks]))
+        if only is None:
+            cls._check_training(config, method, stages)
+        for task in tasks:
+            if only is None or task.name in only:
+                require(task.metric, task.labels)
+        return cls(config, order, method, kind, stages, Data.load(tasks, config, stages, only), only=only)
+
+    @staticmethod
+    def _check_training(config: RunConfig, method: Method, stages: Sequence[StagePlan]) -> None:
+        if method.full and config.model.dtype == "bf16":
+            raise UserError(
+                "model.dtype bf16: full fine-tuning trains the weights in fp32; set model.dtype=auto "
+                "(training.precision=bf16 computes in bf16)"
+            )
+        check_method(config, stages)
+        for index, plan in enumerate(stages):
+            of_stage = stage_config(config, index, plan)
+            if make_method(of_stage).full != method.full:
+                raise UserError(
+                    f"method.train: stage {index + 1} ({plan.name}) trains otherwise; set it for all stages"
+                )
+            if of_stage.training.deepspeed is not None:
+                from cl_runner.engine.zero import read_deepspeed_json
+
+                read_deepspeed_json(of_stage.training.deepspeed)
+
+    def check_shapes(self) -> None:
+        """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
+        stages = [(config, make_method(config)) for config in self._configs()]
+        options = [option for option in make_options() if option.by_shape]
+        if not any(method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages):
+            return
+        from cl_runner.models.base import outline
+
+        model = outline(self.config.model)
+        if model is not None:
+            shapes = self.kind.shapes(model)
+            check_method(self.config, self.stages, shapes)
+            self.grows = self.method.grows(self.config, shapes)
+
+    def notes(self) -> list[str]:
+        """Lines on how files were read, and on what is left out or will be missed.
+
+        Settings that no stage can follow or is too short for; rows of other labels; labels without rows; scores.
+        """
+        data, unused = self.data, unused_settings(self.config, self.stages)
+        rows = [*data.read_as(), *data.left_out(), *data.scored_unknown(), *data.unseen(), *data.constant()]
+        return [*unused, *self._of_options(), *self._no_past(), *rows]
+
+    def _no_past(self) -> list[str]:
+        """A line where past pairs are to read the dropped-out input, and there is no dropout or no past pair."""
+        adapter, method = self.config.adapter, self.method
+        if not adapter.dropout_past:
+            return []
+        why = ""
+        if method.full or method.past_as == "none":
+            why = f"{method.name} has no past pairs"
+        elif len(self.stages) == 1:
+            why = "there is one stage"
+        elif not adapter.dropout:
+            why = "adapter.dropout is 0"
+        return [f"adapter.dropout_past has no effect: {why}"] if why else []
+
+    def _of_options(self) -> list[str]:
+        """Lines of options on what has no effect."""
+        steps = [batch.steps for batch in self.batches(1)]
+        stages = [(of, make_method(of), count) for of, count in zip(self._configs(), steps, strict=True)]
+        found = []
+        for option in make_options():
+            if having := [stage for stage in stages if option.wanted(*stage[:2])]:
+                found += option.notes(having)
+        return found
+
+    def _configs(self) -> list[RunConfig]:
+        """The settings of each stage."""
+        return [stage_config(self.config, index, stage) for index, stage in enumerate(self.stages)]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages."""
+        return [stage.name for stage in self.stages]
+
+    def batches(self, ranks: int) -> list[BatchPlan]:
+        """The batch arithmetic of each stage."""
+        found = []
+        for index, plan in enumerate(self.stages):
+            rows = sum(len(self.data.train[task]) for task in plan.tasks)
+            found.append(BatchPlan.make(rows, stage_config(self.config, index, plan).training, ranks))
+        return found
+
+    def identity(self, ranks: int) -> dict[str, Any]:
+        """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches.
+
+        The accumulation too where it is a factor of the penalty, and the method's revision where it is not the first.
+        """
+        batches = self.batches(ranks)
+        at = [stage_config(self.config, index, plan).training.penalty_at for index, plan in enumerate(self.stages)]
+        times = [batch.accumulation if one == "micro" else 1 for batch, one in zip(batches, at, strict=True)]
+        return {
+            "stages": [[stage.name, *stage.tasks] for stage in self.stages],
+            "definitions": self.data.definitions(),
+            "scoring": self.data.scoring(),
+            "data": self.data.about(),
+            "micro_batches": [batch.micro_batch for batch in batches],
+            **({"penalty_times": times} if set(times) != {1} else {}),
+            **({"revision": self.method.revision} if self.method.revision != 1 else {}),
+        }
+
+    def seen(self, index: int) -> list[str]:
+        """Tasks trained up to and with a stage, each once."""
+        return list(dict.fromkeys(task for plan in self.stages[: index + 1] for task in plan.tasks))

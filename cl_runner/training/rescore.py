@@ -1,0 +1,158 @@
+"""``cl-runner eval``: a committed stage scored again, beside what was committed. Writes nothing into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_runner.disk import read_json, read_jsonl
+from cl_runner.engine import zero as engine
+from cl_runner.engine.process import Place
+from cl_runner.errors import UserError
+from cl_runner.models.locate import locate, model_identity
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.guard import other_rules
+from cl_runner.settings import Resolved
+from cl_runner.terminal.progress import Screen, ShownStage
+from cl_runner.training.checkpoint import refuse_removed, restore_stage
+from cl_runner.training.evaluation import Scored, evaluate
+from cl_runner.training.moved import run_of, with_files
+from cl_runner.training.plan import Plan
+from cl_runner.training.room import open_room, open_stage
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed).
+
+    ``rules``: of the tasks that today's rule of what is right differs for, that of then and today's. ``undefined``: why
+    there is no score now.
+    """
+
+    stage: int
+    name: str
+    synthetic: tuple[str, ...]  # the tasks whose rows are
+    now: dict[str, float | None]
+    committed: dict[str, float | None]
+    differing: dict[str, list[str] | None]
+    rules: dict[str, tuple[str, str]]
+    undefined: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "stage": self.stage,
+            "name": self.name,
+            "synthetic": bool(self.synthetic),
+            "scores": self.now,
+            "committed": self.committed,
+            "differing_rows": self.differing,
+            "rules": {task: {"committed": then, "now": now} for task, (then, now) in self.rules.items()},
+            "undefined": self.undefined,
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        of = "" if len(self.synthetic) == len(self.now) else f": {', '.join(self.synthetic)}"
+        mark = f", synthetic{of}" if self.synthetic else ""
+        lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
+        for task, score in self.now.items():
+            ids = self.differing[task]
+            why = f" ({self.undefined[task]})" if task in self.undefined else ""
+            line = f"  {task}: {_percent(score)}{why}"
+            if ids is None:
+                line += " (not scored when the stage was committed)"
+            elif ids:
+                rows = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+                line += f", committed {_percent(self.committed.get(task))}; other answers: {rows}"
+            elif task in self.rules:
+                line += f", committed {_percent(self.committed.get(task))}; the same answers"
+            else:
+                line += ", as committed"
+            if task in self.rules:
+                line += "; committed by the rule '{}', now by '{}'".format(*self.rules[task])
+            lines.append(line)
+        return lines
+
+
+def rescore(
+    resolved: Resolved, rundir: RunDir, index: int, tasks: Sequence[str] | None, place: Place, screen: Screen
+) -> Rescored:
+    """Score stage ``index`` (from 0) on ``tasks``, by default those it was scored on.
+
+    Raises:
+        UserError: the data are not those of the run, or the stage is damaged.
+    """
+    assert resolved.order is not None
+    config, order = resolved.config, resolved.order
+    with readable(rundir):
+        folder = rundir.stage_dir(index, stage_names(rundir.about())[index])
+        refuse_removed(folder)
+        committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
+        outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / "predictions.jsonl")}
+        wanted = list(tasks or committed)
+        if run_of(order):
+            order = with_files(order, rundir, config, ("test",), wanted)
+        plan = Plan.make(config, order.name, order.tasks, only=wanted)
+        _same(plan, rundir, wanted)
+    engine.start(place)
+    try:
+        scored = _score(plan, rundir, index, wanted, place, screen)
+    finally:
+        engine.stop()
+    now_by = other_rules(rundir.about()["identity"], plan.data.scoring())
+    differing = {
+        one.task: [row["id"] for row in one.predictions if outputs.get((one.task, row["id"])) != row["output"]]
+        if one.task in committed
+        else None
+        for one in scored
+    }
+    return Rescored(
+        index + 1,
+        plan.names[index],
+        tuple(one.task for one in scored if plan.data.test[one.task].synthetic),
+        {one.task: one.score for one in scored},
+        committed,
+        differing,
+        {task: rules for task, rules in now_by.items() if task in committed},
+        {one.task: one.undefined for one in scored if one.undefined},
+    )
+
+
+def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
+    """Refuse to score anything else than the run did. Raises UserError."""
+    before = rundir.about()["identity"]
+    if before["stages"] != [[stage.name, *stage.tasks] for stage in plan.stages]:
+        stages = ", ".join(stage[0] for stage in before["stages"])
+        raise UserError(f"the order {plan.order} has changed: the run {rundir.path} has the stages {stages}")
+    if before["model"] != model_identity(locate(plan.config.model)):
+        raise UserError(f"the base model {plan.config.model.name} is not the one of the run {rundir.path}")
+    now = plan.data.definitions()
+    for task in tasks:
+        if before["definitions"][task] != now[task]:
+            raise UserError(f"the run {rundir.path} asked {task} otherwise (instruction, labels or metric)")
+        if before["data"][task]["test"]["fingerprint"] != plan.data.test[task].fingerprint:
+            raise UserError(f"the test data of {task} are not those of the run {rundir.path}")
+
+
+def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:
+    room, tokens = open_room(plan, place)
+    for line in tokens.notes:
+        screen.line(line)
+    stage = open_stage(room, plan.config, index, evaluating=True)
+    left = restore_stage(rundir, stage, index)
+    answers = room.adapters.kept.get(left.answers.live or "")
+    room.method.build(stage)
+    if left.next and answers:  # values of their own answer, and ``build`` may have begun anew
+        room.adapters.show(answers)
+    tests = {task: tokens.test[task] for task in tasks}
+    screen.begin([ShownStage("", 0, sum(len(test.rows) for test in tests.values()))])
+    try:
+        return evaluate(stage, tests, screen.evaluating)
+    finally:
+        stage.close()
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.4f}"

@@ -1,0 +1,320 @@
+"""A run: its plan of stages, the folder they are committed to, and the loop over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_runner.adapters.base import Held
+from cl_runner.disk import append_jsonl, read_json, write_json
+from cl_runner.engine import zero as engine
+from cl_runner.engine.process import Place
+from cl_runner.methods import make_method
+from cl_runner.methods.protocol import overrides
+from cl_runner.metrics.accuracy import Matrix
+from cl_runner.runs.folder import RunDir
+from cl_runner.runs.results import read_matrix, write_results
+from cl_runner.terminal import stopping
+from cl_runner.terminal.progress import Screen, ShownStage
+from cl_runner.training.checkpoint import committed, remove_models, restore_stage, save_stage
+from cl_runner.training.compatibility import stage_config
+from cl_runner.training.evaluation import Scored, TestSet, evaluate
+from cl_runner.training.health import Health
+from cl_runner.training.loop import train_stage
+from cl_runner.training.meter import Trained
+from cl_runner.training.options import answering
+from cl_runner.training.plan import Plan
+from cl_runner.training.room import Tokens, open_room, open_stage
+from cl_runner.training.sampling import BatchPlan
+from cl_runner.training.stage import Room, StageRun, commit_update
+
+
+class Run:
+    """A run in its folder: trains the stages that are not committed yet."""
+
+    def __init__(self, plan: Plan, rundir: RunDir, place: Place, screen: Screen) -> None:
+        self.plan = plan
+        self.rundir = rundir
+        self.place = place
+        self.screen = screen
+        self.current: str | None = None
+        self._open: tuple[Room, Tokens] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages."""
+        return self.plan.names
+
+    def prepare(self) -> tuple[Room, Tokens]:
+        """Load the model and tokenise every row of every stage; nothing is written. Raises UserError."""
+        if self._open is None:
+            engine.start(self.place)
+            self._open = open_room(self.plan, self.place)
+        return self._open
+
+    def bytes_to_write(self, done: int) -> int:
+        """About how much room the stages after the first ``done`` will take."""
+        room, _ = self.prepare()
+        to_come = range(done, len(self.names))
+        predictions = sum(300 * len(self.plan.data.test[task]) for index in to_come for task in self._tested(index))
+        adapters, method, rank = room.adapters, self.plan.method, self.plan.config.adapter.largest
+        trained = sum(parameter.numel() for parameter in adapters.parameters().values())
+        sizes = [
+            adapters.folder_bytes(self._pairs(index), rank, method.dense)
+            + method.state_bytes(adapters.shapes(), trained, index + 1)
+            for index in to_come
+        ]
+        keep = self.plan.config.output.keep_stages
+        if self.plan.kind.folder == "model" and keep != "all" and self.plan.stages[0].start != "base":
+            sizes = sizes[-(keep + 1 - min(done, keep)) :]  # so many at a time, and the one being written
+        return predictions + sum(sizes)
+
+    def _pairs(self, index: int) -> int:
+        """How many pairs a stage's folder holds: each adapter has all before it."""
+        return 1 if self.plan.stages[index].start == "base" else index + 1
+
+    def train(self) -> Matrix:
+        """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
+        room, tokens = self.prepare()
+        for line in [*filter(None, [room.base.advice]), *tokens.notes, *tokens.cut_targets()]:
+            self.screen.line(line)
+        done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
+        batches = self.plan.batches(self.place.ranks)
+        tested = [sum(len(tokens.test[task].rows) for task in self._tested(i)) for i in range(len(self.names))]
+        shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
+        self.screen.begin(shown, done)
+        if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
+            self._base_scores(room, tokens)
+        for index in range(done, len(self.names)):
+            self.current = self.names[index]
+            if index == done and index > 0:
+                with_state = open_stage(room, self.plan.config, index - 1)
+                restore_stage(self.rundir, with_state, index - 1)
+                with_state.close()
+                self._let_go(room, index - 1)
+            self._stage(room, tokens, index, batches[index])
+        self.current = None
+        if self.place.rank == 0:
+            write_results(self.rundir)
+        return read_matrix(self.rundir)
+
+    def _tested(self, index: int) -> list[str]:
+        return list(self.plan.data.tasks) if self.plan.config.eval.future else self.plan.seen(index)
+
+    def _base_scores(self, room: Room, tokens: Tokens) -> None:
+        """a0: the untouched base on every task, before stage 1."""
+        stage = open_stage(room, self.plan.config, 0, evaluating=True)
+        room.adapters.show(None)
+        scored = evaluate(stage, tokens.test, self._tick_evaluation)
+        stage.close()
+        if self.place.rank == 0:
+            self.rundir.commit(-1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
+        self._wait()
+        self._show_scores(scored)
+
+    def _stage(self, room: Room, tokens: Tokens, index: int, batch: BatchPlan) -> None:
+        name = self.names[index]
+        stage = open_stage(room, self.plan.config, index)
+        started = time.perf_counter()
+        self.screen.stage(index + 1, len(self.names), name, batch.steps)
+        try:
+            if stage.plan.start == "base":
+                room.adapters.restore([], room.adapters.kept, None)
+            room.method.build(stage)
+            own = tokens.source(stage.plan)
+            trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
+            room.adapters.train(False)
+            health = self._health(room, stage, trained)
+            tests = {task: tokens.test[task] for task in self._tested(index)}
+            before = time.perf_counter()
+            unfolded = evaluate(stage, tests, self._tick_evaluation) if room.method.fold_loses else None
+            answers, scored = self._fold(room, stage, tests)
+            seconds = {
+                "train": round(trained.seconds, 3),
+                "method": round(trained.hook_seconds, 3),
+                "evaluate": round(time.perf_counter() - before, 3),
+                "stage": round(time.perf_counter() - started, 3),
+            }
+            if self.place.rank == 0:
+                write = partial(
+                    self._write_stage,
+                    stage=stage,
+                    answers=answers,
+                    scored=scored,
+                    unfolded=unfolded,
+                    trained=trained,
+                    health=health,
+                    seconds=seconds,
+                )
+                self.rundir.commit(index, name, write)
+                write_results(self.rundir)
+            self._wait()
+            committed(self.rundir, stage)
+            keep = self.plan.config.output.keep_stages
+            if self.place.rank == 0 and keep != "all":
+                remove_models(self.rundir, stage, keep)
+            self._let_go(room, index)
+            if unfolded is not None:
+                self._say(stage, f"mean score before the fold {_mean(unfolded)}, after it {_mean(scored)}")
+            self._show_scores(scored, self.plan.seen(index))
+            self.screen.stage_done()
+        finally:
+            stage.close()
+
+    def _fold(self, room: Room, stage: StageRun, tests: Mapping[str, TestSet]) -> tuple[Held | None, list[Scored]]:
+        """Fold or keep what the stage has learned, and score what answers.
+
+        Where an option has other values answer than those that go on (``Option.answering``), they are held apart: they
+        answer beside the sum of before, and the next stage begins from what was folded without them.
+        """
+        adapters = room.adapters
+        values = answering(stage)
+        own = adapters.parameters()
+        if values is None or all(torch.equal(own[name], value) for name, value in values.items()):
+            values = None
+        elif all(plan.start == "base" for plan in self.plan.stages):  # what goes on is nowhere gone on from
+            adapters.put(values)
+            values = None
+        if values is None:
+            commit_update(room.method, stage)
+            return None, evaluate(stage, tests, self._tick_evaluation)
+        goes_on = {name: parameter.detach().clone() for name, parameter in own.items()}
+        adapters.put(values)
+        scored = evaluate(stage, tests, self._tick_evaluation)
+        adapters.keep_live()
+        answers = adapters.held(copied=True)
+        adapters.kept.pop(stage.plan.name)
+        adapters.put(goes_on)
+        commit_update(room.method, stage)
+        return answers, scored
+
+    def _let_go(self, room: Room, index: int) -> None:
+        """Free the past factors that no stage after ``index`` will read."""
+        reads: dict[str, str] = {}
+        for later, stage in enumerate(self.plan.stages[index + 1 :], index + 1):
+            for factor, how in make_method(stage_config(self.plan.config, later, stage)).reads_past().items():
+                reads[factor] = how if reads.get(factor) != "rows" else "rows"
+        room.adapters.let_go(reads)
+
+    def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
+        """How the stage's penalty did; said on the screen where there was one, as is what options have to say."""
+        stages = enumerate(self.names[: stage.index])
+        files = [self.rundir.stage_dir(index, name) / "metrics.json" for index, name in stages]
+        norms = [read_json(file)["training"].get("update_norm") for file in files]
+        health = Health(
+            loss=trained.loss,
+            penalty=trained.penalty,
+            ratio=trained.watch.ratio,
+            idle=trained.watch.idle,
+            update=room.adapters.update_norm(),
+            earlier=max((norm for norm in norms if norm), default=None),
+            first=stage.index == 0,
+            expected=overrides(room.method, "penalty"),
+        )
+        for text in (*trained.said, health.line(), health.warning()):
+            if text:
+                self._say(stage, text)
+        return health
+
+    def _say(self, stage: StageRun, text: str) -> None:
+        self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
+
+    def _write_stage(
+        self,
+        folder: Path,
+        stage: StageRun,
+        answers: Held | None,
+        scored: Sequence[Scored],
+        unfolded: Sequence[Scored] | None,
+        trained: Trained,
+        health: Health,
+        seconds: Mapping[str, float],
+    ) -> None:
+        sizes = save_stage(folder, stage, answers)
+        about = {
+            "index": stage.index,
+            "training": {
+                "steps": trained.steps,
+                "examples": trained.examples,
+                "loss": trained.loss,
+                "penalty": trained.penalty,
+                "penalty_gradient_ratio": health.ratio,
+                "update_norm": health.update,
+                "free_share": stage.room.method.free_share(stage),
+                "rank": None,  # unless it was chosen
+                **trained.about,
+                "skipped_steps": trained.skipped,
+                "global_batch": trained.plan.global_batch,
+                "micro_batch": trained.plan.micro_batch,
+                "accumulation": trained.plan.accumulation,
+                "ranks": trained.plan.ranks,
+            },
+            **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
+            "megabytes": sizes,
+            "synthetic": self.plan.data.synthetic,
+            "seconds": dict(seconds),
+        }
+        _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
+
+    def _show_scores(self, scored: Sequence[Scored], seen: Sequence[str] = ()) -> None:
+        """One line: each score, its metric where there are several, what is synthetic, the mean over ``seen``."""
+        data = self.plan.data
+        synthetic = [one.task for one in scored if data.test[one.task].synthetic]
+        several = len({task.metric for task in data.tasks.values()}) > 1
+        named = {}
+        for one in scored:
+            marks: list[str] = [data.tasks[one.task].metric] * several
+            marks += ["synthetic"] * (one.task in synthetic and len(synthetic) < len(scored))
+            named[f"{one.task} ({', '.join(marks)})" if marks else one.task] = one.score
+        of_seen = [one.score for one in scored if one.task in seen and one.score is not None]
+        mean = sum(of_seen) / len(of_seen) if of_seen else None
+        self.screen.scores(named, "synthetic" if len(synthetic) == len(scored) else "", mean)
+        for one in scored:
+            if one.undefined:
+                metric = data.tasks[one.task].metric
+                self.screen.line(f"{one.task}: {metric} is undefined: {one.undefined}; the average is without it")
+
+    def _tick_evaluation(self, task: str, done: int, total: int) -> None:
+        stopping.check()
+        self.screen.evaluating(task, done, total)
+
+    def _tick(self, stage: StageRun, step: int, loss: float | None, pace: float | None) -> None:
+        stopping.check()
+        self.screen.steps(stage.steps)
+        self.screen.step(step, loss, pace)
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        if self.place.rank == 0:
+            append_jsonl(self.rundir.path / "log.jsonl", [row])
+
+    def _wait(self) -> None:
+        if self.place.ranks > 1:
+            torch.distributed.barrier()
+
+
+def _write_scores(
+    folder: Path, stage: str, tasks: Sequence[str], scored: Sequence[Scored], about: Mapping[str, Any]
+) -> None:
+    append_jsonl(folder / "predictions.jsonl", [row for one in scored for row in one.predictions])
+    write_json(
+        folder / "metrics.json",
+        {
+            "stage": stage,
+            "tasks": list(tasks),
+            "scores": {one.task: one.score for one in scored},
+            "counts": {one.task: len(one.predictions) for one in scored},
+            "undefined": {one.task: one.undefined for one in scored if one.undefined},
+            **about,
+        },
+    )
+
+
+def _mean(scored: Sequence[Scored]) -> str:
+    """Over the tasks that have a score, in percent."""
+    known = [one.score for one in scored if one.score is not None]
+    return f"{sum(known) / len(known):.4f} %" if known else "-"

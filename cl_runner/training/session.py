@@ -1,0 +1,260 @@
+"""One process of a run: it opens the folder, trains, and tells the end in one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_runner.engine.process import Assigned
+from cl_runner.errors import TrainingError, UserError
+from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
+from cl_runner.models.locate import Located
+from cl_runner.runs import catalog
+from cl_runner.runs.folder import RunDir
+from cl_runner.runs.guard import refuse_other_settings
+from cl_runner.settings import Resolved, dump, dump_order
+from cl_runner.terminal import console, stopping
+from cl_runner.terminal.console import one_line
+from cl_runner.terminal.stopping import Stopped
+from cl_runner.training.environment import environment, record_environment
+from cl_runner.training.extend import Extended
+from cl_runner.training.plan import Plan
+
+if TYPE_CHECKING:
+    from cl_runner.engine.process import Place
+    from cl_runner.terminal.progress import Screen
+    from cl_runner.training.run import Run
+
+
+class Session:
+    """One process of a run that is not finished: prepares, trains, and tells the end in one line."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        located: Located,
+        plan: Plan,
+        identity: Mapping[str, Any],
+        folder: RunDir,
+        part: Assigned | None,
+        extended: Extended | None,
+    ) -> None:
+        from cl_runner.engine.process import here
+
+        self.resolved = resolved
+        self.located = located
+        self.plan = plan
+        self.identity = identity
+        self.folder = folder
+        self.part = part
+        self.extended = extended
+        self.place = here()
+        self.channel = Channel.given()
+
+    def run(self) -> int:
+        """Train; returns the exit code. What goes wrong before the run's folder is open is raised."""
+        from cl_runner.engine import zero as engine
+        from cl_runner.terminal.progress import Screen
+        from cl_runner.training.run import Run
+
+        if self.channel:
+            from cl_runner.launch.local import die_with_parent
+
+            die_with_parent()  # the launcher, which ends all of us, may be killed itself
+        if self.place.rank != 0:
+            stopping.end_at_once()
+        try:
+            with Screen(enabled=self.place.rank == 0) as screen, ExitStack() as stack:
+                self.folder = RunDir(Path(self._agreed(str(self.folder.path))))
+                run = Run(self.plan, self.folder, self.place, screen)
+                new = not self.folder.exists()
+                if not new:
+                    self._open(stack)
+                embedded = self.located.kind == "embedded"
+                if not embedded:  # loading takes its time, and says what
+                    self._introduce(screen)
+                run.prepare()
+                self._check_disk(run)
+                if new:
+                    if self.place.rank == 0:
+                        self.folder.create(*self._new())  # or another process has, meanwhile
+                    self._open(stack)
+                if embedded:
+                    self._introduce(screen)
+                code = self._train(run, screen)
+        finally:
+            # After a failure with others, taking the group down may wait for them: the process ends instead.
+            if self.place.ranks == 1 or sys.exc_info()[0] is None:
+                engine.stop()
+        return code
+
+    def _agreed(self, path: str) -> str:
+        """Rank 0's word on every rank."""
+        from cl_runner.engine import zero as engine
+
+        if self.place.ranks > 1:
+            engine.start(self.place)
+        return str(engine.broadcast_object(self.place, path))
+
+    def _introduce(self, screen: Screen) -> None:
+        notes = [*self.resolved.notes, *self.plan.notes(), *([self.plan.grows] if self.plan.grows else [])]
+        for line in [self.located.note, *notes, *free_devices(self.place)]:
+            screen.line(line)
+
+    def _new(self) -> tuple[str, str, dict[str, Any], Callable[[Path], None] | None]:
+        """``run.yaml``, ``order.yaml`` and ``run.json`` of a new run, and what fills the rest of its folder."""
+        config, plan, order = self.resolved.config, self.plan, self.resolved.order
+        assert order is not None
+        if self.folder.name != (config.output.name or catalog.folder_name(self.resolved)):
+            config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
+        cut = {name: rows for name, rows in plan.data.train.items() if rows.cut}
+        taken = ", ".join(f"{name} {len(rows)} of {len(rows) + rows.cut}" for name, rows in cut.items())
+        notes = [*([f"train rows taken: {taken}"] if taken else []), *plan.data.scored_unknown()]
+        about = {
+            "order": plan.order,
+            "method": config.method.name,
+            "model": config.model.name if self.located.kind != "folder" else Path(config.model.name).name,
+            "seed": config.seed,
+            "synthetic": plan.data.synthetic,
+            "named_task": config.data.add_task_name or config.data.add_dataset_name,
+            "form": plan.method.form,
+            "variant": catalog.variant(self.resolved),
+            "changed": catalog.changed(self.resolved),
+            "notes": notes,
+            "tasks": list(plan.data.tasks),
+            "metrics": {name: task.metric for name, task in plan.data.tasks.items()},
+            "stages": [{"name": stage.name, "tasks": list(stage.tasks)} for stage in plan.stages],
+            "identity": dict(self.identity),
+        }
+        if self.extended:
+            more = self.extended.about(config.eval.future)
+            about |= {**more, "notes": [*notes, *more["notes"]]}
+        return dump(config), dump_order(order.written()), about, self.extended.fill if self.extended else None
+
+    def _open(self, stack: ExitStack) -> None:
+        """Lock the folder, and clear what an interrupted process left in it."""
+        if self.place.rank != 0:
+            return
+        stack.enter_context(self.folder.lock())
+        # Another process may have made the folder, or gone on with it, since we looked.
+        refuse_other_settings(self.folder, self.resolved.config, self.identity)
+        self.folder.clear_drafts()
+        self.folder.keep_log_rows(["base", *self.plan.names[: self.folder.committed(self.plan.names)]])
+
+    def _check_disk(self, run: Run) -> None:
+        if self.place.rank != 0:
+            return
+        done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
+        needed = run.bytes_to_write(done) + (self.extended.bytes if self.extended else 0)
+        root = next(path for path in [self.folder.path, *self.folder.path.absolute().parents] if path.exists())
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise UserError(
+                f"{self.folder.path.parent}: {size(free)} free on this disk, and the stages to come need about "
+                f"{size(needed)}; make room, or give another --output-dir"
+            )
+
+    def _train(self, run: Run, screen: Screen) -> int:
+        """Train what is missing; a bad end is told here, in one line, on the screen and in ``run.log``."""
+        first = self.place.rank == 0
+        try:
+            if first:
+                self._begin(screen)
+            run.train()
+        except BaseException as error:
+            if first:
+                return self._tell(run, screen, error)
+            self.channel.say(FAILED + f"process {self.place.rank}: {why(error)}")
+            raise
+        if first:
+            self.folder.set_status("done")
+        return 0
+
+    def _begin(self, screen: Screen) -> None:
+        record_environment(self.folder, environment(self.plan, self.place))
+        screen.log_to(self.folder.log_file)
+        screen.line(f"run folder: {self.folder.path}")
+        self.folder.set_status("running", pid=os.getpid(), host=socket.gethostname())
+
+    def _tell(self, run: Run, screen: Screen, error: BaseException) -> int:
+        """One line: the stage, why, what is kept, the command to go on. Returns the exit code."""
+        stopping.last_words()
+        if console.debugging:
+            traceback.print_exception(error)
+        stopped, reason = self._reason(error)
+        kept = run.names[: self.folder.committed(run.names)]
+        where = f" in stage {run.names.index(run.current) + 1} ({run.current})" if run.current else ""
+        what = f"stopped{where}" if stopped else f"failed{where}: {reason}"
+        keeps = f"kept: {', '.join(kept)}" if kept else "no stage is finished yet"
+        screen.close()
+        self.channel.say(TOLD)
+        screen.line(f"{what}; {keeps}; go on: {self._again()}")
+        with suppress(OSError):  # a full disk must not hide what is being told
+            self.folder.set_status("stopped" if stopped else "failed", message=reason)
+        return 130 if stopped else 2 if isinstance(error, UserError) else 1
+
+    def _reason(self, error: BaseException) -> tuple[bool, str]:
+        """Whether this is a stop that was asked for, and why the run ends."""
+        others = self.channel.failures()
+        asked = stopping.asked()
+        if asked or isinstance(error, KeyboardInterrupt | Stopped):
+            # The launcher ends us with SIGTERM too, when another process of the run has ended.
+            if asked == "SIGTERM" and self.channel and STOP not in self.channel.heard():
+                return False, others[0] if others else "another process of the run ended, or its launcher"
+            return True, f"by {asked or 'SIGINT'}"
+        if others and not isinstance(error, UserError | TrainingError | OSError | MemoryError):
+            return False, others[0]
+        return False, why(error)
+
+    def _again(self) -> str:
+        """The command that goes on."""
+        if self.part is not None and not self.channel:
+            return "the same command again"
+        words = [word for word in sys.argv[1:] if word != "--restart"]
+        if len(words) < len(sys.argv) - 1:
+            words += ["--name", self.folder.name]
+        return shlex.join(["cl-runner", *words])
+
+
+def why(error: BaseException) -> str:
+    """An error in one line of plain words."""
+    text = one_line(str(error))
+    kind = type(error).__name__
+    if isinstance(error, UserError | TrainingError):
+        return text
+    if "No space left on device" in text:
+        return "the disk of the run folder is full; make room"
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return f"out of memory; lower training.micro_batch, eval.batch_tokens or data.max_source ({text[:200]})"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+    if kind.startswith("Dist") or (kind == "RuntimeError" and any(word in text for word in lost)):
+        return "another process of the run ended (killed, or out of memory?); --debug shows more"
+    return f"{kind}: {text} (--debug shows where)"
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.0f} KB"
+
+
+def free_devices(place: Place) -> list[str]:
+    """A line on GPUs that this run leaves alone."""
+    if place.device != "cuda" or place.ranks > 1:
+        return []
+    import torch
+
+    others = torch.cuda.device_count() - 1
+    return [f"training on the first visible GPU; {others} more: --gpus {others + 1} takes them"] if others > 0 else []

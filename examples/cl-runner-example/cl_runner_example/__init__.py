@@ -1,0 +1,1 @@
+"""A method and a task source for cl-runner."""
