@@ -10,6 +10,7 @@ from typing import Any
 
 from cl_runner.config import DataConfig, RunConfig
 from cl_runner.errors import UserError
+from cl_runner.lookup import expanded
 from cl_runner.methods import make_method
 from cl_runner.plan import data_settings, keeping_empty
 from cl_runner.rundir import RunDir
@@ -64,7 +65,7 @@ def _folders(folder: Path, run: RunDir, was: Any, data_dir: str | None) -> Itera
         yield Path(os.path.normpath(here / os.path.relpath(folder, was)))
     yield here.parent
     if data_dir is not None:
-        yield Path(data_dir).expanduser().absolute()
+        yield expanded(data_dir).absolute()
 
 
 def _find(
@@ -111,7 +112,7 @@ def _named(
 
 def _readings(name: str, folder: Path, split: Split) -> list[str]:
     """What a name of an order may mean in a folder: of an absolute one, what there is; if nothing, the name itself."""
-    given = Path(name).expanduser()
+    given = expanded(name)
     if not given.is_absolute():
         return [name]
     parts = given.parts[1:]

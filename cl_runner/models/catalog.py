@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from cl_runner.config import ModelConfig
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.lookup import expanded
 from cl_runner.models import contents
 from cl_runner.rundir import sha256
 
@@ -108,7 +109,7 @@ def _files(located: Located) -> contents.Files:
 
 def _folder(name: str, base_dir: Path) -> Path | None:
     try:
-        return base_dir / Path(name).expanduser() if name.strip() else None
+        return base_dir / expanded(name) if name.strip() else None
     except RuntimeError:  # ~somebody, and there is none
         return None
 
