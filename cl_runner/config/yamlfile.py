@@ -134,7 +134,7 @@ def printable(text: str) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """One value on one line, as ``parse`` reads it."""
+    """One value on one line, as ``parse_value`` reads it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):

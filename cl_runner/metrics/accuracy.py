@@ -101,6 +101,10 @@ class Matrix:
         """The seen tasks that means are over: their score after the last stage is not undefined."""
         return [task for task in self.seen() if self.has(-1, task)]
 
+    def unscored(self) -> list[str]:
+        """The other seen tasks: what means after the last stage are without."""
+        return [task for task in self.seen() if not self.has(-1, task)]
+
     def earlier(self) -> list[str]:
         """Of these, those that can have been forgotten: the last committed stage is not the last to have trained them.
 

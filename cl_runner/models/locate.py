@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_runner.config.lookup import expanded
 from cl_runner.config.schema import ModelConfig
 from cl_runner.disk import sha256
 from cl_runner.errors import UserError, did_you_mean
@@ -108,7 +109,7 @@ def _files(located: Located) -> contents.Files:
 
 def _folder(name: str, base_dir: Path) -> Path | None:
     try:
-        return base_dir / Path(name).expanduser() if name.strip() else None
+        return base_dir / expanded(name) if name.strip() else None
     except RuntimeError:  # ~somebody, and there is none
         return None
 

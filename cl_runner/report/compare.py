@@ -175,10 +175,10 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
 
 
 def _undefined(run: RunSummary) -> Iterator[str]:
-    """A line on each task whose score some average of the run lacks."""
+    """A line on each task whose score some average of the run lacks: from when it was trained on."""
     m = run.matrix
-    for task in m.tasks:
-        why = next((why[task] for why in reversed(m.undefined) if task in why), "")
+    for task in m.seen():
+        why = next((why[task] for why in reversed(m.undefined[m.first(task) :]) if task in why), "")
         if why:
             yield f"{run.name}: no average that {task} is in; its {run.metrics.get(task, 'score')} is undefined: {why}"
 

@@ -123,10 +123,10 @@ def tasks_of(count: int, kind: str = "") -> str:
 def measures(run: RunSummary) -> list[tuple[str, str, str]]:
     """(name, value, what it is) for each measure, in the order in which they are read."""
     m = run.matrix
-    seen, scored, earlier = len(m.seen()), len(m.scored()), len(m.earlier())
+    seen, unscored, earlier = len(m.seen()), len(m.unscored()), len(m.earlier())
     before = tasks_of(earlier, "earlier ")
     why = {
-        "average_accuracy": f"mean over the {tasks_of(seen)} seen" + (f", {seen - scored} undefined" * (scored < seen)),
+        "average_accuracy": f"mean over the {tasks_of(seen)} seen" + (f", {unscored} undefined" * (unscored > 0)),
         "weighted_average_accuracy": "the same by test rows",
         "forgetting": f"best minus now, {before}",
         "forgetting_signed": "negative: better than ever before",

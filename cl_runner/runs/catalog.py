@@ -145,7 +145,7 @@ def listed(run: RunDir) -> Listed:
                 len(names),
                 state_of(run, done, len(names)),
                 average_accuracy(matrix),
-                tuple(matrix.undefined[-1]) if matrix.stages else (),
+                tuple(matrix.unscored()),
                 bool(about["synthetic"]),
             )
     except UserError:

@@ -82,7 +82,7 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
         taken = first_of_each(kept, rarest([task.given(row.label) for row in kept]), most)
     if scored:
         unknown = dict(Counter(other for row in taken if (other := _other(task, row.label)) is not None))
-    there = {label for row in kept for label in task.given(row.label)}
+    there = {label for row in kept for label in task.given(row.label)} if task.labels else set()
     absent = tuple(label for label in task.labels or () if label not in there)
     cut, notes = len(kept) - len(taken), tuple(found.notes)
     return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, notes, found.form)

@@ -8,6 +8,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from cl_runner.config.lookup import expanded
 from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
@@ -64,7 +65,7 @@ def _folders(folder: Path, run: RunDir, was: Any, data_dir: str | None) -> Itera
         yield Path(os.path.normpath(here / os.path.relpath(folder, was)))
     yield here.parent
     if data_dir is not None:
-        yield Path(data_dir).expanduser().absolute()
+        yield expanded(data_dir).absolute()
 
 
 def _find(
@@ -111,7 +112,7 @@ def _named(
 
 def _readings(name: str, folder: Path, split: Split) -> list[str]:
     """What a name of an order may mean in a folder: of an absolute one, what there is; if nothing, the name itself."""
-    given = Path(name).expanduser()
+    given = expanded(name)
     if not given.is_absolute():
         return [name]
     parts = given.parts[1:]

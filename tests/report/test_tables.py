@@ -338,6 +338,13 @@ def test_means_over_other_tasks_do_not_stand_side_by_side() -> None:
     assert found.left_out == [f"b: no average that sts is in; its pearson is undefined: {why}"]
     alone = compare([first]).groups[0].measures["average_accuracy"]
     assert alone is not None and alone.mean == pytest.approx(110 / 3)
+    # Before its stage (eval.future) a score enters none of these averages.
+    early = Matrix(stages, tasks, [[50.0, None, 7.0], *whole[1:]], undefined=[{"sts": why}, {}, {}])
+    found = compare([a_run(tasks, matrix=early), a_run(tasks, name="c", seed=2, matrix=early)])
+    assert found.left_out == [] and found.groups[0].measures["average_accuracy"] is not None
+    assert early.unscored() == [] and second.matrix.unscored() == ["sts"]
+    cut = Matrix(stages[:1], tasks, [[50.0, None, None]], undefined=[{"sts": why}])
+    assert cut.unscored() == [], "not seen yet: no average is without it"
 
 
 def test_an_undefined_measure_is_not_averaged_away() -> None:
