@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cl_runner.config.schema import ModelConfig, RunConfig
-from cl_runner.metrics.comparison import normalise
+from cl_runner.metrics.exact_match import normalise
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder

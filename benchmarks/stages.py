@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import world
 from benchmarks.common import median, parser, publish, resident_mb, run_process
 from cl_runner.methods.protocol import StagePlan
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import sample
@@ -90,7 +91,7 @@ def curve(method: str, stages: int, steps: int, out: Path) -> None:
             made.room.adapters.train(False)
             commit_update(made.room.method, stage)
             evaluate(stage, {"agnews": test})
-            committed = run.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+            committed = commit(run, index, stage.plan.name, partial(save_stage, stage=stage))
             made.room.adapters.let_go(made.room.method.reads_past())
             written = list(committed.rglob("*.safetensors"))
             saved = sum(path.stat().st_size for path in written) / 1e6

@@ -255,8 +255,8 @@ METHODS: Registry[Method] = Registry(
         "osft": "cl_runner.methods.osft.method:OSFT",
         "sdlora": "cl_runner.methods.sdlora.method:SDLoRA",
         "pego": "cl_runner.methods.pego:PEGO",
-        "hard-orth": "cl_runner.methods.named:HARD_ORTH",
-        "soft-orth": "cl_runner.methods.named:SOFT_ORTH",
+        "hard-orth": "cl_runner.methods.settings_only:HARD_ORTH",
+        "soft-orth": "cl_runner.methods.settings_only:SOFT_ORTH",
     },
 )
 

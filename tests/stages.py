@@ -21,8 +21,8 @@ from cl_runner.models.batch import Example
 from cl_runner.models.model_folder import ModelFolder
 from cl_runner.registry import KINDS
 from cl_runner.training.loop import train_stage
-from cl_runner.training.meter import Trained
 from cl_runner.training.stage import Room, StageRun
+from cl_runner.training.step_log import Trained
 
 Kind = Literal["t5", "llama"]
 VOCABULARY, PAD, END, START = 64, 0, 1, 0

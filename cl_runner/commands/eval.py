@@ -9,8 +9,8 @@ from cl_runner import methods
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import kept_order, readable, stage_names
-from cl_runner.runs.guard import other_plugins, plugin_identity
 from cl_runner.runs.results import real_tasks
+from cl_runner.runs.resume_guard import other_plugins, plugin_identity
 from cl_runner.settings import resolve
 from cl_runner.terminal.console import print_json
 

@@ -16,7 +16,7 @@ from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, kept_order
 from cl_runner.settings import Resolved, resolve
 from cl_runner.tasks.order import Order, order_names
-from cl_runner.training.moved import run_of, with_files
+from cl_runner.training.moved_runs import run_of, with_files
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from cl_runner.errors import UserError
 from cl_runner.models.locate import check, locate, model_identity
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.runs.results import write_results
+from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
 from cl_runner.terminal.console import aligned, print_json
 from cl_runner.training.extend import Extended

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from cl_runner.errors import UserError
-from cl_runner.metrics.comparison import Comparison, comparison_of, folded, normalise, number, parts
+from cl_runner.metrics.exact_match import Comparison, comparison_of, folded, normalise, number, parts
 
 MATCHES = ("exact", "accuracy", "normalised", "numeric")  # the share of right answers
 METRICS = (*MATCHES, "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson")

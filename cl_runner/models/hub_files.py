@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.models import contents
+from cl_runner.models import folder_check
 
 if TYPE_CHECKING:
     from cl_runner.models.locate import Located
@@ -48,7 +48,7 @@ class Repository:
         return None
 
 
-def listing(located: Located) -> contents.Files:
+def listing(located: Located) -> folder_check.Files:
     """The repository's files: as the hub lists them, or, where it cannot be reached, as the local cache has them.
 
     Raises UserError: no such repository or revision, no access, or neither network nor cache.
@@ -67,7 +67,7 @@ def listing(located: Located) -> contents.Files:
     cached = _cached(located)
     if cached is None:
         raise _offline(located)
-    return contents.Folder(cached, located.name_or_path)
+    return folder_check.Folder(cached, located.name_or_path)
 
 
 def fetch(located: Located) -> Path:
@@ -76,7 +76,7 @@ def fetch(located: Located) -> Path:
     Raises UserError as ``listing`` does.
     """
     files = listing(located)
-    if isinstance(files, contents.Folder):
+    if isinstance(files, folder_check.Folder):
         return files.path
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]

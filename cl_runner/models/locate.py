@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_runner.atomic import sha256
 from cl_runner.config.lookup import expanded
 from cl_runner.config.schema import ModelConfig
-from cl_runner.disk import sha256
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.models import contents
+from cl_runner.models import folder_check
 
 EMBEDDED = ("tiny-t5", "tiny-llama")
 HASHED = 2**26  # bytes: larger files of a model are told apart by their size
@@ -82,9 +82,9 @@ def check(located: Located) -> Facts:
     seconds at most) and config.json is downloaded; without network the local cache is looked at. Raises UserError.
     """
     files = _files(located)
-    config = contents.config(files)
-    advice = contents.weights(files)
-    contents.tokenizer(files)
+    config = folder_check.config(files)
+    advice = folder_check.weights(files)
+    folder_check.tokenizer(files)
     if located.kind == "embedded":  # ours: known to be fine, and the answer comes without importing transformers
         return Facts(bool(config.get("is_encoder_decoder")), str(config["model_type"]), advice)
     from cl_runner.models.architecture import is_encoder_decoder
@@ -96,12 +96,12 @@ def check(located: Located) -> Facts:
 
 def config_of(located: Located) -> dict[str, Any]:
     """config.json as read. Raises UserError."""
-    return contents.config(_files(located))
+    return folder_check.config(_files(located))
 
 
-def _files(located: Located) -> contents.Files:
+def _files(located: Located) -> folder_check.Files:
     if located.path is not None:
-        return contents.Folder(located.path, located.name_or_path)
+        return folder_check.Folder(located.path, located.name_or_path)
     from cl_runner.models import hub_files
 
     return hub_files.listing(located)

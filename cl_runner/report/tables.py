@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cl_runner.metrics import accuracy
 from cl_runner.metrics.accuracy import Matrix
-from cl_runner.metrics.comparison import Comparison, Rule
+from cl_runner.metrics.exact_match import Comparison, Rule
 from cl_runner.metrics.scores import MATCHES
 from cl_runner.report import published
 from cl_runner.report.published import Published

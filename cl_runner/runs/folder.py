@@ -1,8 +1,4 @@
-"""What lies where in a run folder, and how a stage is committed: all of it or nothing.
-
-A stage is written beside its place and renamed into it, so that a reader, or a run that goes on after kill -9, sees
-only whole stages. The run folder itself begins in the same way.
-"""
+"""What lies where in a run folder, who may write into it, and which of its stages are there."""
 
 from __future__ import annotations
 
@@ -16,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cl_runner.atomic import read_json, sync, umask, write_json, write_text
 from cl_runner.config.lookup import is_name
-from cl_runner.disk import read_json, sha256, sync, umask, write_json, write_text
 from cl_runner.errors import UserError
 
 LAYOUT = 2
@@ -193,52 +189,6 @@ class RunDir:
                     f"{self.path} is damaged: stage {index + 1} ({names[index]}) is there and stage {done + 1} "
                     f"({names[done]}) is not; put it back, or --restart to begin anew beside it"
                 )
-
-    def commit(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
-        """Let ``write`` fill a folder beside the stage's place, then move it there in one atomic step."""
-        final = self.stage_dir(index, name)
-        draft = final.with_name(f".{final.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir(parents=True)
-            write(draft)
-            files = sorted(file for file in draft.rglob("*") if file.is_file())
-            for file in files:
-                file.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
-            write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
-            for path in [*draft.rglob("*"), draft]:
-                sync(path)
-            if final.exists() and not (final / "DONE").exists():
-                shutil.rmtree(final)  # was never whole
-            draft.rename(final)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
-            raise
-        sync(final.parent)
-        return final
-
-    def remove(self, index: int, name: str, parts: Sequence[str]) -> None:
-        """Remove files and folders of a committed stage on purpose. ``DONE`` says so first; to do it again is safe."""
-        folder = self.stage_dir(index, name)
-        done = read_json(folder / "DONE")
-        gone = {file: digest for file, digest in done["sha256"].items() if Path(file).parts[0] in parts}
-        if gone:
-            kept = {file: digest for file, digest in done["sha256"].items() if file not in gone}
-            write_json(folder / "DONE", {"sha256": kept, "removed": {**done.get("removed", {}), **gone}})
-            sync(folder)
-        for part in parts:
-            if (folder / part).is_dir():
-                shutil.rmtree(folder / part)
-            else:
-                (folder / part).unlink(missing_ok=True)
-
-    def clear_drafts(self) -> None:
-        """Remove what an interrupted commit left."""
-        for draft in [*self.stages_dir.glob(".*.draft"), *self.path.glob(".*.draft")]:
-            if draft.is_dir():
-                shutil.rmtree(draft, ignore_errors=True)
-            else:
-                draft.unlink(missing_ok=True)
 
     def keep_log_rows(self, stages: Sequence[str]) -> None:
         """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""

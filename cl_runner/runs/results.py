@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_runner.disk import read_json, write_json, write_text
+from cl_runner.atomic import read_json, write_json, write_text
 from cl_runner.methods import METHODS, method_class
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.guard import revision
+from cl_runner.runs.resume_guard import revision
 from cl_runner.runs.updates import free_subspace, peak_megabytes, update_norm
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.adapters.saved import Saved
-from cl_runner.disk import read_json, write_json
+from cl_runner.atomic import read_json, write_json
 from cl_runner.errors import UserError
 
 FILE = "state.json"

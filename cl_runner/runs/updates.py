@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.disk import read_json, read_jsonl
+from cl_runner.atomic import read_json, read_jsonl
 from cl_runner.metrics.free_subspace import free_share
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import NEXT, TENSORS, StageState

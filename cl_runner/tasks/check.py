@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cl_runner.config.schema import DataConfig
-from cl_runner.metrics.comparison import Comparison
+from cl_runner.metrics.exact_match import Comparison
 from cl_runner.tasks.rows import Rows, check_forms, load_rows
 from cl_runner.tasks.sources import source_of
 from cl_runner.tasks.task import Row, Task

@@ -18,7 +18,7 @@ from cl_runner.config.schema import DataConfig
 from cl_runner.config.validation import explain
 from cl_runner.config.yamlfile import as_yaml, printable
 from cl_runner.errors import UserError
-from cl_runner.metrics.comparison import number
+from cl_runner.metrics.exact_match import number
 from cl_runner.metrics.scores import require
 from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.discovery import Candidate

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.errors import UserError, first_line
-from cl_runner.tasks.cuts import shares
 from cl_runner.tasks.files import Found, where
 from cl_runner.tasks.files.values import Fault, target
-from cl_runner.tasks.quiet import quiet
+from cl_runner.tasks.quiet_libraries import quiet
+from cl_runner.tasks.subsets import shares
 from cl_runner.tasks.task import Hub, Row, Split, Task
 from cl_runner.tasks.template import Templates, written
 

@@ -13,8 +13,8 @@ from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.metrics.scores import wrong_gold
 from cl_runner.tasks import files
-from cl_runner.tasks.cuts import first_of_each, rarest
 from cl_runner.tasks.sources import source_of
+from cl_runner.tasks.subsets import first_of_each, rarest
 from cl_runner.tasks.task import Row, Split, Task
 
 MOST_EMPTY = 0.01  # of a split's texts; more is a fault of the data

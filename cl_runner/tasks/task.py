@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cl_runner.config.lookup import expanded
 from cl_runner.config.schema import Section
-from cl_runner.metrics.comparison import Comparison, comparison_of
+from cl_runner.metrics.exact_match import Comparison, comparison_of
 from cl_runner.metrics.scores import judges
 from cl_runner.tasks.template import Templates, is_template
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.saved import Saved
-from cl_runner.disk import read_json, sha256, write_json
+from cl_runner.atomic import read_json, sha256, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
+from cl_runner.runs.commit import remove
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import METHOD, NEXT, OPTION, TENSORS, Record, Reference, StageState
 from cl_runner.training.stage import StageRun
@@ -141,7 +142,7 @@ def remove_models(rundir: RunDir, stage: StageRun, keep: int) -> None:
         name = stage.order[index].name
         if name not in newest.kept:
             # What the method carried is of no use without the weights.
-            rundir.remove(index, name, (stage.adapters.folder, NEXT, TENSORS))
+            remove(rundir, index, name, (stage.adapters.folder, NEXT, TENSORS))
 
 
 def refuse_removed(folder: Path) -> None:

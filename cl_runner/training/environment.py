@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner import __version__
-from cl_runner.disk import read_json, write_json
+from cl_runner.atomic import read_json, write_json
 from cl_runner.engine.process import Place
 from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cl_runner.atomic import sync
 from cl_runner.config.schema import RunConfig
-from cl_runner.disk import sync
 from cl_runner.errors import UserError
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.guard import refuse_other_settings
+from cl_runner.runs.resume_guard import refuse_other_settings
 from cl_runner.training.plan import Plan
 
 

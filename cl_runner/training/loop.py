@@ -20,13 +20,13 @@ from cl_runner.errors import TrainingError
 from cl_runner.methods.protocol import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
-from cl_runner.models.tokens import Joined, lengths
+from cl_runner.models.token_cache import Joined, lengths
 from cl_runner.training.health import PenaltyWatch
-from cl_runner.training.meter import HookTime, LogRow, Meter, Trained
 from cl_runner.training.prefetch import prefetched
 from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed
 from cl_runner.training.schedule import learning_rate
 from cl_runner.training.stage import StageRun
+from cl_runner.training.step_log import HookTime, LogRow, Meter, Trained
 from cl_runner.training.step_state import StepState, put, put_beginning, take
 
 AHEAD = 2  # micro-batches that may wait, padded, for the device

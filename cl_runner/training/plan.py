@@ -153,3 +153,7 @@ class Plan:
     def seen(self, index: int) -> list[str]:
         """Tasks trained up to and with a stage, each once."""
         return list(dict.fromkeys(task for plan in self.stages[: index + 1] for task in plan.tasks))
+
+    def tested(self, index: int) -> list[str]:
+        """Tasks that are scored after a stage."""
+        return list(self.data.tasks) if self.config.eval.future else self.seen(index)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_runner.disk import read_json, read_jsonl
+from cl_runner.atomic import read_json, read_jsonl
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.models.locate import locate, model_identity
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.guard import other_rules
+from cl_runner.runs.resume_guard import other_rules
 from cl_runner.settings import Resolved
 from cl_runner.terminal.progress import Screen, ShownStage
 from cl_runner.training.checkpoint import refuse_removed, restore_stage
 from cl_runner.training.evaluation import Scored, evaluate
-from cl_runner.training.moved import run_of, with_files
+from cl_runner.training.moved_runs import run_of, with_files
 from cl_runner.training.plan import Plan
-from cl_runner.training.room import open_room, open_stage
+from cl_runner.training.prepare import open_room, open_stage
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from cl_runner.adapters.base import Held
-from cl_runner.disk import append_jsonl, read_json, write_json
+from cl_runner.atomic import append_jsonl, read_json, write_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
@@ -26,12 +27,12 @@ from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health
 from cl_runner.training.loop import train_stage
-from cl_runner.training.meter import Trained
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
-from cl_runner.training.room import Tokens, open_room, open_stage
+from cl_runner.training.prepare import Tokens, open_room, open_stage
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import Room, StageRun, commit_update
+from cl_runner.training.step_log import Trained
 
 
 class Run:
@@ -57,27 +58,6 @@ class Run:
             self._open = open_room(self.plan, self.place)
         return self._open
 
-    def bytes_to_write(self, done: int) -> int:
-        """About how much room the stages after the first ``done`` will take."""
-        room, _ = self.prepare()
-        to_come = range(done, len(self.names))
-        predictions = sum(300 * len(self.plan.data.test[task]) for index in to_come for task in self._tested(index))
-        adapters, method, rank = room.adapters, self.plan.method, self.plan.config.adapter.largest
-        trained = sum(parameter.numel() for parameter in adapters.parameters().values())
-        sizes = [
-            adapters.folder_bytes(self._pairs(index), rank, method.dense)
-            + method.state_bytes(adapters.shapes(), trained, index + 1)
-            for index in to_come
-        ]
-        keep = self.plan.config.output.keep_stages
-        if self.plan.kind.folder == "model" and keep != "all" and self.plan.stages[0].start != "base":
-            sizes = sizes[-(keep + 1 - min(done, keep)) :]  # so many at a time, and the one being written
-        return predictions + sum(sizes)
-
-    def _pairs(self, index: int) -> int:
-        """How many pairs a stage's folder holds: each adapter has all before it."""
-        return 1 if self.plan.stages[index].start == "base" else index + 1
-
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
@@ -85,7 +65,7 @@ class Run:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)
-        tested = [sum(len(tokens.test[task].rows) for task in self._tested(i)) for i in range(len(self.names))]
+        tested = [sum(len(tokens.test[task].rows) for task in self.plan.tested(i)) for i in range(len(self.names))]
         shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
         self.screen.begin(shown, done)
         if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
@@ -103,9 +83,6 @@ class Run:
             write_results(self.rundir)
         return read_matrix(self.rundir)
 
-    def _tested(self, index: int) -> list[str]:
-        return list(self.plan.data.tasks) if self.plan.config.eval.future else self.plan.seen(index)
-
     def _base_scores(self, room: Room, tokens: Tokens) -> None:
         """a0: the untouched base on every task, before stage 1."""
         stage = open_stage(room, self.plan.config, 0, evaluating=True)
@@ -113,7 +90,7 @@ class Run:
         scored = evaluate(stage, tokens.test, self._tick_evaluation)
         stage.close()
         if self.place.rank == 0:
-            self.rundir.commit(-1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
+            commit(self.rundir, -1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
         self._wait()
         self._show_scores(scored)
 
@@ -130,7 +107,7 @@ class Run:
             trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
             room.adapters.train(False)
             health = self._health(room, stage, trained)
-            tests = {task: tokens.test[task] for task in self._tested(index)}
+            tests = {task: tokens.test[task] for task in self.plan.tested(index)}
             before = time.perf_counter()
             unfolded = evaluate(stage, tests, self._tick_evaluation) if room.method.fold_loses else None
             answers, scored = self._fold(room, stage, tests)
@@ -151,7 +128,7 @@ class Run:
                     health=health,
                     seconds=seconds,
                 )
-                self.rundir.commit(index, name, write)
+                commit(self.rundir, index, name, write)
                 write_results(self.rundir)
             self._wait()
             committed(self.rundir, stage)

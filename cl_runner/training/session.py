@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
 import sys
 import traceback
@@ -18,8 +17,9 @@ from cl_runner.errors import TrainingError, UserError
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
 from cl_runner.runs import catalog
+from cl_runner.runs.commit import clear_drafts
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.guard import refuse_other_settings
+from cl_runner.runs.resume_guard import refuse_other_settings
 from cl_runner.settings import Resolved, dump, dump_order
 from cl_runner.terminal import console, stopping
 from cl_runner.terminal.console import one_line
@@ -63,6 +63,7 @@ class Session:
         """Train; returns the exit code. What goes wrong before the run's folder is open is raised."""
         from cl_runner.engine import zero as engine
         from cl_runner.terminal.progress import Screen
+        from cl_runner.training.disk_space import check_disk_space
         from cl_runner.training.run import Run
 
         if self.channel:
@@ -81,8 +82,11 @@ class Session:
                 embedded = self.located.kind == "embedded"
                 if not embedded:  # loading takes its time, and says what
                     self._introduce(screen)
-                run.prepare()
-                self._check_disk(run)
+                room, _ = run.prepare()
+                if self.place.rank == 0:
+                    done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
+                    copied = self.extended.bytes if self.extended else 0
+                    check_disk_space(self.folder.path, self.plan, room, done, copied)
                 if new:
                     if self.place.rank == 0:
                         self.folder.create(*self._new())  # or another process has, meanwhile
@@ -146,21 +150,8 @@ class Session:
         stack.enter_context(self.folder.lock())
         # Another process may have made the folder, or gone on with it, since we looked.
         refuse_other_settings(self.folder, self.resolved.config, self.identity)
-        self.folder.clear_drafts()
+        clear_drafts(self.folder)
         self.folder.keep_log_rows(["base", *self.plan.names[: self.folder.committed(self.plan.names)]])
-
-    def _check_disk(self, run: Run) -> None:
-        if self.place.rank != 0:
-            return
-        done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
-        needed = run.bytes_to_write(done) + (self.extended.bytes if self.extended else 0)
-        root = next(path for path in [self.folder.path, *self.folder.path.absolute().parents] if path.exists())
-        free = shutil.disk_usage(root).free
-        if needed > free:
-            raise UserError(
-                f"{self.folder.path.parent}: {size(free)} free on this disk, and the stages to come need about "
-                f"{size(needed)}; make room, or give another --output-dir"
-            )
 
     def _train(self, run: Run, screen: Screen) -> int:
         """Train what is missing; a bad end is told here, in one line, on the screen and in ``run.log``."""
@@ -240,14 +231,6 @@ def why(error: BaseException) -> str:
     if kind.startswith("Dist") or (kind == "RuntimeError" and any(word in text for word in lost)):
         return "another process of the run ended (killed, or out of memory?); --debug shows more"
     return f"{kind}: {text} (--debug shows where)"
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 2**10:.0f} KB"
 
 
 def free_devices(place: Place) -> list[str]:

@@ -27,7 +27,7 @@ from cl_runner.models.base import Base
 from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, features, logits, sampled, unwrapped
-from cl_runner.models.tokens import lengths
+from cl_runner.models.token_cache import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.training.options import Option, make_options
 from cl_runner.training.sampling import derived_seed

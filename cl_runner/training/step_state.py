@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from cl_runner.engine.optim import Muon
 from cl_runner.engine.zero import Engine
 from cl_runner.methods.protocol import State
-from cl_runner.training.meter import Meter
 from cl_runner.training.stage import StageRun
+from cl_runner.training.step_log import Meter
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner import registry
-from cl_runner.disk import sha256
+from cl_runner.atomic import sha256
 from tests.command_line import SMALL, call, finish, results, start
 
 PLUGIN = '''

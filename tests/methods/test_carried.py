@@ -14,6 +14,7 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import State
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
@@ -65,7 +66,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         stage = learn(room, config, index, opposed(index)).stage
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
-        rundir.commit(index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
+        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
     assert bool(straight.method.state().tensors) == (name not in ("lwf", "migu"))
 
 

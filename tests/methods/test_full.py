@@ -13,6 +13,7 @@ from torch import Tensor
 from cl_runner.engine.process import Place
 from cl_runner.methods.protocol import Source
 from cl_runner.models.model_folder import read_model, save_model
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
@@ -135,7 +136,7 @@ def _pertask(place: Place, folder: str) -> None:
     for index in range(3):
         stage = learn(room, config, index).stage
         own.append(values(room))
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
         if index != 1:  # what nobody said is on disk waits in memory
             committed(rundir, stage)
     kept = room.adapters.kept
@@ -188,7 +189,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         ours, theirs = room.method.state(), straight.method.state()
         assert ours.json == theirs.json and equal(ours.tensors, theirs.tensors)
         assert list(room.adapters.kept) == list(straight.adapters.kept)
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
 
 
 @pytest.mark.parametrize("name", ["seqft", "replay", "ewc", "migu", "pertask"])

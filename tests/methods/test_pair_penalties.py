@@ -23,6 +23,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.clora.subspaces import leading, orthonormal_columns
 from cl_runner.methods.protocol import Progress
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
@@ -263,7 +264,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
             restored.close()
         again = learn(room, config, index, opposed(index))
         assert torch.equal(vector(again.parameters), vector(ours))
-        rundir.commit(index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
+        commit(rundir, index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
 
 
 @every_method

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.disk import read_json
+from cl_runner.atomic import read_json
 from cl_runner.engine.process import Place
 from cl_runner.methods import METHODS, make_method, method_class
 from cl_runner.models.forward import token_loss
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.sampling import BatchPlan, derived_seed
@@ -54,7 +55,7 @@ def _resumed(place: Place, folder: str, name: str, r: int) -> tuple[Tensor, Tens
             restored.close()
         stage = learn(room, config, index).stage
         assert all(torch.equal(room.adapters.past[t].sum, past.sum) for t, past in straight.adapters.past.items())
-        rundir.commit(index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
+        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
         room.adapters.let_go(room.method.reads_past())
         straight.adapters.let_go(straight.method.reads_past())
     other, _ = opened(place, name, adapter__r=r, adapter__dropout_past=False)

@@ -21,9 +21,10 @@ from cl_runner.methods import make_method
 from cl_runner.methods.lfpt5.frame import Frame
 from cl_runner.methods.protocol import Source
 from cl_runner.models.batch import Example, collate_prompts
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
-from cl_runner.training.room import _check_prefix
+from cl_runner.training.prepare import _check_prefix
 from cl_runner.training.stage import Room, StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
@@ -411,7 +412,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
         said.append(answered(room, stage))
-        rundir.commit(index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
+        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
     assert len({str(one) for one in said}) > 1
     plain, _ = order_room(place, "seqlora", **THREE)
     bare = StageRun(plain, config, 0)
@@ -437,7 +438,7 @@ def _folders(place: Place, folder: str, kind: Kind, name: str) -> None:
     rundir = RunDir(Path(folder))
     for index in range(3):
         stage = learn(room, config, index, opposed(index)).stage
-        rundir.commit(index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
+        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
     last = rundir.stage_dir(2, "c")
     if name == "l2p":
         assert not (last / "adapter").exists()  # every input has a prompt of its own

@@ -19,7 +19,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method, method_class, method_schema
 from cl_runner.methods import protocol as protocol
 from cl_runner.methods.protocol import Method, Progress, Source, Stage, StagePlan, State, overrides
-from cl_runner.training.room import open_stage
+from cl_runner.training.prepare import open_stage
 from cl_runner.training.stage import StageRun, commit_update
 from tests.adapters.families import adapters_of, base_model, logits, off, random_pair
 from tests.stages import tiny_config, tiny_room

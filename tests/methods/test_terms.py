@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from cl_runner.disk import read_json
+from cl_runner.atomic import read_json
 from cl_runner.engine.process import Place
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
@@ -94,7 +95,7 @@ def _resumed(place: Place, folder: str, name: str, kind: Kind) -> None:
         assert same(room.method.state(), straight.method.state())
         assert all(bool(delta.any()) for delta in learned(room).values())
         answers.append(said(StageRun(room, config, index), index))
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
     for index in range(3):
         room, _ = opened(place, name, kind=kind, **DROPPED)
         stage = StageRun(room, config, index, evaluating=True)
@@ -115,7 +116,7 @@ def _stored(place: Place, folder: str, name: str, kind: Kind) -> None:
     rundir = RunDir(Path(folder))
     for index in range(2):
         stage = learn(room, config, index, opposed(index)).stage
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
         where = rundir.stage_dir(index, stage.plan.name)
         state = read_json(where / "state.json")
         assert state["megabytes"]["adapter"] > 0 and len(state["pairs"]) == (index + 1 if name in PAIRS else 0)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_runner.errors import UserError
-from cl_runner.metrics.comparison import Comparison, Rule, comparison_of, normalise
+from cl_runner.metrics.exact_match import Comparison, Rule, comparison_of, normalise
 from cl_runner.metrics.scores import METRICS, Undefined, judges, no_variance, require, score, wrong_gold
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cl_runner.metrics.comparison import Comparison
+from cl_runner.metrics.exact_match import Comparison
 from cl_runner.models.vocabulary import Vocabulary
 from tests.command_line import Result, call
 from tests.models.tiny_models import FAMILIES, byte_tokenizer, word_tokenizer

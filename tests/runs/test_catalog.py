@@ -16,8 +16,8 @@ from cl_runner.metrics.accuracy import to_csv
 from cl_runner.runs.catalog import changed as settings_changed
 from cl_runner.runs.catalog import folder_name, model_label, variant
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.guard import recorded
 from cl_runner.runs.results import read_matrix
+from cl_runner.runs.resume_guard import recorded
 from cl_runner.settings import resolve
 from tests.command_line import ORDER, SMALL, STAGES, call, finish, logged, results, start, times, tree, variables
 from tests.commands.test_errors import benchmark_folder, refused

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cl_runner.disk import append_jsonl, read_json, read_jsonl, sha256, write_json, write_text
+from cl_runner.atomic import append_jsonl, read_json, read_jsonl, sha256, write_json, write_text
 from cl_runner.errors import UserError
 from cl_runner.runs import folder as module
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from tests.command_line import ORDER, SMALL, STAGES, call, environment, results, tree
 from tests.commands.test_errors import refused
@@ -52,9 +53,9 @@ def test_commit_is_all_or_nothing(run: RunDir) -> None:
 
     before = tree(run.path)
     with pytest.raises(OSError, match="No space"):
-        run.commit(0, "a", fails)
+        commit(run, 0, "a", fails)
     assert tree(run.path) == before, "what was written is gone: its room is wanted"
-    stage = run.commit(0, "a", fill)
+    stage = commit(run, 0, "a", fill)
     assert stage == run.path / "stages" / "01-a"
     assert run.committed(["a", "b"]) == 1
     hashes = read_json(stage / "DONE")["sha256"]
@@ -72,7 +73,7 @@ def test_what_is_committed_is_read_by_whom_the_umask_lets(run: RunDir) -> None:
 
     before = os.umask(0o027)
     try:
-        stage = run.commit(0, "a", closed)
+        stage = commit(run, 0, "a", closed)
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in stage.rglob("*") if file.is_file()} == {"0o640"}
@@ -82,17 +83,17 @@ def test_commit_replaces_what_was_never_whole_and_nothing_else(run: RunDir) -> N
     half = run.stage_dir(0, "a")
     half.mkdir()
     (half / "state.json").write_text("half")
-    run.commit(0, "a", fill)
+    commit(run, 0, "a", fill)
     assert (half / "state.json").read_text() == "{}"
     before = tree(run.path)
     with pytest.raises(OSError, match="not empty"):
-        run.commit(0, "a", lambda folder: (folder / "other").touch())
+        commit(run, 0, "a", lambda folder: (folder / "other").touch())
     assert tree(run.path) == before
 
 
 def test_a_gap_is_refused(run: RunDir) -> None:
     for index, name in enumerate("abc"):
-        run.commit(index, name, fill)
+        commit(run, index, name, fill)
     run.refuse_gaps(list("abcd"))
     shutil.rmtree(run.stage_dir(1, "b"))
     with pytest.raises(UserError, match=r"damaged: stage 3 \(c\) is there and stage 2 \(b\) is not"):

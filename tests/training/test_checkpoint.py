@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_runner.adapters.kind import Fold
+from cl_runner.atomic import append_jsonl, read_json, read_jsonl, write_json
 from cl_runner.config.schema import RunConfig, Section
-from cl_runner.disk import append_jsonl, read_json, read_jsonl, write_json
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import method_class
 from cl_runner.methods.protocol import Method, Source, Stage, StagePlan, State
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
@@ -119,7 +120,7 @@ class Order:
             save_stage(folder, stage)
             more(folder)
 
-        return self.rundir.commit(stage.index, stage.plan.name, write)
+        return commit(self.rundir, stage.index, stage.plan.name, write)
 
     def run(self, first: int = 0, last: int | None = None) -> Order:
         for index in range(first, len(self.room.order) if last is None else last):
@@ -491,7 +492,7 @@ def change(file: Path) -> None:
 
 def commit_again(folder: Path) -> None:
     """What a new commit of the same stage would leave: DONE fits the files."""
-    from cl_runner.disk import sha256
+    from cl_runner.atomic import sha256
 
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "DONE"]
     write_json(folder / "DONE", {"sha256": {str(f.relative_to(folder)): sha256(f) for f in files}})

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cl_runner.disk import sha256
+from cl_runner.atomic import sha256
 from cl_runner.methods import METHODS, method_class
-from cl_runner.runs.guard import FREE
+from cl_runner.runs.resume_guard import FREE
 from tests.command_line import ORDER, SMALL, Result, call, results, tree
 
 # What run.yaml, run.json and a stage's metrics.json had no word of.

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from cl_runner.disk import read_json
+from cl_runner.atomic import read_json
 from cl_runner.errors import UserError
 from cl_runner.methods import method_schema
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.settings import resolve
 from cl_runner.training.checkpoint import verify
@@ -168,7 +169,7 @@ def test_a_removal_that_was_interrupted_is_not_damage(tmp_path: Path, monkeypatc
         for file in ("model/weights", "state.safetensors", "state.json"):
             (folder / file).write_text(file)
 
-    stage = run.commit(0, "one", write)
+    stage = commit(run, 0, "one", write)
     hashes = read_json(stage / "DONE")["sha256"]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shutil, "rmtree", _interrupted)

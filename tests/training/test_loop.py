@@ -22,7 +22,7 @@ from cl_runner.errors import TrainingError
 from cl_runner.methods.protocol import Method, Source
 from cl_runner.models.batch import Batch
 from cl_runner.models.forward import token_loss
-from cl_runner.models.tokens import Encoded, Joined
+from cl_runner.models.token_cache import Encoded, Joined
 from cl_runner.terminal.stopping import Stopped
 from cl_runner.training.loop import train_stage
 from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed

@@ -9,8 +9,8 @@ Nothing is copied into a cache.
 from cl_runner.tasks.files.documents import document, instruction
 from cl_runner.tasks.files.forms import Form
 from cl_runner.tasks.files.opening import ENDINGS, existing, find, looking
+from cl_runner.tasks.files.positions import Found, Place, where
 from cl_runner.tasks.files.reading import read
-from cl_runner.tasks.files.where import Found, Place, where
 
 __all__ = [
     "ENDINGS",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.errors import UserError, first_line
-from cl_runner.tasks.quiet import quiet
+from cl_runner.tasks.quiet_libraries import quiet
 
 
 def parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any
 from cl_runner.errors import UserError
 from cl_runner.tasks.files import columnar, delimited, documents, opening
 from cl_runner.tasks.files.forms import Form, form_of
+from cl_runner.tasks.files.positions import Found, Place, where
 from cl_runner.tasks.files.values import Fault, check
-from cl_runner.tasks.files.where import Found, Place, where
 from cl_runner.tasks.task import Columns, FileFormat, Row, Split
 
 

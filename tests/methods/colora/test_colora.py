@@ -23,6 +23,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.colora.method import CoLoRA
 from cl_runner.methods.colora.rounds import LiveRound, PastRound
 from cl_runner.methods.protocol import Source
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
@@ -482,7 +483,7 @@ def _resumed(place: Place, folder: str, variant: str, kind: Kind) -> None:
             assert (past.sum is None) == (theirs is None) == (variant != "mean")
             assert past.sum is None or torch.equal(past.sum, theirs)
         answers.append(said(StageRun(room, config, index)))
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
     for index in range(len(straight.order)):
         room, _ = opened(place, kind, **DROPPED, **VARIANTS[variant])
         stage = StageRun(room, config, index, evaluating=True)
@@ -543,7 +544,7 @@ def _peft(place: Place, folder: str, variant: str, kind: Kind) -> None:
     rundir = RunDir(Path(folder))
     for index in range(2):
         stage = learn(room, config, index, mixed()).stage
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
         where = rundir.stage_dir(index, stage.plan.name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -566,7 +567,7 @@ def _each_folder(place: Place, folder: str, kind: Kind) -> None:
         rundir = RunDir(Path(folder) / routing)
         for index, own in enumerate((mixed("aaabbb"), mixed("bbbccc"))):
             stage = learn(room, config, index, own).stage
-            rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+            commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
         where, stage = rundir.stage_dir(1, "round2"), StageRun(room, config, 1)
         if not known:
             assert not (where / "answers.json").exists()

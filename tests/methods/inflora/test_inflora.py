@@ -17,6 +17,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.inflora.gpm import Memory, designed_rows, updated
 from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.moments import input_moments
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
@@ -195,7 +196,7 @@ def _no_room(place: Place, folder: str) -> None:
         assert not pair.update(target).any() if still else float(pair.update(target).norm()) > 0.1
     assert room.method.memories[full].free and room.method.memories[full].basis.shape == (n, 0)
     if place.ranks == 1:  # nothing is something to be stored, too
-        RunDir(Path(folder)).commit(1, stage.plan.name, lambda draft: save_stage(draft, stage))
+        commit(RunDir(Path(folder)), 1, stage.plan.name, lambda draft: save_stage(draft, stage))
         again, _ = order_room(place, "inflora", adapter__r=R, **THREE)
         restore_stage(RunDir(Path(folder)), StageRun(again, config, 1), 1)
         assert again.method.memories[full].basis.shape == (n, 0)

@@ -26,6 +26,7 @@ from cl_runner.methods.shared.limits import size
 from cl_runner.methods.shared_basis import mixing
 from cl_runner.methods.shared_basis.mixing import nearness, principal, shares, spans
 from cl_runner.methods.shared_basis.terms import Mixture, SharedBasis
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import save_stage
 from cl_runner.training.compatibility import check_method
@@ -370,7 +371,7 @@ def _each_folder(place: Place, folder: str, kind: Kind) -> None:
     rundir = RunDir(Path(folder))
     for index in range(3):
         stage = learn(room, config, index, opposed(index)).stage
-        rundir.commit(index, stage.plan.name, partial(save_stage, stage=stage))
+        commit(rundir, index, stage.plan.name, partial(save_stage, stage=stage))
         where = rundir.stage_dir(index, stage.plan.name)
         seen = "abc"[: index + 1]
         answers = json.loads((where / "answers.json").read_text())

@@ -20,6 +20,7 @@ from cl_runner.methods import METHODS, make_method, method_class, method_schema
 from cl_runner.methods.protocol import State
 from cl_runner.registry import Registry
 from cl_runner.runs.catalog import changed, variant
+from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.settings import difference, dump, resolve, show
 from cl_runner.training import options
@@ -139,7 +140,7 @@ def _carried(place: Place, folder: str) -> None:
             restore_stage(rundir, restored, index - 1)
             restored.close()
         stage = learn(room, settings, index).stage
-        rundir.commit(index, stage.plan.name, lambda draft, stage=stage: save_stage(draft, stage))
+        commit(rundir, index, stage.plan.name, lambda draft, stage=stage: save_stage(draft, stage))
         about = json.loads((rundir.stage_dir(index, stage.plan.name) / "state.json").read_text())
         assert about["options"] == {"counting": {"total": wanted}, "second": {"total": wanted}}
 

@@ -13,7 +13,7 @@ from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.runs.folder import RunDir, readable
-from cl_runner.runs.guard import recorded
+from cl_runner.runs.resume_guard import recorded
 from cl_runner.tasks import files
 from cl_runner.tasks.order import Order
 from cl_runner.tasks.rows import load_rows

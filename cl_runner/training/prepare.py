@@ -18,7 +18,7 @@ from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.model_folder import ModelFolder
-from cl_runner.models.tokens import Encoded, Joined, TokenCache
+from cl_runner.models.token_cache import Encoded, Joined, TokenCache
 from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task

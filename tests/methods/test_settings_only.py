@@ -7,10 +7,10 @@ from pydantic import Field, ValidationError
 
 from cl_runner.config.schema import Section
 from cl_runner.methods import METHODS
-from cl_runner.methods.named import named, with_defaults
 from cl_runner.methods.olora import OLoRA
 from cl_runner.methods.protocol import Method, Reorthogonalise, overrides
 from cl_runner.methods.seqlora import SeqLoRA
+from cl_runner.methods.settings_only import named, with_defaults
 
 
 def test_hooks_and_facts_are_those_of_the_method() -> None:

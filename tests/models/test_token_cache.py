@@ -17,11 +17,11 @@ from tokenizers import AddedToken, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cl_runner.errors import UserError
-from cl_runner.models import encoding, tokens
+from cl_runner.models import encoding, token_cache
 from cl_runner.models.base import Layout
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
-from cl_runner.models.tokens import Encoded, Joined, TokenCache, lengths
+from cl_runner.models.token_cache import Encoded, Joined, TokenCache, lengths
 from cl_runner.tasks.task import Prompt
 from tests.models.tiny_models import byte_tokenizer, t5_tokenizer
 
@@ -172,15 +172,15 @@ def test_the_fingerprint_changes_with_rows_and_code(monkeypatch: pytest.MonkeyPa
         of(PROMPTS, ["B", *LABELS[1:]]),
         *(of([*PROMPTS[:3], other, *PROMPTS[4:]], LABELS) for other in others),
     }
-    for module in (tokens.transformers, tokens.tokenizers):  # transformers may stand in sys.modules twice
+    for module in (token_cache.transformers, token_cache.tokenizers):  # transformers may stand in sys.modules twice
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "0.1")
             found.add(TokenCache(encoder.tokenizer).fingerprint(encoder, PROMPTS, LABELS))
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "FORMAT", 0)
+        patch.setattr(token_cache, "FORMAT", 0)
         found.add(of(PROMPTS, LABELS))
     with monkeypatch.context() as patch:
-        patch.setattr(tokens.inspect, "getsource", lambda module: "other rules" if module is encoding else None)
+        patch.setattr(token_cache.inspect, "getsource", lambda module: "other rules" if module is encoding else None)
         found.add(TokenCache(encoder.tokenizer).fingerprint(encoder, PROMPTS, LABELS))
     assert len(found) == 12 and None not in found
 
@@ -198,7 +198,7 @@ def test_what_a_tokenizer_does_not_say_is_not_kept(folder: Path, monkeypatch: py
     def nowhere(module: object) -> str:
         raise OSError("no source")
 
-    monkeypatch.setattr(tokens.inspect, "getsource", nowhere)
+    monkeypatch.setattr(token_cache.inspect, "getsource", nowhere)
     assert list(encode()) == t5().encode_many(PROMPTS, LABELS)
     assert not folder.exists()
 
@@ -302,17 +302,17 @@ def test_two_processes_write_at_once(folder: Path) -> None:
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tokens.cache_folder() == tmp_path / "cache" / "tokens"
+    assert token_cache.cache_folder() == tmp_path / "cache" / "tokens"
     monkeypatch.setenv("CL_RUNNER_CACHE", "~/mine")
-    assert tokens.cache_folder() == tmp_path / "mine" / "tokens"
+    assert token_cache.cache_folder() == tmp_path / "mine" / "tokens"
     monkeypatch.delenv("CL_RUNNER_CACHE")
-    assert tokens.cache_folder() == Path("/cache/cl-runner/tokens")
+    assert token_cache.cache_folder() == Path("/cache/cl-runner/tokens")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert tokens.cache_folder() == tmp_path / ".cache" / "cl-runner" / "tokens"
+    assert token_cache.cache_folder() == tmp_path / ".cache" / "cl-runner" / "tokens"
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert tokens.cache_folder() is None
+    assert token_cache.cache_folder() is None
     assert list(encode()) == EXPECTED

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cl_runner.config.schema import DataConfig
 from cl_runner.tasks import benchmark
-from cl_runner.tasks.cuts import first_of_each, shares
 from cl_runner.tasks.rows import load_rows
+from cl_runner.tasks.subsets import first_of_each, shares
 from cl_runner.tasks.task import Row
 from tests.command_line import call
 

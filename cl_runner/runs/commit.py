@@ -1,0 +1,63 @@
+"""How a stage is committed: all of it or nothing.
+
+It is written beside its place and renamed into it, so that a reader, or a run that goes on after kill -9, sees only
+whole stages.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cl_runner.atomic import read_json, sha256, sync, umask, write_json
+from cl_runner.runs.folder import RunDir
+
+
+def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a folder beside the stage's place, then move it there in one atomic step."""
+    final = run.stage_dir(index, name)
+    draft = final.with_name(f".{final.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        for file in files:
+            file.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
+        write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
+        for path in [*draft.rglob("*"), draft]:
+            sync(path)
+        if final.exists() and not (final / "DONE").exists():
+            shutil.rmtree(final)  # was never whole
+        draft.rename(final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
+        raise
+    sync(final.parent)
+    return final
+
+
+def remove(run: RunDir, index: int, name: str, parts: Sequence[str]) -> None:
+    """Remove files and folders of a committed stage on purpose. ``DONE`` says so first; to do it again is safe."""
+    folder = run.stage_dir(index, name)
+    done = read_json(folder / "DONE")
+    gone = {file: digest for file, digest in done["sha256"].items() if Path(file).parts[0] in parts}
+    if gone:
+        kept = {file: digest for file, digest in done["sha256"].items() if file not in gone}
+        write_json(folder / "DONE", {"sha256": kept, "removed": {**done.get("removed", {}), **gone}})
+        sync(folder)
+    for part in parts:
+        if (folder / part).is_dir():
+            shutil.rmtree(folder / part)
+        else:
+            (folder / part).unlink(missing_ok=True)
+
+
+def clear_drafts(run: RunDir) -> None:
+    """Remove what an interrupted commit left."""
+    for draft in [*run.stages_dir.glob(".*.draft"), *run.path.glob(".*.draft")]:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
