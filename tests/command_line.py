@@ -26,8 +26,8 @@ STAGES = ["dbpedia", "amazon", "agnews"]
 SMALL = tuple(
     f"--set={setting}"
     for setting in (
-        "data.max_train=32", "data.max_test=4", "training.epochs=1", "training.lr=1e-2", "training.global_batch=16",
-        "training.micro_batch=8", "output.log_every=1",
+        "data.max_train=8", "data.max_test=4", "training.epochs=1", "training.lr=1e-2", "training.global_batch=4",
+        "training.micro_batch=2", "output.log_every=1",
     )
 )  # fmt: skip
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CL_RUNNER_CHANNEL", "SLURM_PROCID",

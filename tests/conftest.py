@@ -7,9 +7,10 @@ import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -70,3 +71,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     assert result.code == 0, result.err
     [run] = (cwd / "runs").iterdir()
     return Finished(cwd, run, result, arguments)
+
+
+class PowerCut(Exception):
+    """What a test raises where a machine would have gone down."""
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """``cut()``: from now on every process ends right after it has committed a stage."""
+    from cl_runner.runs.commit import commit
+    from cl_runner.training import run as running
+
+    def once(run: Any, index: int, name: str, write: Callable[[Path], None]) -> None:
+        commit(run, index, name, write)
+        raise PowerCut(name)
+
+    return lambda: monkeypatch.setattr(running, "commit", once)

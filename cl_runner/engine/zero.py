@@ -15,7 +15,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,15 @@ def start(place: Place) -> None:
     os.environ.setdefault("DS_BUILD_OPS", "0")
     place.export()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    import deepspeed.ops
+    with _compiled_when_called():
+        import deepspeed
+        import deepspeed.ops
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # The shared-memory collective compiles for most of a minute on a fresh machine, and gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No op of DeepSpeed's own: it would run compilers to find out which there can be, and its shared-memory collective
+    # compiles for most of a minute on a fresh machine, where gloo does the same work.
+    deepspeed.ops.__compatible_ops__ = {}
     # DeepSpeed 0.19 calls a collective by a name that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if place.device == "cuda":
@@ -105,6 +109,28 @@ def start(place: Place) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
+
+
+@contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    """Inside, what ``torch.compile`` decorates is compiled at its first call.
+
+    DeepSpeed 0.19 imports its Muon with every engine; to decorate its functions, which nobody calls here, would import
+    torch's whole compiler.
+    """
+    compile_now = torch.compile
+
+    def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return partial(compile_late, **options)
+        compiled = cache(partial(compile_now, function, **options))
+        return wraps(function)(lambda *args, **named: compiled()(*args, **named))
+
+    torch.compile = compile_late  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def stop() -> None:

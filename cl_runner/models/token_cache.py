@@ -62,8 +62,7 @@ class Encoded(Examples):
         # Of row i: ids[starts[i] : starts[i + 1]].
         self._sources, self._source_starts = _lists(columns["source"])
         self._targets, self._target_starts = _lists(columns["target"])
-        self._truncated = columns["truncated"].to_numpy(zero_copy_only=False)
-        self._target_cut = columns["target_cut"].to_numpy(zero_copy_only=False)
+        self._truncated, self._target_cut = _flags(columns["truncated"]), _flags(columns["target_cut"])
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Encoded:
@@ -102,7 +101,18 @@ class Encoded(Examples):
 
 def _lists(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The ids of all rows behind each other, and where each row's begin (one more: where the last one's end)."""
-    return column.values.to_numpy(), column.offsets.to_numpy()
+    return _array(column.values), _array(column.offsets)
+
+
+def _flags(column: Any) -> NDArray[np.bool_]:
+    """Whether, of each row."""
+    flags: NDArray[np.bool_] = _array(column.cast(pa.uint8())).astype(bool)
+    return flags
+
+
+def _array(numbers: Any) -> Any:
+    """A column of numbers as numpy has it; nothing is copied. Arrow's own ``to_numpy`` would import pandas."""
+    return np.from_dlpack(numbers)
 
 
 class Joined(Examples):

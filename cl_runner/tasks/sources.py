@@ -120,4 +120,4 @@ class Synthetic(RowSource):
                 f"task {task.name}: no synthetic stand-in; give it files of its own (source: {{train, test}})"
             )
         made = synthetic.sample(task.called, split, None, data.seed)
-        return Found(made, f"synthetic {task.called}", f"synthetic (seed {data.seed})", synthetic=True)
+        return Found(list(made), f"synthetic {task.called}", f"synthetic (seed {data.seed})", synthetic=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import islice
 from typing import Any
 
 import yaml
@@ -64,14 +65,15 @@ def size(task: str, split: str) -> int:
     return LARGER.get(task, SIZES[split]) if split == "train" else SIZES[split]
 
 
-def sample(task: str, split: str, n: int | None = None, seed: int = 42) -> list[Row]:
+@cache
+def sample(task: str, split: str, n: int | None = None, seed: int = 42) -> tuple[Row, ...]:
     """The first ``n`` rows (default ``size(task, split)``) of a task's endless split.
 
     Labels are as even as can be in every prefix, no text is in two splits, and within a split a text comes twice
     only where the grammar runs out of new ones. Raises ``KeyError`` for an unknown task or split.
     """
     stream = rows(grammar(task), split, seed)
-    return [next(stream) for _ in range(size(task, split) if n is None else n)]
+    return tuple(islice(stream, size(task, split) if n is None else n))
 
 
 def rows(rules: Grammar, split: str, seed: int) -> Iterator[Row]:

@@ -271,7 +271,7 @@ def test_a_disk_that_is_full_leaves_no_pieces(folder: Path, monkeypatch: pytest.
 
 WRITER = """
 import sys, time
-from tests.models.test_tokens import EXPECTED, encode
+from tests.models.test_token_cache import EXPECTED, encode
 sys.stdin.readline()
 for _ in range(20):
     assert list(encode()) == EXPECTED

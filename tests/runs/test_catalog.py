@@ -24,22 +24,6 @@ from tests.commands.test_errors import benchmark_folder, refused
 from tests.conftest import Finished
 
 
-class PowerCut(Exception):
-    """What a test raises where a machine would have gone down."""
-
-
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """``cut()``: from now on every process ends right after it has committed a stage."""
-    commit = RunDir.commit
-
-    def once(self: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
-        commit(self, index, name, write)
-        raise PowerCut(name)
-
-    return lambda: monkeypatch.setattr(RunDir, "commit", once)
-
-
 def setup(cwd: Path) -> Path:
     cwd.mkdir(exist_ok=True)
     (cwd / "three.yaml").write_text(ORDER)

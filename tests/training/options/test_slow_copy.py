@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.models.base import load_base
-from cl_runner.runs.folder import RunDir
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering, leaving
@@ -262,9 +261,16 @@ def same_update(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @in_runs
 @pytest.mark.parametrize("method", ["olora", "seqlora", "ewc"])
 def test_a_run_answers_with_the_one_and_goes_on_with_the_other(
-    method: str, answers: bool, goes_on: str, by_hand: dict[str, Seen], tmp_path: Path
+    method: str,
+    answers: bool,
+    goes_on: str,
+    by_hand: dict[str, Seen],
+    cut: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = trained(tmp_path, *arguments(method, slow_copy(answers, goes_on)))
+    given = arguments(method, slow_copy(answers, goes_on))
+    run = trained(tmp_path, *given)
     one, two = by_hand["dbpedia"], by_hand["amazon"]
     answer = [seen.slow() if answers else seen.steps[-1] for seen in (one, two)]
     left = one.slow() if goes_on == "slow" else one.steps[-1]
@@ -277,11 +283,20 @@ def test_a_run_answers_with_the_one_and_goes_on_with_the_other(
         assert off(vector(two.start), vector(left)) < 1e-6
     same_update(by_peft(run / "stages" / STAGES[1] / "adapter"), wanted)
     answers_again(tmp_path)
+    cut_and_gone_on_with(given, tmp_path, cut, monkeypatch)
 
 
 @in_runs
-def test_all_weights(answers: bool, goes_on: str, by_hand: dict[str, Seen], tmp_path: Path) -> None:
-    run = trained(tmp_path, *arguments("seqft", slow_copy(answers, goes_on)))
+def test_all_weights(
+    answers: bool,
+    goes_on: str,
+    by_hand: dict[str, Seen],
+    cut: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = arguments("seqft", slow_copy(answers, goes_on))
+    run = trained(tmp_path, *given)
     one, two = by_hand["dbpedia"], by_hand["amazon"]
     assert off(vector(two.start), vector(one.slow() if goes_on == "slow" else one.steps[-1])) < 1e-6
     for seen, stage in ((one, STAGES[0]), (two, STAGES[1])):
@@ -290,6 +305,7 @@ def test_all_weights(answers: bool, goes_on: str, by_hand: dict[str, Seen], tmp_
         both = set(wanted) & set(model)
         assert len(both) > 10 and all(off(model[name], wanted[name]) < 1e-5 for name in both)
     answers_again(tmp_path)
+    cut_and_gone_on_with(given, tmp_path, cut, monkeypatch)
 
 
 def answers_again(cwd: Path) -> None:
@@ -301,35 +317,12 @@ def answers_again(cwd: Path) -> None:
         assert not any(found["differing_rows"].values()) and found["scores"] == found["committed"]
 
 
-class PowerCut(Exception):
-    """The process ends right after it has committed a stage."""
-
-
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    commit = RunDir.commit
-
-    def once(self: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
-        commit(self, index, name, write)
-        raise PowerCut(name)
-
-    yield lambda: monkeypatch.setattr(RunDir, "commit", once)
-
-
-@pytest.mark.parametrize(("answers", "goes_on"), [(True, "fast"), (True, "slow"), (False, "slow")])
-@pytest.mark.parametrize("method", ["olora", "ewc", "seqft"])
-def test_resumed_to_the_bit(
-    method: str, answers: bool, goes_on: str, cut: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = arguments(method, slow_copy(answers, goes_on))
-    plain = trained(tmp_path / "plain", *arguments(method))
-    through = trained(tmp_path / "through", *given)
-    assert results(plain) != results(through)  # a pair in the place of another, or scores
-    here = tmp_path / "cut"
+def cut_and_gone_on_with(given: tuple[str, ...], cwd: Path, cut: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Ended after its first stage and gone on with: the bits of the run in ``cwd``, which went through."""
+    here = cwd / "cut"
     here.mkdir()
     (here / "two.yaml").write_text(ORDER)
     cut()
     assert call(*given, cwd=here).code == 1
-    monkeypatch.undo()
-    assert trained(here, *given).is_dir()
-    assert results(here / "runs" / "it") == results(through)
+    patch.undo()
+    assert results(trained(here, *given)) == results(cwd / "runs" / "it")
