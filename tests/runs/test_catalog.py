@@ -151,10 +151,10 @@ def test_other_numbers_under_the_same_name_are_refused(stopped: Finished) -> Non
     for more, words in [
         (("--set", "training.lr=1e-4"), ("other settings", "training.lr")),
         (("--seed", "7", "--method", "inclora"), ("seed, method.name",)),
-        (("--set", "data.max_train=8"), ("data.max_train",)),
+        (("--set", "data.max_train=6"), ("data.max_train",)),
         (("--set", "stages.3.training.epochs=2"), ("stages.3.training.epochs",)),
         (("--set", "eval.future=true"), ("eval.future",)),
-        (("--gpus", "4"), ("micro-batches of 8", "would take 4", "--gpus")),
+        (("--gpus", "4"), ("micro-batches of 2", "would take 1", "--gpus")),
     ]:
         refused(call(*with_name(stopped, *more), cwd=stopped.cwd), (*words, "--name", "--restart"))
     assert tree(stopped.cwd) == before
@@ -346,7 +346,7 @@ def test_names_of_folders() -> None:
 def test_recorded_settings_are_those_of_the_run(finished: Finished) -> None:
     run = RunDir(finished.run)
     config = recorded(run)
-    assert config.data.max_train == 32
+    assert config.data.max_train == 8
     assert "lambda1" in config.method.own()
     assert config.order == str(finished.cwd / "three.yaml")
     assert (finished.run / "matrix.csv").read_text() == to_csv(read_matrix(run))

@@ -16,7 +16,7 @@ import pytest
 from cl_runner.atomic import read_json
 from cl_runner.errors import UserError
 from cl_runner.methods import method_schema
-from cl_runner.runs.commit import commit
+from cl_runner.runs.commit import commit, remove
 from cl_runner.runs.folder import RunDir
 from cl_runner.settings import resolve
 from cl_runner.training.checkpoint import verify
@@ -173,10 +173,10 @@ def test_a_removal_that_was_interrupted_is_not_damage(tmp_path: Path, monkeypatc
     hashes = read_json(stage / "DONE")["sha256"]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shutil, "rmtree", _interrupted)
-        run.remove(0, "one", ("model", "state.safetensors"))
+        remove(run, 0, "one", ("model", "state.safetensors"))
     assert (stage / "model" / "weights").exists()
     for _ in range(2):
-        run.remove(0, "one", ("model", "state.safetensors"))
+        remove(run, 0, "one", ("model", "state.safetensors"))
         assert sorted(file.name for file in stage.iterdir()) == ["DONE", "state.json"]
         done = read_json(stage / "DONE")
         assert {**done["sha256"], **done["removed"]} == hashes and list(done["sha256"]) == ["state.json"]
