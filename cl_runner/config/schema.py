@@ -203,6 +203,16 @@ class TrainingConfig(Section):
         description="A method's penalty counts once an optimizer step, or (micro) once for each of its accumulated "
         "micro-batches: the reference code run without DeepSpeed. With it, as published, it counts once.",
     )
+    share_prefix: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Decoder-only models: the beginning that a task's prompts have in common is computed once a "
+        "micro-batch. No number changes but by rounding.",
+    )
+    dropout_by: Literal["row", "micro"] = Field(
+        default="row",
+        description="What falls is decided by a row's place in the global batch: the same on any number of devices and "
+        "with any micro_batch; or (micro) drawn for each micro-batch, as torch does it.",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations again in the backward instead of keeping them: slower, smaller."
     )

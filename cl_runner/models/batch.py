@@ -13,6 +13,7 @@ from torch.nn import functional
 from cl_runner.models.base import Layout
 
 IGNORE = -100  # label of a position that is no label token
+OF_ROWS = ("tasks", "heads", "lengths")  # what a batch has of each row beside its tensors
 
 
 class Example(NamedTuple):
@@ -46,8 +47,12 @@ class Batch:
     token_weights: Tensor  # (b, t) fp32, 0 outside label tokens
     position_ids: Tensor | None = None
     decoder_input_ids: Tensor | None = None
+    places: Tensor | None = None  # (b,) of each row in its step's global batch, in training alone
     condition: dict[str, Tensor] = field(default_factory=dict)  # a method's own rows (b, …), sliced with the batch
     tasks: tuple[str, ...] = ()  # of each row, in training alone
+    heads: tuple[int, ...] = ()  # how many tokens each row shares with all of its task; none: not known
+    lengths: tuple[int, ...] = ()  # input tokens of each row, where heads are known
+    behind: int = 0  # tokens that stand before the rows, for all of them, and are not among their ids
 
     @property
     def size(self) -> int:
@@ -61,8 +66,11 @@ class Batch:
 
     def slice(self, rows: slice | Tensor | list[int]) -> Batch:
         """The given rows, padding unchanged."""
-        numbers = torch.arange(self.size)[rows].tolist() if self.tasks else []
-        return replace(self._each(lambda value: value[rows]), tasks=tuple(self.tasks[i] for i in numbers))
+        numbers = torch.arange(self.size)[rows].tolist() if self.tasks or self.heads else []
+        own: dict[str, Any] = {
+            name: tuple(getattr(self, name)[i] for i in numbers) for name in OF_ROWS if getattr(self, name)
+        }
+        return replace(self._each(lambda value: value[rows]), **own)
 
     def read_to_the_end(self, head: bool) -> Batch:
         """Decoder-only rows with their last label token too, a column more; for those who look at layers.
@@ -80,6 +88,7 @@ class Batch:
             position_ids=torch.cat([self.position_ids, self.position_ids[:, -1:] + 1], dim=1),
             labels=functional.pad(self.labels, (before, 1), value=IGNORE),
             token_weights=functional.pad(self.token_weights, (before, 1)),
+            lengths=tuple(length + 1 for length in self.lengths),
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
+from cl_runner.models.dropout import Contexts
 
 PREFIX = "prefix"  # the name of soft prompts among a batch's condition
 
@@ -160,16 +161,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def checkpoint_activations(model: nn.Module, on: bool) -> None:
+def checkpoint_activations(model: nn.Module, on: bool, contexts: Contexts | None = None) -> None:
     """Whether the training forwards keep the activations of one block alone, and compute the others again.
 
-    Dropout is the same the second time. The model has to support it (``supports_gradient_checkpointing``).
+    Dropout is the same the second time: torch's own, or, through ``contexts`` (of a block's first forward and of its
+    second), one by row. The model has to support it (``supports_gradient_checkpointing``).
     """
     inner: Any = unwrapped(model)
     old = not hasattr(inner, "activation_checkpointing_enable")  # its name up to transformers 5.20
     if on:
         enable = inner.gradient_checkpointing_enable if old else inner.activation_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **({"context_fn": contexts} if contexts else {})})
     elif any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         disable = inner.gradient_checkpointing_disable if old else inner.activation_checkpointing_disable
         disable()

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
 from cl_runner.models.forward import accepted, evaluating, generate, greedy, model_inputs, unwrapped
+from cl_runner.models.heads import Head, behind_head, can_be_cut, rest_of
 
 Show = Callable[[Batch], None]
 
@@ -40,20 +41,24 @@ def answers(
     layout: Layout,
     max_new_tokens: int,
     show: Show = lambda _: None,
+    head: Head | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
     """What ``greedy`` answers to a batch of prompts, and which answers were verified instead of decoded.
 
     Args:
         targets: each row's gold ids, the end token last; an empty one is never verified.
         show: is told the batch that the next forward is about, where it is not ``prompts``.
+        head: what all these prompts begin with, read by this model as it is; of a decoder-only model.
     """
     likely = [_can_be_said(target, layout, max_new_tokens) for target in targets]
     if not any(likely):
         return greedy(model, prompts, layout, max_new_tokens), likely
     with evaluating(model):
-        read = (_encoder_decoder if layout.encoder_decoder else _decoder_only)(
-            unwrapped(model), prompts, targets, layout, max_new_tokens
-        )
+        bare = unwrapped(model)
+        if layout.encoder_decoder:
+            read = _encoder_decoder(bare, prompts, targets, layout, max_new_tokens)
+        else:
+            read = _decoder_only(bare, prompts, targets, layout, max_new_tokens, head)
         right = _says_gold(read.scores, targets, layout)
         said = [yes and sound for yes, sound in zip(right, likely, strict=True)]
         rest = [row for row, yes in enumerate(said) if not yes]
@@ -122,7 +127,12 @@ def _encoder_decoder(
 
 
 def _decoder_only(
-    model: nn.Module, prompts: Batch, targets: Sequence[Sequence[int]], layout: Layout, max_new_tokens: int
+    model: nn.Module,
+    prompts: Batch,
+    targets: Sequence[Sequence[int]],
+    layout: Layout,
+    max_new_tokens: int,
+    head: Head | None,
 ) -> Read:
     """Gold scores by a pass over the prompts and one over the targets behind them.
 
@@ -130,7 +140,10 @@ def _decoder_only(
     """
     asked: Any = model
     takes = accepted(model)
-    given = model_inputs(model, prompts)
+    if head is None:
+        given = model_inputs(model, prompts)
+    else:
+        given = {**behind_head(rest_of(prompts, head.length)), "past_key_values": head.spread(prompts.size)}
     mask: Tensor = given["attention_mask"]
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     out = asked(**given, **last, use_cache=True)
@@ -150,7 +163,7 @@ def _decoder_only(
             positions: Tensor = given["position_ids"]
             more["position_ids"] = positions[:, -1:] + 1 + torch.arange(behind.shape[1], device=first.device)
         scores = torch.cat([first, asked(**more).logits], 1)
-    if not _can_be_cut(cache):
+    if not can_be_cut(cache):
         return Read(scores, None)
 
     def decode(rows: list[int], show: Show) -> list[list[int]]:
@@ -177,10 +190,3 @@ def _decoder_only(
         return answers
 
     return Read(scores, decode)
-
-
-def _can_be_cut(cache: Any) -> bool:
-    """Whether a cache holds every position by itself: not a window that slid on, nor a recurrent state."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)

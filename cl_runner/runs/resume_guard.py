@@ -27,12 +27,15 @@ FREE = (
 def recorded(run: RunDir) -> RunConfig:
     """The settings a run was made with, as its ``run.yaml`` holds them: no preset or order is read again.
 
-    What an earlier version did not know of yet has its default, the method's own settings included.
+    What an earlier version did not know of yet has its default, the method's own settings included; but all dropout was
+    by micro-batch then.
 
     Raises:
         UserError: the file is broken.
     """
     values = load(run.config_file).data
+    if isinstance(values, dict) and isinstance(values.get("training"), dict):
+        values["training"].setdefault("dropout_by", "micro")
     try:
         config = RunConfig.model_validate(values)
         own = make_method(config).config.model_dump(mode="json")

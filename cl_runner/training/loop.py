@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -60,6 +60,7 @@ def train_stage(
     """
     method, training = stage.room.method, stage.config.training
     stage.own = own
+    stage.sharing.learn(own.examples, own.tasks)
     hooks, muon = HookTime(), Muon()
     stage.adapters.model.eval()  # fresh layers are not, restored ones neither
     _seed(stage, "begin")
@@ -69,6 +70,7 @@ def train_stage(
     examples = Joined([source.examples for source in sources])
     tasks = [task for source in sources for task in source.tasks]
     shares = [source.weight for source in sources for _ in source.tasks]
+    stage.sharing.learn(examples, tasks)
     plan = BatchPlan.make(len(examples), training, stage.ranks)
     inputs, labels = lengths(examples)
     weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)
@@ -87,12 +89,15 @@ def train_stage(
     scales = {group.lr_scale for group in engine.groups}
     scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
     try:
-        checkpoint_activations(stage.adapters.model, training.activation_checkpointing)
+        by_row = training.dropout_by == "row"
+        again = stage.dropout.again if by_row else None
+        checkpoint_activations(stage.adapters.model, training.activation_checkpointing, again)
         stage.adapters.model.train()
         if state is not None:
             put(stage, engine, muon, meter, state)
         to_come = steps[stage.step :]
-        with closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
+        dropout = stage.dropout.installed() if by_row else nullcontext()
+        with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
             for rows in to_come:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
@@ -183,7 +188,7 @@ def _padded(
         step_rows, mine = of_step
         # A rank without rows takes the step's first row at weight zero, so that graphs stay alike.
         rows, row_weights = (mine, weights.of(step_rows, mine)) if mine else ([step_rows[0]], [0.0])
-        return stage.padded([examples[i] for i in rows], row_weights), [tasks[i] for i in rows]
+        return stage.padded([examples[i] for i in rows], row_weights, of := [tasks[i] for i in rows]), of
 
     micro_batches = ((rows, mine) for rows in steps for _, mine in plan.micro_batches(rows, stage.rank))
     # A thread begins on the first GPU; page-locked memory would open that one in every process.
@@ -206,7 +211,8 @@ def _micro_batches(
     penalty: Tensor | None = None
     for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
         _seed(stage, "forward", stage.step, number)
-        batch = stage.ready(*next(batches))
+        stage.dropout.draw(derived_seed(stage.config.seed, stage.index, "dropout", stage.step))
+        batch = stage.ready(*next(batches), first=number * plan.micro_batch)
         loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
         # Not the last forward's alone: a rank may have had no rows for that one.
         stage.task_loss = total = total + loss.detach()

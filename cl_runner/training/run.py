@@ -17,6 +17,7 @@ from cl_runner.engine.process import Place
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
+from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import read_matrix, write_results
@@ -61,7 +62,8 @@ class Run:
     def train(self) -> Matrix:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
-        for line in [*filter(None, [room.base.advice]), *tokens.notes, *tokens.cut_targets()]:
+        dropout = attention_dropout(room.base.model) if self.plan.config.training.dropout_by == "row" else ""
+        for line in [*filter(None, [room.base.advice, dropout]), *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)

@@ -25,12 +25,14 @@ from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.protocol import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
 from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
+from cl_runner.models.dropout import RowDropout
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, features, logits, sampled, unwrapped
 from cl_runner.models.token_cache import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.training.options import Option, make_options
 from cl_runner.training.sampling import derived_seed
+from cl_runner.training.sharing import Sharing
 
 Result = TypeVar("Result")
 
@@ -47,6 +49,7 @@ class Room:
     root: Autocast
     order: tuple[StagePlan, ...]
     options: tuple[Option, ...] = field(default_factory=make_options)
+    told: set[str] = field(default_factory=set)  # what is said once a run, and has been
 
 
 class StageRun:
@@ -65,6 +68,8 @@ class StageRun:
         self.step = 0
         self.steps = 0
         self.task_loss: Tensor | None = None
+        self.dropout = RowDropout()
+        self.sharing = Sharing(self)
         self._batch: Batch | None = None
         self._raw = room.root.twin()
         self._input_groups: list[tuple[str, ...]] | None = None
@@ -216,7 +221,7 @@ class StageRun:
         self._show(batch)
 
         def compute() -> Tensor:
-            return logits(self.adapters.model, batch)
+            return self.sharing.logits(batch)
 
         if parameters is None:
             found: Tensor = self._raw(compute)
@@ -291,6 +296,11 @@ class StageRun:
         finally:
             self._observers.remove(entry)
 
+    @property
+    def observed(self) -> bool:
+        """Whether anybody looks at layers."""
+        return bool(self._observers)
+
     def _observed(self, target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # A forward inside a backward is activation checkpointing's second look at the same rows.
@@ -332,16 +342,22 @@ class StageRun:
 
     def make_batch(self, examples: Sequence[Example], tasks: Sequence[str], weights: Sequence[float]) -> Batch:
         """Padded tensors with row weights, conditioned by the method."""
-        return self.ready(self.padded(examples, weights), tasks)
+        return self.ready(self.padded(examples, weights, tasks), tasks)
 
-    def padded(self, examples: Sequence[Example], weights: Sequence[float]) -> Batch:
+    def padded(self, examples: Sequence[Example], weights: Sequence[float], tasks: Sequence[str] = ()) -> Batch:
         """Padded tensors on the CPU, where a GPU can fetch them without being waited for. Any thread may call it."""
-        batch = collate(examples, self.room.base.layout, weights=list(weights))
+        batch = self.sharing.with_heads(
+            collate(examples, self.room.base.layout, weights=list(weights)), examples, tasks
+        )
         return batch.pinned() if self.device.type == "cuda" else batch
 
-    def ready(self, batch: Batch, tasks: Sequence[str]) -> Batch:
-        """A padded batch on the device, conditioned by the method; ``tasks`` are those of its rows."""
-        known = replace(batch.to(self.device), tasks=tuple(tasks))
+    def ready(self, batch: Batch, tasks: Sequence[str], first: int | None = None) -> Batch:
+        """A padded batch on the device, conditioned by the method.
+
+        tasks: of its rows. first: the place of the first one in the step's global batch.
+        """
+        places = None if first is None else torch.arange(first, first + batch.size, device=self.device)
+        known = replace(batch.to(self.device), tasks=tuple(tasks), places=places)
         return self._conditioned(known, tasks[0] if len(set(tasks)) == 1 else None)
 
     def _conditioned(self, batch: Batch, task: str | None) -> Batch:
@@ -363,12 +379,15 @@ class StageRun:
 
     def _answers(self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None]) -> list[str]:
         layout, most = self.room.base.layout, self.config.eval.max_new_tokens
+        heads = self.sharing.of_prompts(examples)
 
         def answered(_: int, rows: Sequence[Example]) -> list[str]:
             prompts = self._prompts(rows, task)
             targets = [[] if example.target_cut else example.target for example in rows]
             with torch.no_grad(), self.room.root.context():
-                ids, _verified = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show)
+                head = heads.read(prompts)
+                prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
+                ids, _verified = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show, head)
             return [self.room.encoder.decode(row) for row in ids]
 
         return self._by_batch(examples, answered, tick)
@@ -420,6 +439,7 @@ class StageRun:
     def _show(self, batch: Batch) -> None:
         """The batch that the next forward is about, for those who look at layers alone."""
         self._batch = batch
+        self.dropout.see(batch)
         self.adapters.condition = batch.condition
 
     # Ranks.

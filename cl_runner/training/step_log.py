@@ -140,7 +140,7 @@ class Meter:
             hook_seconds=self.hooks.seconds,
             watch=self.watch,
             about={key: value for option in options for key, value in option.about().items()},
-            said=[said for option in options if (said := option.said())],
+            said=[*self.stage.sharing.said(), *(said for option in options if (said := option.said()))],
         )
 
 

@@ -143,7 +143,7 @@ def test_a_cache_that_slid_on_is_not_cut(saved: Callable[[str], Path], monkeypat
     layout = layouts[0]
     prompts = collate_prompts([Example(source, []) for source in sources], layout)
     expected = greedy(model, prompts, layout, LIMIT)
-    monkeypatch.setattr("cl_runner.models.verify._can_be_cut", lambda _: False)
+    monkeypatch.setattr("cl_runner.models.verify.can_be_cut", lambda _: False)
     assert answers(model, prompts, [[7, layout.eos_id]] * len(sources), layout, LIMIT)[0] == expected
 
 

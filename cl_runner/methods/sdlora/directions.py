@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn import functional
+from torch.nn.functional import linear
 
 from cl_runner.adapters.terms import Term, as_computed
 
@@ -57,7 +58,7 @@ class Directions(Term):
         if len(self.owner):
             parts.append(linear(linear(x, self.past_A) * self.alpha[self.owner], self.past_B))
         if self.A is not None and self.B is not None:
-            given = dropout(x, self.dropout, self.training)
+            given = functional.dropout(x, self.dropout, self.training)
             parts.append(self.alpha[-1] * linear(linear(given, self.A), self.B))
         return sum(parts[1:], parts[0])
 

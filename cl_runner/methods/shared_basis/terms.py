@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn import functional
+from torch.nn.functional import linear
 
 from cl_runner.adapters.terms import Term, as_computed
 
@@ -93,7 +94,7 @@ class SharedBasis(Term):
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        wet = as_computed(dropout(x, self.p, self.training))
+        wet = as_computed(functional.dropout(x, self.p, self.training))
         if self.mask is None:
             A, B = self.pair()
             out = linear(linear(wet, A), B)

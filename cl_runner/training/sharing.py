@@ -1,0 +1,146 @@
+"""Whether the rows of a micro-batch share the beginning of their prompts, and their logits where they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cl_runner.models.batch import Batch, Example
+from cl_runner.models.dropout import attention_dropout
+from cl_runner.models.forward import accepted, evaluating, logits
+from cl_runner.models.heads import NEEDED, Head, by_task, common_head, head_of, logits_behind_head
+
+if TYPE_CHECKING:
+    from cl_runner.training.stage import StageRun
+
+WORTH = 0.1  # the share of a micro-batch's tokens that must be saved: a second call of the model costs something too
+
+
+class Sharing:
+    """The heads of a stage's tasks, and the forwards that compute each once (``training.share_prefix``)."""
+
+    def __init__(self, stage: StageRun) -> None:
+        self.stage = stage
+        self._heads: dict[str, list[int]] = {}
+        self._always: str | None = None  # why this stage's batches never share; empty: they may
+        self._why_not = ""
+
+    def learn(self, examples: Sequence[Example], tasks: Sequence[str]) -> None:
+        """Find the heads of these rows' tasks: what all of a task's prompts begin with, as they are read."""
+        if self.stage.room.base.encoder_decoder:
+            return
+        of_task: dict[str, list[list[int]]] = {}
+        for row, task in enumerate(tasks):
+            of_task.setdefault(task, []).append(examples[row].source)
+        self._heads.update({task: common_head(sources) for task, sources in of_task.items()})
+
+    def with_heads(self, batch: Batch, examples: Sequence[Example], tasks: Sequence[str]) -> Batch:
+        """The batch, that knows how much of each row is its task's head; of rows that do not begin so, nothing."""
+        if not self._heads or len(tasks) != batch.size:
+            return batch
+        heads = [self._heads.get(task, []) for task in tasks]
+        known = [len(h) if e.source[: len(h)] == h else 0 for e, h in zip(examples, heads, strict=True)]
+        lengths = [max(len(e.source) + len(e.target) - 1, 0) for e in examples]
+        return replace(batch, heads=tuple(known), lengths=tuple(lengths))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """As ``models.forward.logits``, of the batch that the stage has just been shown."""
+        stage = self.stage
+        model = stage.adapters.model
+        groups = self._groups(batch)
+        if groups is None:
+            return logits(model, batch)
+        found: list[Tensor] = []
+        for rows in groups:
+            part = batch.slice(rows) if len(groups) > 1 else batch
+            h = min(part.heads)
+            scores = None
+            if (part.size - 1) * h >= WORTH * sum(part.lengths):
+                scores = logits_behind_head(model, part, h, stage.dropout.part)
+                if scores is None:
+                    self._always = "this model keeps no keys and values that rows could go on from"
+            if scores is None:
+                stage.dropout.part(part)
+                scores = logits(model, part)
+            found.append(scores)
+        if len(found) == 1:
+            return found[0]
+        order = torch.tensor([row for rows in groups for row in rows], device=batch.labels.device)
+        return torch.cat(found)[order.argsort()]
+
+    def of_prompts(self, examples: Sequence[Example]) -> PromptHead:
+        """What these prompts begin with, to be read once for all their batches, by the model as it then is."""
+        return PromptHead(self, examples)
+
+    def may_share(self, batch: Batch) -> bool:
+        """Whether a batch of prompts may go on from a head."""
+        return self.stage.config.training.share_prefix != "off" and not self._reason(batch)
+
+    def _groups(self, batch: Batch) -> list[list[int]] | None:
+        """Rows that may share a head; None where the batch is read as it is."""
+        if self.stage.config.training.share_prefix == "off" or not any(batch.heads):
+            return None
+        self._why_not = self._reason(batch)
+        return None if self._why_not else by_task(batch)
+
+    def _reason(self, batch: Batch) -> str:
+        stage = self.stage
+        if self._always is None:
+            self._always = self._static_reason()
+        if self._always:
+            return self._always
+        if batch.condition:
+            return f"{stage.room.method.name} conditions each row"
+        if stage.observed:
+            return f"{stage.room.method.name} looks at what the layers read"
+        return ""
+
+    def _static_reason(self) -> str:
+        stage = self.stage
+        training = stage.config.training
+        if training.activation_checkpointing:
+            return "training.activation_checkpointing keeps no keys and values"
+        if not accepted(stage.adapters.model) >= NEEDED:
+            return "this model cannot go on from keys and values at given positions"
+        if training.dropout_by == "micro" and stage.config.adapter.dropout:
+            return "training.dropout_by: micro drops otherwise in each row's"
+        if attention_dropout(stage.room.base.model):
+            return "the attention drops otherwise in each row's"
+        return ""
+
+    def said(self) -> list[str]:
+        """Once a run: why heads are not shared."""
+        told = self.stage.room.told
+        if not self._why_not or self._why_not in told:
+            return []
+        told.add(self._why_not)
+        return [f"the beginning of a task's prompts is computed for every row: {self._why_not}"]
+
+
+class PromptHead:
+    """The head of all prompts of an evaluation: read at the first batch that may go on from it."""
+
+    def __init__(self, sharing: Sharing, examples: Sequence[Example]) -> None:
+        self._sharing = sharing
+        stage = sharing.stage
+        nothing = stage.room.base.encoder_decoder or not any(example.target for example in examples)  # to verify
+        known = [] if nothing else common_head([example.source for example in examples])
+        saved = (len(examples) - 1) * len(known)
+        self._ids = known if saved >= WORTH * sum(len(example.source) for example in examples) else []
+        self._head: Head | None = None
+
+    def read(self, prompts: Batch) -> Head | None:
+        """For these prompts; None where they are read as they are."""
+        if not self._ids or not self._sharing.may_share(prompts):
+            return None
+        if self._head is None:
+            model = self._sharing.stage.adapters.model
+            with evaluating(model):
+                self._head = Head.read(model, head_of(torch.tensor([self._ids], device=prompts.input_ids.device)))
+            if self._head is None:
+                self._ids = []
+        return self._head

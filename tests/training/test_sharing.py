@@ -1,0 +1,95 @@
+"""Heads computed once: the gradients of every method, and the answers, are those of whole rows."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_runner.engine.process import Place
+from cl_runner.methods import METHODS
+from cl_runner.methods.protocol import Source, StagePlan
+from cl_runner.models.batch import Example
+from cl_runner.training.stage import StageRun, commit_update
+from tests.distributed import on_ranks
+from tests.methods.orders import order_room
+from tests.stages import END, VOCABULARY, Outcome, distance, train
+
+HEADS = {"a": [7, 9, 11, 13, 15, 17], "b": [7, 9, 21, 23, 25, 27, 29, 31]}
+# Rows with something of their own before the head, or whose layers are looked at in every forward.
+PLAIN = {"l2p": "conditions each row", "progprompt": "conditions each row", "lfpt5": "conditions each row"}
+SIZES = {"training__global_batch": 6, "training__micro_batch": 3, "training__epochs": 1}
+
+
+def rows(task: str, count: int = 9) -> Source:
+    """Rows that all begin with their task's head, of unequal lengths."""
+    dice = random.Random(task)
+    examples = []
+    for row in range(count):
+        text = [dice.randrange(32, VOCABULARY) for _ in range(dice.randint(1, 6))]
+        text[0] = 40 + row  # the head ends here
+        examples.append(Example([*HEADS[task], *text], [*(dice.randrange(3, 30) for _ in range(row % 3 + 1)), END]))
+    return Source(examples, [task] * count)
+
+
+def of_plan(plan: StagePlan) -> Source:
+    """The rows of a stage's tasks, one after the other."""
+    parts = [rows(task) for task in plan.tasks]
+    return Source([e for part in parts for e in part.examples], [t for part in parts for t in part.tasks])
+
+
+def learned(place: Place, method: str, how: str, **settings: Any) -> tuple[list[Outcome], int, list[str]]:
+    """What each of two stages leaves, dropout on; how many forwards shared a head; what was said."""
+    room, config = order_room(
+        place, method, ("a", "b"), "llama", adapter__dropout=0.2, training__share_prefix=how, **{**SIZES, **settings}
+    )
+    outcomes, shared = [], 0
+
+    def counting(_: Any, __: Any, named: dict[str, Any]) -> None:
+        nonlocal shared
+        past = named.get("past_key_values")
+        shared += past is not None and room.base.model.training
+
+    hook = room.base.model.register_forward_pre_hook(counting, with_kwargs=True)
+    for index in range(len(room.order)):
+        stage = StageRun(room, config, index)
+        if stage.plan.start == "base":
+            room.adapters.restore([], room.adapters.kept, None)
+        room.method.build(stage)
+        outcomes.append(train(stage, of_plan(stage.plan)))
+        room.adapters.train(False)
+        commit_update(room.method, stage)
+        outcomes[-1].parameters["answer"] = answer(StageRun(room, config, index))
+    hook.remove()
+    said = [line for outcome in outcomes for line in outcome.trained.said]
+    for outcome in outcomes:
+        outcome.stage = None  # type: ignore[assignment]  # nothing that cannot travel from another process
+        outcome.trained = None  # type: ignore[assignment]
+    return outcomes, shared, said
+
+
+def answer(stage: StageRun) -> Tensor:
+    """Scores of some rows after a stage: what it left, whatever its factors are."""
+    some = rows("b", 4)
+    with torch.no_grad(), stage.without_dropout():
+        scores = stage.forward(stage.make_batch(some.examples, some.tasks, [1.0] * 4)).clone()
+    stage.close()
+    return scores
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns_the_same(method: str) -> None:
+    own = {"method__group": 2} if method == "pego" else {}
+    [(plain, none, _)] = on_ranks(1, learned, method, "off", **own)
+    [(ours, shared, said)] = on_ranks(1, learned, method, "auto", **own)
+    assert none == 0
+    for found, wanted in zip(ours, plain, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        assert found.norms == pytest.approx(wanted.norms, rel=1e-4)
+        if method == "osft":  # a singular vector may point either way
+            found.parameters, wanted.parameters = ({"answer": o.parameters["answer"]} for o in (found, wanted))
+        assert distance(found.parameters, wanted.parameters) < 1e-3
+    assert shared > 0 or said
