@@ -1,0 +1,102 @@
+"""A decoder-only model's training and evaluation with the heads of prompts shared, and without, in turns.
+
+    python -m benchmarks.heads --model FOLDER --data-dir FOLDER --tasks dbpedia,amazon,agnews
+
+For each task: the same steps of training with `training.share_prefix` auto and off, and the same rows answered, in one
+process. What the tokens allow is printed beside what came out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import median, parser, publish, seconds_of, take_turns
+from benchmarks.world import step_seconds
+from cl_runner.engine import zero as engine
+from cl_runner.engine.process import Place
+from cl_runner.models.heads import common_head
+from cl_runner.settings import resolve
+from cl_runner.training.plan import Plan
+from cl_runner.training.prepare import Room, Tokens, open_room, open_stage
+
+WAYS = ("auto", "off")
+
+
+def prepared(model: str, data_dir: str, tasks: str, rows: int, micro: int, more: list[str], folder: Path) -> Any:
+    """Plan, room and tokens of an order of these tasks."""
+    order = folder / "order.yaml"
+    order.write_text(f"name: heads\ntasks: [{tasks}]\n")
+    sets = [
+        f"model.name={model}", f"data.dir={data_dir}", f"data.max_train={rows}", f"data.max_test={rows}",
+        "data.balanced=true", f"training.micro_batch={micro}", f"training.global_batch={micro}", "training.epochs=1",
+        "adapter.r=8", "data.max_source=256", *more,
+    ]  # fmt: skip
+    resolved = resolve(order=str(order), sets=sets)
+    assert resolved.order is not None
+    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
+    engine.start(place := Place())
+    return plan, *open_room(plan, place)
+
+
+def training(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
+    """Seconds of a step, the median of a stage's."""
+    config = plan.config.model_copy(deep=True)
+    config.training.share_prefix = how  # type: ignore[assignment]
+    room.adapters.restore([], {}, None)
+    stage = open_stage(room, config, index)
+    room.method.build(stage)
+    return median(step_seconds(stage, tokens.source(stage.plan).examples))
+
+
+def evaluation(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
+    """Seconds for a task's test rows."""
+    config = plan.config.model_copy(deep=True)
+    config.training.share_prefix = how  # type: ignore[assignment]
+    stage = open_stage(room, config, index, evaluating=True)
+    seconds = seconds_of(lambda: stage.answer(tokens.test[plan.stages[index].tasks[0]].examples))
+    stage.close()
+    return seconds
+
+
+def main() -> None:
+    """Run it."""
+    import tempfile
+
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", required=True, help="folder of a decoder-only model")
+    arguments.add_argument("--data-dir", required=True, help="benchmark folder")
+    arguments.add_argument("--tasks", default="dbpedia,amazon,agnews")
+    arguments.add_argument("--rows", type=int, default=64, help="of each task, to train and to answer")
+    arguments.add_argument("--micro", type=int, default=16)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    given = arguments.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        plan, room, tokens = prepared(
+            given.model, given.data_dir, given.tasks, given.rows, given.micro, given.set, Path(folder)
+        )
+        for index, stage in enumerate(plan.stages):
+            examples = tokens.source(stage).examples
+            head = len(common_head([e.source for e in examples]))
+            lengths = [len(e.source) + len(e.target) - 1 for e in examples]
+            mean = sum(lengths) / len(lengths)
+            row: dict[str, Any] = {"task": stage.name, "head tokens": head, "tokens a row": round(mean, 1)}
+            row["tokens allow"] = mean / (mean - head * (1 - 1 / given.micro))
+            for what, measure in (("training", training), ("evaluation", evaluation)):
+                ways = {how: partial(measure, plan, room, tokens, index, how) for how in WAYS}
+                found = {how: median(times[1:]) for how, times in take_turns(ways, given.rounds + 1).items()}
+                row[f"{what} s"], row[f"{what} ratio"] = found["auto"], found["off"] / found["auto"]
+            rows.append(row)
+            print(row, flush=True)
+        engine.stop()
+    publish("heads", given, {"seconds and ratios, off : auto": rows})
+
+
+if __name__ == "__main__":
+    main()
