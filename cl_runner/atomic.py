@@ -1,4 +1,4 @@
-"""Files of ours on disk: replaced in one atomic step, read back or refused in one line, hashed."""
+"""Files and folders of ours on disk: in place in one atomic step, read back or refused in one line, hashed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,28 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: must be a JSON object")
     return value
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder beside ``final``, then move it there in one atomic step: it is whole or not there.
+
+    An empty folder may stand at ``final``. What an earlier call had to leave, killed, is removed.
+    """
+    draft = final.with_name(f".{final.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
+        for path in draft.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
+            sync(path)
+        sync(draft)
+        draft.rename(final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
+        raise
+    sync(final.parent)
 
 
 def append_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

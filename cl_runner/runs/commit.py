@@ -10,31 +10,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cl_runner.atomic import read_json, sha256, sync, umask, write_json
+from cl_runner.atomic import read_json, sha256, sync, write_folder, write_json
 from cl_runner.runs.folder import RunDir
 
 
 def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a folder beside the stage's place, then move it there in one atomic step."""
     final = run.stage_dir(index, name)
-    draft = final.with_name(f".{final.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
+    if final.exists() and not (final / "DONE").exists():
+        shutil.rmtree(final)  # was never whole
+
+    def whole(draft: Path) -> None:
         write(draft)
         files = sorted(file for file in draft.rglob("*") if file.is_file())
-        for file in files:
-            file.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
         write_json(draft / "DONE", {"sha256": {str(file.relative_to(draft)): sha256(file) for file in files}})
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
-        if final.exists() and not (final / "DONE").exists():
-            shutil.rmtree(final)  # was never whole
-        draft.rename(final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
-        raise
-    sync(final.parent)
+
+    write_folder(final, whole)
     return final
 
 
