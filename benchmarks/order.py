@@ -4,16 +4,17 @@ reference style   a process a task, past pairs in every forward, plain decoding 
 plain PEFT        PEFT and the transformers Trainer in one process (plain_peft.py)
 cl-runner         `cl-runner train`
 
-The same embedded model, rows, batch size, epochs and O-LoRA settings. The mean exact match after the last stage is
-printed for each: a faster way that learned less would be no faster way.
+The same model (the embedded tiny-t5, or `--model FOLDER`), rows, cut, batch size, epochs and O-LoRA settings. The mean
+exact match after the last stage is printed for each: a faster way that learned less would be no faster way.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,14 +45,15 @@ def by_script(module: str, job: Job, folder: Path, *more: str) -> Measured:
     return measured(finished, json.loads((folder / "result.json").read_text()))
 
 
-def by_cl_runner(job: Job, folder: Path) -> Measured:
-    """The package itself."""
+def by_cl_runner(job: Job, folder: Path, also: Sequence[str] = ()) -> Measured:
+    """The package itself; ``also``: settings of its own."""
     folder.mkdir()
-    assert job.data_dir is not None
+    sets = [*(f"{key}={value}" for key, value in job.sets.items()), *also]
     finished = run_process(
         [
-            *("-m", "cl_runner", "train", "--order", job.order, "--method", "olora", "--preset", "tiny"),
-            *("--data-dir", job.data_dir, "--seed", str(job.seed), *job.as_sets()),
+            *("-m", "cl_runner", "train", "--order", job.order, "--seed", str(job.seed)),
+            *(part for name in job.presets for part in ("--preset", name)),
+            *(part for each in sets for part in ("--set", each)),
             *("--output-dir", str(folder), "--name", "run"),
         ],
         folder / "log",
@@ -61,13 +63,16 @@ def by_cl_runner(job: Job, folder: Path) -> Measured:
     return measured(finished, {"scores": stages[-1]["scores"], **total})
 
 
-def ways(job: Job, scratch: Path, pad: str) -> dict[str, Callable[[], Measured]]:
+def ways(job: Job, scratch: Path, given: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
     """Each way as a call; every call gets a folder and a seed of its own, the same seeds for all ways."""
     made: dict[str, Callable[[Job, Path], Measured]] = {
-        "reference style": lambda job, to: by_script("reference_style", job, to, "--pad", pad),
+        "reference style": lambda job, to: by_script("reference_style", job, to, "--pad", given.pad),
         "plain PEFT": partial(by_script, "plain_peft"),
         "cl-runner": by_cl_runner,
     }
+    if given.ours_only:
+        made = {"cl-runner": by_cl_runner}
+    made |= {f"cl-runner, {settings}": partial(by_cl_runner, also=settings.split()) for settings in given.also}
 
     def call(way: Callable[[Job, Path], Measured]) -> Callable[[], Measured]:
         counter = iter(range(1000))
@@ -90,13 +95,18 @@ def main() -> None:
     add_arguments(made)
     made.add_argument("--rounds", type=int, default=3, help="how often each way runs (default %(default)s)")
     made.add_argument("--pad", choices=("longest", "max"), default="longest", help="of the reference style")
+    made.add_argument("--ours-only", action="store_true", help="leave out the other two ways")
+    made.add_argument(
+        "--also", action="append", default=[], metavar="'KEY=VALUE …'",
+        help="one way more: cl-runner with these settings; may be given again",
+    )  # fmt: skip
     given = made.parse_args()
     job = Job.given(given)
     with tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
         if job.data_dir is None:
             job = replace(job, data_dir=f"{scratch}/rows")
             job.write_rows(Path(scratch, "rows"))
-        found = take_turns(ways(job, Path(scratch), given.pad), given.rounds)
+        found = take_turns(ways(job, Path(scratch), given), given.rounds)
     ours = found["cl-runner"]
     rows = [
         {
@@ -116,9 +126,9 @@ def main() -> None:
         }
         for name, runs in found.items()
     ]
-    publish(
-        "order", given, {f"{given.order} end to end, median of {given.rounds}, exact match on synthetic data": rows}
-    )
+    kind = "the benchmark's files" if given.data_dir else "synthetic data"
+    title = f"{given.order} end to end on {job.config.model.name}, median of {given.rounds}, exact match on {kind}"
+    publish("order", given, {title: rows})
 
 
 if __name__ == "__main__":

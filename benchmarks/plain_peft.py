@@ -15,19 +15,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import parser
-from benchmarks.job import Job, add_arguments, exact_match
+from benchmarks.job import Job, add_arguments, exact_match, training_row
+from cl_runner.adapters.targets import default_targets
+from cl_runner.models.base import Base
 from cl_runner.models.batch import Example
 
 EVAL_BATCH = 64
 MAX_NEW_TOKENS = 50
 
 
-def rows_of(examples: list[Example]) -> list[dict[str, list[int]]]:
+def rows_of(base: Base, examples: list[Example]) -> list[dict[str, list[int]]]:
     """What the Trainer takes for a data set."""
-    return [{"input_ids": e.source, "attention_mask": [1] * len(e.source), "labels": e.target} for e in examples]
+    rows = [training_row(base, example) for example in examples]
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels} for ids, labels in rows]
 
 
-def learn(job: Job, model: Any, tokenizer: Any, examples: list[Example], past: dict[str, Tensor], out: Path) -> None:
+def learn(job: Job, model: Any, base: Base, examples: list[Example], past: dict[str, Tensor], out: Path) -> None:
     """One task: a plain Trainer, with the penalty where there are past pairs."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -56,8 +59,9 @@ def learn(job: Job, model: Any, tokenizer: Any, examples: list[Example], past: d
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
-    WithPenalty(model, arguments, train_dataset=rows_of(examples), data_collator=collator).train()
+    base.tokenizer.padding_side = "right"
+    collator = DataCollatorForSeq2Seq(base.tokenizer, model=model)
+    WithPenalty(model, arguments, train_dataset=rows_of(base, examples), data_collator=collator).train()
 
 
 def new_factors(model: Any) -> dict[str, Tensor]:
@@ -66,15 +70,16 @@ def new_factors(model: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, examples: list[Example]) -> list[list[int]]:
+def answers(model: Any, base: Base, examples: list[Example]) -> list[list[int]]:
     """Greedy answers, batch after batch."""
     model.eval()
+    base.tokenizer.padding_side = "right" if base.encoder_decoder else "left"
     found: list[list[int]] = []
     for start in range(0, len(examples), EVAL_BATCH):
         prompts = [{"input_ids": e.source} for e in examples[start : start + EVAL_BATCH]]
-        batch = tokenizer.pad(prompts, return_tensors="pt")
+        batch = base.tokenizer.pad(prompts, return_tensors="pt")
         out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        found += out[:, 1:].tolist()
+        found += out[:, 1 if base.encoder_decoder else batch["input_ids"].shape[1] :].tolist()
     return found
 
 
@@ -98,8 +103,8 @@ def main() -> None:
         r=adapter.largest,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=["q", "v"],
-        task_type="SEQ_2_SEQ_LM",
+        target_modules=default_targets(model),
+        task_type="SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
     )
     past: dict[str, Tensor] = {}
     scores: dict[str, float] = {}
@@ -107,13 +112,13 @@ def main() -> None:
     for index, task in enumerate(job.tasks):
         began = time.perf_counter()
         wrapped: Any = get_peft_model(model, lora)
-        learn(job, wrapped, base.tokenizer, train[task], past, given.out)
+        learn(job, wrapped, base, train[task], past, given.out)
         for name, A in new_factors(wrapped).items():
             past[name] = torch.cat([past[name], A.detach()]) if name in past else A.detach().clone()
         model = wrapped.merge_and_unload()
         trained = time.perf_counter()
         for seen in job.tasks[: index + 1]:
-            scores[seen] = exact_match(base, answers(model, base.tokenizer, test[seen]), test[seen])
+            scores[seen] = exact_match(base, answers(model, base, test[seen]), test[seen])
         seconds["train"] += trained - began
         seconds["evaluate"] += time.perf_counter() - trained
     (given.out / "result.json").write_text(json.dumps({"scores": scores, **seconds}))

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.common import parser, run_process
-from benchmarks.job import Job, add_arguments, exact_match
+from benchmarks.job import Job, add_arguments, exact_match, training_row
+from cl_runner.adapters.targets import default_targets
 from cl_runner.models.base import Base
-from cl_runner.models.batch import Example
+from cl_runner.models.batch import IGNORE, Example
 
 EVAL_BATCH = 128
 MAX_NEW_TOKENS = 50
@@ -54,11 +55,11 @@ class TwoLoras(nn.Module):
 def with_loras(model: nn.Module, job: Job, saved: Path | None) -> None:
     """Put the layers in place of every query and value layer; the pairs of the tasks before come from ``saved``."""
     past: dict[str, Tensor] = torch.load(saved) if saved else {}
-    adapter = job.config.adapter
+    adapter, adapted = job.config.adapter, default_targets(model)
     targets = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("q", "v")
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in adapted
     ]
     for name, module in targets:
         parent, _, child = name.rpartition(".")
@@ -89,16 +90,17 @@ def orthogonality(model: nn.Module) -> Tensor:
     return total
 
 
-def padded(rows: list[list[int]], value: int, width: int | None = None) -> Tensor:
-    """Right-padded ids."""
+def padded(rows: list[list[int]], value: int, base: Base, width: int | None = None) -> Tensor:
+    """Padded ids: at the right, of decoder-only models at the left, as the published code has it."""
     width = width or max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    gaps = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([row + gap if base.encoder_decoder else gap + row for row, gap in zip(rows, gaps, strict=True)])
 
 
-def inputs(examples: list[Example], pad_id: int, width: int | None) -> dict[str, Tensor]:
-    """Ids and mask of the sources."""
-    ids = padded([e.source for e in examples], pad_id, width)
-    return {"input_ids": ids, "attention_mask": padded([[1] * len(e.source) for e in examples], 0, width)}
+def inputs(rows: list[list[int]], base: Base, width: int | None) -> dict[str, Tensor]:
+    """Ids and mask of what is read."""
+    ids = padded(rows, base.pad_id, base, width)
+    return {"input_ids": ids, "attention_mask": padded([[1] * len(row) for row in rows], 0, base, width)}
 
 
 def train(base: Base, job: Job, examples: list[Example], width: int | None) -> None:
@@ -112,9 +114,9 @@ def train(base: Base, job: Job, examples: list[Example], width: int | None) -> N
     for _ in range(job.epochs):
         dice.shuffle(examples)
         for start in range(0, len(examples), settings.global_batch):
-            batch = examples[start : start + settings.global_batch]
-            labels = padded([e.target for e in batch], -100)
-            loss = model(**inputs(batch, base.pad_id, width), labels=labels).loss
+            batch = [training_row(base, example) for example in examples[start : start + settings.global_batch]]
+            labels = padded([labels for _, labels in batch], IGNORE, base, None if base.encoder_decoder else width)
+            loss = model(**inputs([read for read, _ in batch], base, width), labels=labels).loss
             loss = loss + job.penalty * orthogonality(model)
             optimizer.zero_grad()
             loss.backward()
@@ -129,9 +131,9 @@ def answers(base: Base, examples: list[Example], width: int | None) -> list[list
     model.eval()
     found: list[list[int]] = []
     for start in range(0, len(examples), EVAL_BATCH):
-        batch = examples[start : start + EVAL_BATCH]
-        out = model.generate(**inputs(batch, base.pad_id, width), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        found += out[:, 1:].tolist()
+        prompts = inputs([example.source for example in examples[start : start + EVAL_BATCH]], base, width)
+        out = model.generate(**prompts, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        found += out[:, 1 if base.encoder_decoder else prompts["input_ids"].shape[1] :].tolist()
     return found
 
 
@@ -140,9 +142,12 @@ def one_task(job: Job, index: int, folder: Path, pad: str) -> None:
     torch.manual_seed(job.seed + index)
     base = job.base()
     with_loras(base.model, job, folder / f"{index - 1}.pt" if index else None)
-    width = job.config.data.max_source if pad == "max" else None
+    data = job.config.data
+    width = data.max_source if pad == "max" else None
+    # A decoder-only model reads the target too.
+    trained_width = width and width + (0 if base.encoder_decoder else data.max_target)
     began = time.perf_counter()
-    train(base, job, job.examples(base, job.tasks[index], "train"), width)
+    train(base, job, job.examples(base, job.tasks[index], "train"), trained_width)
     trained = time.perf_counter()
     scores = {}
     for task in job.tasks[: index + 1]:

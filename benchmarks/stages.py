@@ -2,9 +2,9 @@
 
 Steps at stages 2, 8 and 15, all methods and positions in turns in one process, the same rows at every stage; peak
 memory of a process that stands at that stage alone. With `--curve N`: N stages one after the other as a run trains,
-commits, scores and saves them, each method in a process of its own, with step time, resident memory and the size of
-what is saved after every stage, as CSV and, if matplotlib is installed, a picture. `--methods` names others than the
-usual ones for it: any whose stages are the tasks.
+commits, scores and saves them, each method in a process of its own, with the stage's time and a step's, resident memory
+and the size of what is saved, as CSV and, if matplotlib is installed, a picture. `--methods` names others than the
+usual ones: any whose stages are the tasks. `--model FOLDER` takes another model than the embedded tiny-t5.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,25 +23,40 @@ from typing import Any
 
 from benchmarks import world
 from benchmarks.common import median, parser, publish, resident_mb, run_process
+from benchmarks.job import Job, add_model_arguments
 from cl_runner.methods.protocol import StagePlan
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks import benchmark
-from cl_runner.tasks.synthetic import sample
 from cl_runner.training.checkpoint import save_stage
 from cl_runner.training.evaluation import TestSet, evaluate
 from cl_runner.training.stage import StageRun, commit_update
 
 POSITIONS = (2, 8, 15)
+TASK = "agnews"  # whose rows every stage is given
+
+
+def job_of(given: argparse.Namespace, steps: int) -> Job:
+    """The model, and the rows of so many steps a stage."""
+    model = {name: getattr(given, name) for name in ("model", "data_dir", "micro_batch", "max_source")}
+    return Job(train=steps * given.micro_batch, test=16, epochs=1, **model)
+
+
+def as_arguments(given: argparse.Namespace) -> list[str]:
+    """The model, for another process."""
+    values = {"micro-batch": given.micro_batch, "max-source": given.max_source}
+    values |= {name: value for name, value in (("model", given.model), ("data-dir", given.data_dir)) if value}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def ratios(given: argparse.Namespace) -> list[Mapping[str, Any]]:
     """Step time at each position, and the last over the first."""
-    made = world.tiny(POSITIONS[-1])
-    examples = world.tiny_rows(made, given.steps * made.config.training.global_batch)
-    found = world.steps_in_turns(made, POSITIONS, list(world.METHODS), examples, given.rounds)
+    job = job_of(given, given.steps)
+    made = world.of(job, POSITIONS[-1])
+    examples = job.examples(made.room.base, TASK, "train")
+    found = world.steps_in_turns(made, POSITIONS, given.methods, examples, given.rounds)
     rows: list[Mapping[str, Any]] = []
-    for method in world.METHODS:
+    for method in given.methods:
         row: dict[str, Any] = {"method": method}
         for position in POSITIONS:
             row[f"stage {position}: step ms"] = 1e3 * median(found[method, position])
@@ -50,55 +66,59 @@ def ratios(given: argparse.Namespace) -> list[Mapping[str, Any]]:
     return rows
 
 
-def add_memory(rows: Sequence[Mapping[str, Any]], scratch: Path) -> list[Mapping[str, Any]]:
+def add_memory(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, scratch: Path) -> list[Mapping[str, Any]]:
     """Peak memory of a process of its own for every method and position."""
     found: list[Mapping[str, Any]] = []
     for row in rows:
         more = {}
         for position in POSITIONS:
             worker = ["-m", "benchmarks.stages", "--stand-at", str(position), "--method", row["method"]]
-            more[f"stage {position}: peak MB"] = run_process(worker, scratch / "log").peak_mb
+            more[f"stage {position}: peak MB"] = run_process([*worker, *as_arguments(given)], scratch / "log").peak_mb
         found.append({**row, **more})
     return found
 
 
-def stand_at(position: int, method: str) -> None:
+def stand_at(given: argparse.Namespace) -> None:
     """A few steps at one position, for the memory that they take."""
-    made = world.tiny(position)
-    examples = world.tiny_rows(made, 4 * made.config.training.global_batch)
-    world.step_seconds(made.stage(method, position), examples)
+    job = job_of(given, 4)
+    made = world.of(job, given.stand_at)
+    world.step_seconds(made.stage(given.method, given.stand_at), job.examples(made.room.base, TASK, "train"))
 
 
-def curve(method: str, stages: int, steps: int, out: Path) -> None:
+def curve(given: argparse.Namespace, out: Path) -> None:
     """Train that many stages as a run does; a line of CSV after each."""
-    made = world.tiny(1)
-    order = tuple(StagePlan(f"task{i}", (f"task{i}",)) for i in range(1, stages + 1))
+    job = job_of(given, given.curve_steps)
+    made = world.of(job, 1)
+    order = tuple(StagePlan(f"task{i}", (f"task{i}",)) for i in range(1, given.curve + 1))
     made.room.order = order
-    examples = world.tiny_rows(made, steps * made.config.training.global_batch)
+    examples = job.examples(made.room.base, TASK, "train")
     made.config.training.lr = 1e-4  # two hundred stages of the same rows stay finite; a step costs the same at any rate
-    test = TestSet(benchmark.get("agnews"), sample("agnews", "test", 16), world.tiny_rows(made, 16, split="test"))
-    first = made.stage(method, 1)  # sets the method up; it then lives through all stages, as in a run
+    test = TestSet(benchmark.get(TASK), job.rows(TASK, "test"), job.examples(made.room.base, TASK, "test"))
+    first = made.stage(given.method, 1)  # sets the method up; it then lives through all stages, as in a run
     config = first.config
     first.close()
     with out.open("w", newline="") as file, tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
         run = RunDir(Path(scratch, "run"))
         writer = csv.writer(file)
-        writer.writerow(["stage", "step_ms", "resident_mb", "saved_mb"])
-        for index in range(stages):
+        writer.writerow(["stage", "stage_s", "step_ms", "resident_mb", "saved_mb"])
+        for index in range(given.curve):
+            started = time.perf_counter()
             stage = StageRun(made.room, config, index)
             made.room.method.build(stage)
             seconds = world.step_seconds(stage, examples)
             made.room.adapters.train(False)
             commit_update(made.room.method, stage)
-            evaluate(stage, {"agnews": test})
+            evaluate(stage, {TASK: test})
             committed = commit(run, index, stage.plan.name, partial(save_stage, stage=stage))
             made.room.adapters.let_go(made.room.method.reads_past())
+            whole = time.perf_counter() - started
             written = list(committed.rglob("*.safetensors"))
             saved = sum(path.stat().st_size for path in written) / 1e6
             for path in written:  # nobody will read them: room on the disk
                 path.unlink()
             gc.collect()
-            writer.writerow([index + 1, f"{1e3 * median(seconds):.3f}", f"{resident_mb():.1f}", f"{saved:.2f}"])
+            step = f"{1e3 * median(seconds):.3f}"
+            writer.writerow([index + 1, f"{whole:.3f}", step, f"{resident_mb():.1f}", f"{saved:.2f}"])
             file.flush()
 
 
@@ -117,9 +137,12 @@ def summary(method: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     ends = rows[1 : 1 + tenth], rows[-tenth:]
     step = [median([row["step_ms"] for row in part]) for part in ends]
     memory = [median([row["resident_mb"] for row in part]) for part in ends]
+    whole = [median([row["stage_s"] for row in part]) for part in ends]
     return {
         "method": method,
         "stages": len(rows),
+        "first stage s": whole[0],
+        "last stage s": whole[1],
         "first step ms": step[0],
         "last step ms": step[1],
         "last ÷ first": step[1] / step[0],
@@ -161,25 +184,28 @@ def main() -> None:
     made.add_argument("--curve", type=int, metavar="N", help="also train N stages one after the other")
     made.add_argument("--curve-steps", type=int, default=4, help="optimizer steps a stage of it (default %(default)s)")
     made.add_argument("--curve-only", action="store_true", help="nothing but the curve")
-    made.add_argument("--methods", nargs="+", default=list(world.METHODS), help="of the curve (default %(default)s)")
+    made.add_argument("--methods", nargs="+", default=list(world.METHODS), help="which (default %(default)s)")
     made.add_argument(
         "--out", type=Path, default=Path("bench"), help="folder for CSV and picture (default %(default)s)"
     )
+    add_model_arguments(made)
     made.add_argument("--method", help=argparse.SUPPRESS)
     made.add_argument("--stand-at", type=int, help=argparse.SUPPRESS)
     made.add_argument("--csv", type=Path, help=argparse.SUPPRESS)
     given = made.parse_args()
     if given.stand_at:
-        return stand_at(given.stand_at, given.method)
+        return stand_at(given)
     if given.csv:
-        return curve(given.method, given.curve, given.curve_steps, given.csv)
+        return curve(given, given.csv)
+    rows_of = "rows of the benchmark's files" if given.data_dir else "synthetic rows"
+    what = f"{given.model or 'tiny-t5'} on the CPU, the same {rows_of} at every stage"
     with tempfile.TemporaryDirectory(prefix="cl-runner-bench-") as scratch:
         if not given.curve_only:
             rows: Sequence[Mapping[str, Any]] = ratios(given)
-            rows = rows if given.no_memory else add_memory(rows, Path(scratch))
-            publish("stages", given, {"tiny-t5 on the CPU, the same synthetic rows at every stage": rows})
+            rows = rows if given.no_memory else add_memory(rows, given, Path(scratch))
+            publish("stages", given, {what: rows})
         if given.curve:
-            publish("curve", given, {f"{given.curve} stages one after the other": curves(given, Path(scratch))})
+            publish("curve", given, {f"{given.curve} stages one after the other, {what}": curves(given, Path(scratch))})
 
 
 def curves(given: argparse.Namespace, scratch: Path) -> list[Mapping[str, Any]]:
@@ -190,7 +216,7 @@ def curves(given: argparse.Namespace, scratch: Path) -> list[Mapping[str, Any]]:
         file = given.out / f"curve-{file_name(method)}.csv"
         worker = ["-m", "benchmarks.stages", "--method", method, "--csv", str(file.absolute())]
         size = ["--curve", str(given.curve), "--curve-steps", str(given.curve_steps)]
-        run_process([*worker, *size], scratch / "log")
+        run_process([*worker, *size, *as_arguments(given)], scratch / "log")
         found[method] = read(file)
     print(draw(found, given.out / "curve.png"), file=sys.stderr)
     return [summary(method, rows) for method, rows in found.items()]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import take_turns
+from benchmarks.job import Job
 from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.pairs import Pair
 from cl_runner.config.schema import ModelConfig, RunConfig
@@ -92,6 +93,12 @@ def make(base: Base, encoder: Any, config: RunConfig, device: str, bf16: bool, p
     order = tuple(StagePlan(f"task{i}", (f"task{i}",)) for i in range(1, positions + 1))
     room = Room(base, encoder, adapters, make_method(config), place, root, order)
     return World(room, config, [random_pair(adapters, f"task{i}", i) for i in range(1, positions)])
+
+
+def of(job: Job, positions: int) -> World:
+    """The model of a job with its settings, on the CPU."""
+    base, config = job.base(), job.config
+    return make(base, job.encoder(base), config, "cpu", config.training.precision == "bf16", positions)
 
 
 def tiny(positions: int, device: str = "cpu", precision: str = "fp32", epochs: int = 1) -> World:

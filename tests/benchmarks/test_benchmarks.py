@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, T5Config
 
-from benchmarks import common, flops, shapes
-from cl_runner.models.batch import collate_prompts
-from cl_runner.models.forward import greedy
+from benchmarks import common, flops, job, plain_peft, reference_style, shapes
+from cl_runner.models.batch import IGNORE, collate, collate_prompts
+from cl_runner.models.forward import greedy, logits, token_loss
 
 SCRIPTS = sorted(
     file.stem
@@ -112,6 +112,77 @@ def test_lengths_come_from_the_folder_where_there_is_one(tmp_path: Path) -> None
     file.write_text(json.dumps([{"sentence": " ".join(["word"] * 13), "label": "World"}]))
     assert set(shapes.source_lengths("agnews", 5, tmp_path)) == {short + 13}  # ten words more
     assert max(shapes.source_lengths("yahoo", 2000, tmp_path)) <= shapes.LONGEST
+
+
+JOBS = [
+    job.Job(order="order2", train=3, test=4, micro_batch=2),
+    job.Job(model="tiny-llama", train=4, test=4, epochs=1, seed=7, micro_batch=4, max_source=200, lr=2e-3),
+]
+
+
+@pytest.mark.parametrize("given", JOBS, ids=["tiny-t5", "tiny-llama"])
+def test_a_job_reaches_other_processes_and_the_package_as_it_is(given: job.Job) -> None:
+    parser = common.parser(None)
+    job.add_arguments(parser)
+    assert job.Job.given(parser.parse_args(given.as_arguments())) == given
+    config = given.config
+    assert config.model.name == (given.model or "tiny-t5") and config.order == given.order
+    assert (config.training.global_batch, config.training.micro_batch) == (given.micro_batch,) * 2
+    assert (config.data.max_source, config.data.max_train) == (given.max_source, given.train)
+    # The preset's, as set, and the published form's own.
+    assert (config.training.lr, given.penalty) == ((1.5e-3, 0.1) if given.model is None else (2e-3, 0.5))
+
+
+@pytest.mark.parametrize("given", JOBS, ids=["tiny-t5", "tiny-llama"])
+def test_the_ways_train_on_the_same_loss_and_answer_the_same(given: job.Job) -> None:
+    from transformers import DataCollatorForSeq2Seq
+
+    base = given.base()
+    rows = given.examples(base, "agnews", "train")
+    with torch.no_grad():
+        batch = collate(rows, base.layout)
+        losses = token_loss(logits(base.model, batch), batch.labels)
+        wanted = float((losses * batch.token_weights).sum() / batch.token_weights.sum())
+
+        read, labels = zip(*(job.training_row(base, row) for row in rows), strict=True)
+        targets = reference_style.padded(list(labels), IGNORE, base)
+        ours = base.model(**reference_style.inputs(list(read), base, None), labels=targets).loss
+        assert float(ours) == pytest.approx(wanted, rel=1e-5)
+
+        base.tokenizer.padding_side = "right"
+        plain = DataCollatorForSeq2Seq(base.tokenizer, model=base.model)(plain_peft.rows_of(base, rows))
+        assert float(base.model(**plain).loss) == pytest.approx(wanted, rel=1e-5)
+
+    answers = greedy(base.model, collate_prompts(rows, base.layout), base.layout, reference_style.MAX_NEW_TOKENS)
+    for found in (reference_style.answers(base, rows, None), plain_peft.answers(base.model, base, rows)):
+        texts = [[base.tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in (found, answers)]
+        assert texts[0] == texts[1]
+    golds = [row.target for row in rows]
+    assert job.exact_match(base, golds, rows) == 100.0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_reference_style_layers_answer_as_peft_does() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    given = JOBS[1]
+    rows = given.examples(given.base(), "agnews", "train")
+    base, same = given.base(), given.base()
+    reference_style.with_loras(base.model, given, None)
+    adapter = given.config.adapter
+    options = {"r": adapter.largest, "lora_alpha": adapter.alpha, "target_modules": ["q_proj", "v_proj"]}
+    wrapped = get_peft_model(same.model, LoraConfig(**options, task_type="CAUSAL_LM"))
+    named = dict(wrapped.named_parameters())
+    with torch.no_grad():
+        for name, module in base.model.named_modules():
+            if isinstance(module, reference_style.TwoLoras):
+                module.new_B.normal_()
+                for factor, value in (("A", module.new_A), ("B", module.new_B)):
+                    named[f"base_model.model.{name}.lora_{factor}.default.weight"].copy_(value)
+        prompts = reference_style.inputs([row.source for row in rows], base, None)
+        found = [model.eval()(**prompts).logits for model in (base.model, wrapped)]
+        before = given.base().model(**prompts).logits
+    assert torch.allclose(*found, atol=1e-4) and not torch.allclose(found[0], before, atol=1e-2)
 
 
 def test_every_script_is_known() -> None:
