@@ -84,8 +84,10 @@ class Sharing:
         """Rows that may share a head; None where the batch is read as it is."""
         if self.stage.config.training.share_prefix == "off" or not any(batch.heads):
             return None
-        self._why_not = self._reason(batch)
-        return None if self._why_not else by_task(batch)
+        why_not = self._reason(batch)
+        if self.stage.adapters.model.training:
+            self._why_not = why_not
+        return None if why_not else by_task(batch)
 
     def _reason(self, batch: Batch) -> str:
         stage = self.stage

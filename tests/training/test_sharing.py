@@ -19,8 +19,9 @@ from tests.methods.orders import order_room
 from tests.stages import END, VOCABULARY, Outcome, distance, train
 
 HEADS = {"a": [7, 9, 11, 13, 15, 17], "b": [7, 9, 21, 23, 25, 27, 29, 31]}
-# Rows with something of their own before the head, or whose layers are looked at in every forward.
-PLAIN = {"l2p": "conditions each row", "progprompt": "conditions each row", "lfpt5": "conditions each row"}
+# Rows with something of their own before the head, or whose layers are looked at.
+PLAIN = {name: f"{name} conditions each row" for name in ("l2p", "progprompt", "lfpt5", "colora")}
+PLAIN["migu"] = "migu looks at what the layers read"
 SIZES = {"training__global_batch": 6, "training__micro_batch": 3, "training__epochs": 1}
 
 
@@ -92,4 +93,7 @@ def test_every_method_learns_the_same(method: str) -> None:
         if method == "osft":  # a singular vector may point either way
             found.parameters, wanted.parameters = ({"answer": o.parameters["answer"]} for o in (found, wanted))
         assert distance(found.parameters, wanted.parameters) < 1e-3
-    assert shared > 0 or said
+    assert (
+        bool(shared) != bool(said) or method == "migu"
+    )  # which looks at the outputs of the second of two stages alone
+    assert [line.partition("row: ")[2] for line in said] == ([PLAIN[method]] if method in PLAIN else [])
