@@ -231,8 +231,14 @@ def _micro_batches(
 
 
 def _seed(stage: StageRun, *of: object) -> None:
-    """Draw anew, from what decides it alone: the same on any number of ranks, and after a restart."""
-    torch.manual_seed(derived_seed(stage.config.seed, stage.index, *of))
+    """Draw anew, from what decides it alone: the same on any number of ranks, and after a restart.
+
+    As ``torch.manual_seed``, which would seed all kinds of devices, and note the stack down for each that is not there.
+    """
+    seed = derived_seed(stage.config.seed, stage.index, *of)
+    torch.default_generator.manual_seed(seed)
+    if stage.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _edit(stage: StageRun, hooks: HookTime) -> dict[str, Tensor]:

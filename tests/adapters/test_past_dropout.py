@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn import functional
 
 from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.pairs import Pair
@@ -29,7 +29,7 @@ class Unfolded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        left = dropout(x, P, self.training)
+        left = functional.dropout(x, P, self.training)
         for pair in self.pairs:
             y = y + pair.scale * (left @ pair.A[self.target].T @ pair.B[self.target].T)
         return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +100,15 @@ def test_two_ranks_do_what_one_does() -> None:
 # --- a step by hand
 
 
-def _second_stage(place: Place) -> tuple[float, float, float]:
+def _second_stage(place: Place, by: str) -> tuple[float, float, float]:
     """The first loss of the second stage, as it was logged, and of the unfolded pairs with the same masks; without."""
     logged = []
     for dropout_past in (True, False):
-        room, config = opened(place, "olora", dropout=0.0, adapter__dropout_past=dropout_past)
+        own = {"adapter__dropout_past": dropout_past, "training__dropout_by": by}
+        room, config = opened(place, "olora", dropout=0.0, **own)
         learn(room, config, 0)
         logged.append(learn(room, config, 1).losses[0])
-    room, config = opened(place, "olora", dropout=0.0)
+    room, config = opened(place, "olora", dropout=0.0, training__dropout_by=by)
     learn(room, config, 0)
     stage = StageRun(room, config, 1)
     room.method.build(stage)
@@ -117,18 +120,23 @@ def _second_stage(place: Place) -> tuple[float, float, float]:
     loss = torch.zeros(())
     for number, mine in plan.micro_batches(rows, 0):
         batch = stage.make_batch([own.examples[row] for row in mine], ["b"] * len(mine), [1 / total] * len(mine))
+        batch = replace(batch, places=number * plan.micro_batch + torch.arange(len(mine)))
         torch.manual_seed(derived_seed(config.seed, 1, "forward", 0, number))
-        scores = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-            decoder_input_ids=batch.decoder_input_ids, use_cache=False,
-        ).logits  # fmt: skip
+        stage.dropout.draw(derived_seed(config.seed, 1, "dropout", 0))
+        stage.dropout.see(batch)
+        with stage.dropout.installed() if by == "row" else nullcontext():
+            scores = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                decoder_input_ids=batch.decoder_input_ids, use_cache=False,
+            ).logits  # fmt: skip
         loss += (token_loss(scores, batch.labels) * batch.token_weights).sum().detach()
     stage.close()
     return logged[0], logged[1], float(loss)
 
 
-def test_a_stages_first_loss_is_that_of_the_unfolded_pairs_under_the_same_masks() -> None:
-    ((ours, without, wanted),) = on_ranks(1, _second_stage)
+@pytest.mark.parametrize("by", ["row", "micro"])
+def test_a_stages_first_loss_is_that_of_the_unfolded_pairs_under_the_same_masks(by: str) -> None:
+    ((ours, without, wanted),) = on_ranks(1, _second_stage, by)
     assert ours == pytest.approx(wanted, rel=1e-5) and without != pytest.approx(wanted, rel=1e-4)
 
 

@@ -32,8 +32,8 @@ def spanned(run: Path) -> list[float]:
         tensors = load_file(run / f"stages/{index:02d}-{name}/adapter/adapter_model.safetensors")
         shares = []
         for key in (key for key in tensors if key.endswith("lora_A.weight")):
-            values = torch.linalg.svdvals((tensors[key.replace("lora_A", "lora_B")] @ tensors[key]).double())
-            shares.append(float((values < 1e-5 * values.max()).double().mean()))
+            values = torch.linalg.svdvals(tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double())
+            shares.append(float((values < 3e-6 * values.max()).double().mean()))
         found.append(100 * sum(shares) / len(shares))
     return found
 

@@ -494,11 +494,11 @@ class Refusing(StageRun):
 
     padded_so_far = 0
 
-    def padded(self, examples: Any, weights: Any) -> Batch:
+    def padded(self, examples: Any, weights: Any, tasks: Any = ()) -> Batch:
         self.padded_so_far += 1
         if self.padded_so_far == 4:
             raise Broken
-        return super().padded(examples, weights)
+        return super().padded(examples, weights, tasks)
 
 
 @pytest.mark.parametrize(("method", "kind", "error"), [(Stops, StageRun, Stopped), (Method, Refusing, Broken)])
