@@ -9,8 +9,6 @@ from typing import Any
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, METHODS, SOURCES, Registry
-from cl_runner.report.tables import number
-from cl_runner.runs import catalog
 from cl_runner.terminal.console import aligned, print_json
 
 LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "runs")
@@ -45,6 +43,8 @@ def show_list(what: str, *, root: Path, as_json: bool) -> None:
 
 def _run_row(run: dict[str, Any]) -> dict[str, Any]:
     """A run as people read it."""
+    from cl_runner.report.tables import number
+
     score = run["average_accuracy"]
     without = f" without {', '.join(run['undefined'])}" if run["undefined"] and score is not None else ""
     return {
@@ -59,6 +59,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) or value is None:
+        from cl_runner.report.tables import number
+
         return number(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -138,4 +140,6 @@ def _presets() -> list[dict[str, Any]]:
 
 
 def _runs(root: Path) -> list[dict[str, Any]]:
+    from cl_runner.runs import catalog
+
     return [asdict(catalog.listed(run)) for run in catalog.all_runs(root)]
