@@ -28,6 +28,7 @@ class PerTask(Method):
     task_id = "yes"
     frozen = "the base; other tasks have no part in a task's answer"
     past_as = "none"
+    settled = "all"
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan(task, (task,), start="base") for task in order]

@@ -324,6 +324,10 @@ class Method:
     only_kind: ClassVar[str] = ""  # the adapter kind without which there is no such method, whatever ``adapter.kind``
     edits_before_clip: ClassVar[bool] = False  # ``edit_gradients`` comes first, and the clip goes by what it left
     dense: ClassVar[bool] = False  # every stage folds ΔW without factors: its folder holds whole matrices
+    # Tasks whose answers no later stage changes: those learned, from their last stage on; or all of them, the others
+    # being answered by the untouched base. They are not asked again, so that all that a forward of such a task reads
+    # has to stay the same to the bit: what is kept, ``condition``, terms.
+    settled: ClassVar[Literal["none", "learned", "all"]] = "none"
     revision: ClassVar[int] = 1  # goes up where equations change whatever is set: no run goes on from one to another
 
     def __init__(self, config: Section) -> None:

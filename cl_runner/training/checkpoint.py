@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.saved import Saved
-from cl_runner.atomic import read_json, sha256, write_json
+from cl_runner.atomic import read_json, read_jsonl, sha256, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
 from cl_runner.runs.commit import remove
@@ -23,6 +23,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import METHOD, NEXT, OPTION, TENSORS, Record, Reference, StageState
 from cl_runner.training.stage import StageRun
 
+PREDICTIONS = "predictions.jsonl"
 NEXT_PREFIX = "next."  # of tensors of what the next stage begins from, where that is not what answers
 
 
@@ -168,6 +169,21 @@ def verify(folder: Path, removed: bool = False) -> None:
             raise UserError(f"{folder} is damaged: {name} is missing")
         if sha256(file) != digest:
             raise UserError(f"{folder} is damaged: {name} is not what was committed")
+
+
+def answers_to(folder: Path, task: str, rows: Sequence[str]) -> list[str] | None:
+    """What a stage committed as answers to a task's rows, by their ids; None where it was not asked.
+
+    Raises:
+        UserError: the file is not what was committed, or is of other rows.
+    """
+    file = folder / PREDICTIONS
+    if not file.is_file() or sha256(file) != _sealed(folder).get(PREDICTIONS):
+        raise UserError(f"{folder} is damaged: {PREDICTIONS} is not what was committed")
+    answers = {row["id"]: row["output"] for row in read_jsonl(file) if row["task"] == task}
+    if answers and list(answers) != list(rows):
+        raise UserError(f"{folder}: {PREDICTIONS} is of other rows of {task}")
+    return list(answers.values()) or None
 
 
 def _sealed(folder: Path) -> dict[str, str]:

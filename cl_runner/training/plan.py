@@ -157,3 +157,24 @@ class Plan:
     def tested(self, index: int) -> list[str]:
         """Tasks that are scored after a stage."""
         return list(self.data.tasks) if self.config.eval.future else self.seen(index)
+
+    def settled(self, index: int) -> dict[str, int]:
+        """Of the tasks that are scored after a stage, those that are not asked again (``Method.settled``).
+
+        Each with the stage whose answers are theirs, from 0; -1 is the untouched base. Not where that one's settings
+        would read the prompts in another way, whose rounding differs.
+        """
+        wanted, seen, configs = self.method.settled, self.seen(index), self._configs()
+        found = {}
+        for task in self.tested(index) if wanted != "none" else ():
+            last = max((i for i, plan in enumerate(self.stages[: index + 1]) if task in plan.tasks), default=-1)
+            same = reading(configs[max(last, 0)]) == reading(configs[index])
+            if last != index and same and (task in seen or wanted == "all"):
+                found[task] = last
+        return found
+
+
+def reading(config: RunConfig) -> tuple[Any, ...]:
+    """What of a stage's settings decides whether prompts' beginnings are computed once (``training/sharing.py``)."""
+    training = config.training
+    return (training.share_prefix, training.activation_checkpointing, training.dropout_by)

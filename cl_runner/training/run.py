@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen, ShownStage
-from cl_runner.training.checkpoint import committed, remove_models, restore_stage, save_stage
+from cl_runner.training.checkpoint import PREDICTIONS, answers_to, committed, remove_models, restore_stage, save_stage
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health
@@ -67,7 +67,8 @@ class Run:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)
-        tested = [sum(len(tokens.test[task].rows) for task in self.plan.tested(i)) for i in range(len(self.names))]
+        asked = [set(self.plan.tested(i)) - self.plan.settled(i).keys() for i in range(len(self.names))]
+        tested = [sum(len(tokens.test[task].rows) for task in tasks) for tasks in asked]
         shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
         self.screen.begin(shown, done)
         if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
@@ -111,8 +112,10 @@ class Run:
             health = self._health(room, stage, trained)
             tests = {task: tokens.test[task] for task in self.plan.tested(index)}
             before = time.perf_counter()
-            unfolded = evaluate(stage, tests, self._tick_evaluation) if room.method.fold_loses else None
-            answers, scored = self._fold(room, stage, tests)
+            known = self._settled(tests, index)
+            score = partial(evaluate, stage, tests, self._tick_evaluation, known)
+            unfolded = score() if room.method.fold_loses else None
+            answers, scored = self._fold(room, stage, score)
             seconds = {
                 "train": round(trained.seconds, 3),
                 "method": round(trained.hook_seconds, 3),
@@ -128,6 +131,7 @@ class Run:
                     unfolded=unfolded,
                     trained=trained,
                     health=health,
+                    settled=sum(map(len, known.values())),
                     seconds=seconds,
                 )
                 commit(self.rundir, index, name, write)
@@ -145,7 +149,17 @@ class Run:
         finally:
             stage.close()
 
-    def _fold(self, room: Room, stage: StageRun, tests: Mapping[str, TestSet]) -> tuple[Held | None, list[Scored]]:
+    def _settled(self, tests: Mapping[str, TestSet], index: int) -> dict[str, list[str]]:
+        """The answers that nothing has changed since an earlier stage committed them."""
+        found = {}
+        for task, since in self.plan.settled(index).items():
+            folder = self.rundir.stage_dir(since, self.names[since] if since >= 0 else "base")
+            answers = answers_to(folder, task, [row.id for row in tests[task].rows])
+            if answers is not None:
+                found[task] = answers
+        return found
+
+    def _fold(self, room: Room, stage: StageRun, score: Callable[[], list[Scored]]) -> tuple[Held | None, list[Scored]]:
         """Fold or keep what the stage has learned, and score what answers.
 
         Where an option has other values answer than those that go on (``Option.answering``), they are held apart: they
@@ -161,10 +175,10 @@ class Run:
             values = None
         if values is None:
             commit_update(room.method, stage)
-            return None, evaluate(stage, tests, self._tick_evaluation)
+            return None, score()
         goes_on = {name: parameter.detach().clone() for name, parameter in own.items()}
         adapters.put(values)
-        scored = evaluate(stage, tests, self._tick_evaluation)
+        scored = score()
         adapters.keep_live()
         answers = adapters.held(copied=True)
         adapters.kept.pop(stage.plan.name)
@@ -212,6 +226,7 @@ class Run:
         unfolded: Sequence[Scored] | None,
         trained: Trained,
         health: Health,
+        settled: int,
         seconds: Mapping[str, float],
     ) -> None:
         sizes = save_stage(folder, stage, answers)
@@ -236,6 +251,7 @@ class Run:
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
             "megabytes": sizes,
             "synthetic": self.plan.data.synthetic,
+            **({"settled_rows": settled} if settled else {}),  # answered by what earlier stages committed
             "seconds": dict(seconds),
         }
         _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
@@ -279,7 +295,7 @@ class Run:
 def _write_scores(
     folder: Path, stage: str, tasks: Sequence[str], scored: Sequence[Scored], about: Mapping[str, Any]
 ) -> None:
-    append_jsonl(folder / "predictions.jsonl", [row for one in scored for row in one.predictions])
+    append_jsonl(folder / PREDICTIONS, [row for one in scored for row in one.predictions])
     write_json(
         folder / "metrics.json",
         {

@@ -45,6 +45,7 @@ class ProgressivePrompts(Prompting):
     growth = "one prompt a task"
     task_id = "yes"
     frozen = "the base and the prompts of past tasks"
+    settled = "learned"
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
