@@ -47,11 +47,12 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
 
     score = run["average_accuracy"]
     without = f" without {', '.join(run['undefined'])}" if run["undefined"] and score is not None else ""
+    marks = ["synthetic"] * run["synthetic"] + ["choose"] * run["chosen"]
     return {
         **{key: run[key] for key in ("name", "method", "order", "model", "seed")},
         "stage": f"{run['stage']}/{run['stages']}",
         "state": run["state"],
-        "AA": number(score) + without + (" (synthetic)" if run["synthetic"] and score is not None else ""),
+        "AA": number(score) + without + (f" ({', '.join(marks)})" if marks and score is not None else ""),
     }
 
 

@@ -223,9 +223,11 @@ class TrainingConfig(Section):
 class EvalConfig(Section):
     """Scoring."""
 
-    mode: Literal["verify", "generate"] = Field(
+    mode: Literal["verify", "generate", "choose"] = Field(
         default="verify",
-        description="verify: decode only the rows that a pass over the gold labels does not prove right; same answers.",
+        description="verify: decode only the rows that a pass over the gold labels does not prove right; generate: "
+        "decode all; same answers. choose: of tasks with a closed set of labels the answer is one of them, whatever "
+        "else the model would rather say; other scores.",
     )
     batch_tokens: int | None = Field(
         default=None,

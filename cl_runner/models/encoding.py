@@ -71,6 +71,10 @@ class Encoder:
             examples.append(Example(source, target, truncated, target_cut))
         return examples
 
+    def encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
+        """Ids of different labels as targets, in order; one that is too long is cut."""
+        return [ids for ids, _ in self._targets(labels, cut=True).values()]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer ids, special tokens left out."""
         return decoded(self.tokenizer, ids)

@@ -84,13 +84,20 @@ def _can_be_said(target: Sequence[int], layout: Layout, max_new_tokens: int) -> 
 def _says_gold(scores: Tensor, targets: Sequence[Sequence[int]], layout: Layout) -> list[bool]:
     """Whether the arg-max is right at every position of a row; any end token ends an answer."""
     best = scores.argmax(-1)
-    labels = _padded(targets, IGNORE, best.device)
+    labels = padded(targets, IGNORE, best.device)
     ends = torch.tensor(layout.end_ids, device=best.device)
     right = (best == labels) | (torch.isin(labels, ends) & torch.isin(best, ends))
     return [bool(row) for row in (right | (labels == IGNORE)).all(1).tolist()]
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+def prompt_inputs(model: nn.Module, prompts: Batch, head: Head | None) -> dict[str, Any]:
+    """What a decoder-only model reads of prompts, behind their head where there is one."""
+    if head is None:
+        return model_inputs(model, prompts)
+    return {**behind_head(rest_of(prompts, head.length)), "past_key_values": head.spread(prompts.size)}
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
     """Right-padded ids (b, longest)."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
@@ -110,7 +117,7 @@ def _encoder_decoder(
     scores: Tensor = asked(
         encoder_outputs=BaseModelOutput(last_hidden_state=seen),
         attention_mask=mask,
-        decoder_input_ids=_padded(start, layout.pad_id, seen.device),  # causal: what stands behind is not looked at
+        decoder_input_ids=padded(start, layout.pad_id, seen.device),  # causal: what stands behind is not looked at
         use_cache=False,
     ).logits
 
@@ -140,17 +147,14 @@ def _decoder_only(
     """
     asked: Any = model
     takes = accepted(model)
-    if head is None:
-        given = model_inputs(model, prompts)
-    else:
-        given = {**behind_head(rest_of(prompts, head.length)), "past_key_values": head.spread(prompts.size)}
+    given = prompt_inputs(model, prompts, head)
     mask: Tensor = given["attention_mask"]
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     out = asked(**given, **last, use_cache=True)
     first = out.logits[:, -1:]
     cache = out.past_key_values
     s = mask.shape[1]
-    behind = _padded([target[:-1] for target in targets], layout.pad_id, first.device)
+    behind = padded([target[:-1] for target in targets], layout.pad_id, first.device)
     scores = first
     if behind.shape[1]:
         more: dict[str, Any] = {

@@ -58,7 +58,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 class SeedGroup:
     """Finished runs that differ in nothing but the seed; ``measures`` by the keys of ``MEASURES``.
 
-    ``changed``: the settings behind ``variant``, ``key=value``.
+    ``chosen``: answers among the labels. ``changed``: the settings behind ``variant``, ``key=value``.
     Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries, and of its peak.
     """
 
@@ -68,6 +68,7 @@ class SeedGroup:
     order: str
     model: str
     synthetic: bool
+    chosen: bool
     seeds: tuple[int, ...]
     measures: dict[str, Spread | None]
     changed: tuple[str, ...] = ()
@@ -103,7 +104,8 @@ class Comparison:
         rows = []
         for group in self.groups:
             name = named(group.method, group.form)
-            name += " (synthetic)" if group.synthetic else ""
+            marks = ["synthetic"] * group.synthetic + ["choose"] * group.chosen
+            name += f" ({', '.join(marks)})" if marks else ""
             cells = ["-" if (s := group.measures[key]) is None else s.text(d) for key, (_, d) in wanted.items()]
             rows.append([name, *(str(getattr(group, key)) for key in self._differing()), *cells, str(len(group.seeds))])
         return rows
@@ -159,7 +161,7 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
         if not run.finished:
             left_out.append(f"{run.name}: not finished, stage {run.stages_done} of {run.stages_total}")
             continue
-        key = (run.method, run.form, run.variant, run.order, run.model, run.synthetic)
+        key = (run.method, run.form, run.variant, run.order, run.model, run.synthetic, run.chosen)
         seeds = groups.setdefault(key, {})
         if run.seed in seeds:
             left_out.append(f"{seeds[run.seed].name}: the same settings and seed as {run.name}")

@@ -26,12 +26,13 @@ class RunSummary:
     """What a report needs to know of a run.
 
     stages_done of stages_total are committed; ``matrix`` has a row for each of those. named_task: the model's input
-    named the task or data set. form: ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all
-    weights trained and need not, else empty. variant: what tells runs of different settings apart (the hash in the
-    folder's name; without the seed), empty for presets; changed: those settings. seconds: timings by part. megabytes
-    (2²⁰ bytes): what the last stage leaves. learned: what was asked for of its updates (free_subspace, percent;
-    update_norm; peak_megabytes). metrics, scoring: each task's metric and the rule by which answers are right, where
-    the run says so. real: of a run with synthetic rows, the tasks that have none. notes: lines to print below.
+    named the task or data set. chosen: answers are chosen among the labels (``eval.mode: choose``). form:
+    ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all weights trained and need not, else
+    empty. variant: what tells runs of different settings apart (the hash in the folder's name; without the seed), empty
+    for presets; changed: those settings. seconds: timings by part. megabytes (2²⁰ bytes): what the last stage leaves.
+    learned: what was asked for of its updates (free_subspace, percent; update_norm; peak_megabytes). metrics, scoring:
+    each task's metric and the rule by which answers are right, where the run says so. real: of a run with synthetic
+    rows, the tasks that have none. notes: lines to print below.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunSummary:
     scoring: dict[str, str] = field(default_factory=dict)
     real: tuple[str, ...] = ()
     named_task: bool = True
+    chosen: bool = False
     notes: list[str] = field(default_factory=list)
     form: str = ""
     variant: str = ""
@@ -103,14 +105,19 @@ def title(run: RunSummary, dot: str = " · ") -> str:
     parts = [run.order, method, run.model, f"seed {run.seed}"]
     if run.synthetic:
         parts.append(f"{run.mark.strip(' ()')} data")
+    if run.chosen:
+        parts.append("eval.mode choose")
     if not run.finished:
         parts.append(f"stage {run.stages_done} of {run.stages_total}")
     return dot.join(parts)
 
 
 def comparable(run: RunSummary) -> Published | None:
-    """The published result to print beside ``run``: only for a finished run on real data that matches it."""
-    if run.synthetic or not run.finished:
+    """The published result to print beside ``run``: only for a finished run on real data that matches it.
+
+    Published answers were free.
+    """
+    if run.synthetic or run.chosen or not run.finished:
         return None
     return published.lookup(run.order, run.model, run.method, run.form)
 
@@ -292,6 +299,8 @@ def table(run: RunSummary) -> ResultTable:
 def notes(run: RunSummary) -> list[str]:
     """Lines to print below any form of the table."""
     lines = [] if run.named_task else ["the input did not name the task or data set"]
+    if run.chosen:
+        lines.append("eval.mode choose: answers are among the task's labels, and not to be compared with free ones")
     if run.synthetic:
         made_up = [task for task in run.matrix.tasks if task not in run.real]
         of = f" of {', '.join(made_up)}" if run.real else ""
@@ -403,6 +412,7 @@ def report_json(run: RunSummary) -> dict[str, Any]:
         "seed": run.seed,
         "synthetic": run.synthetic,
         "named_task": run.named_task,
+        "chosen": run.chosen,
         "stage": run.stages_done,
         "stages": run.stages_total,
         "finished": run.finished,

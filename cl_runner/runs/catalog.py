@@ -12,7 +12,7 @@ from cl_runner.config.yamlfile import as_yaml
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.metrics.accuracy import average_accuracy
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.results import _matrix
+from cl_runner.runs.results import _matrix, chosen
 from cl_runner.settings import Resolved, differing_from_presets
 
 
@@ -126,6 +126,7 @@ class Listed:
     average_accuracy: float | None
     undefined: tuple[str, ...]  # tasks that the average is without
     synthetic: bool
+    chosen: bool  # answers among the labels (``eval.mode: choose``)
 
 
 def listed(run: RunDir) -> Listed:
@@ -147,9 +148,10 @@ def listed(run: RunDir) -> Listed:
                 average_accuracy(matrix),
                 tuple(matrix.unscored()),
                 bool(about["synthetic"]),
+                chosen(about),
             )
     except UserError:
-        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, (), False)
+        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, (), False, False)
 
 
 def state_of(run: RunDir, done: int, stages: int) -> str:

@@ -83,10 +83,16 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
         notes=[*about["notes"], *_by_another_rule(about), *_by_other_equations(about)],
+        chosen=chosen(about),
         form=about["form"],
         variant=about["variant"],
         changed=tuple(about.get("changed", ())),
     )
+
+
+def chosen(about: Mapping[str, Any]) -> bool:
+    """Whether the run's answers are chosen among the labels (``eval.mode: choose``)."""
+    return bool(about.get("chosen"))
 
 
 def real_tasks(about: Mapping[str, Any]) -> tuple[str, ...]:

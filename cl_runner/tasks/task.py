@@ -305,6 +305,11 @@ class Task(Frozen):
         """How an answer is held against the gold one."""
         return comparison_of(self.metric, self.labels, self.tolerance)
 
+    @property
+    def choices(self) -> list[str] | None:
+        """The answers there are, where an answer is one of a closed set: not of free text, nor of sets of labels."""
+        return None if self.sets else self.labels
+
     def given(self, label: str) -> list[str]:
         """The labels of a row: one, but where rows have sets."""
         return label.split(", ") if self.sets else [label]

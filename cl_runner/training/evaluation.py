@@ -10,6 +10,7 @@ from typing import Any
 
 from cl_runner.metrics.scores import Undefined, score
 from cl_runner.models.batch import Example
+from cl_runner.models.choose import Choice
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training.stage import StageRun
 
@@ -26,11 +27,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class TestSet:
-    """A task's test rows and their token ids."""
+    """A task's test rows and their token ids; the tree of its labels, where an answer is one of them."""
 
     task: Task
     rows: Sequence[Row]
     examples: Sequence[Example]
+    labels: Choice | None = None
 
 
 def evaluate(
@@ -58,7 +60,7 @@ def evaluate(
         wanted = method.answering(known)
         if wanted is not None:
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
-        results.append(score_task(test, stage.answer(test.examples, known, ticking)))
+        results.append(score_task(test, stage.answer(test.examples, known, ticking, test.labels)))
     adapters.show(shown)
     return results
 

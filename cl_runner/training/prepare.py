@@ -16,6 +16,7 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.base import Base, load_base
+from cl_runner.models.choose import Choice
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.model_folder import ModelFolder
 from cl_runner.models.token_cache import Encoded, Joined, TokenCache
@@ -58,7 +59,7 @@ class Tokens:
                 examples = _encode(cache, encoder, task, data.test[name], settings, cut_target=True)
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
-            test[name] = TestSet(task, data.test[name].rows, examples)
+            test[name] = TestSet(task, data.test[name].rows, examples, _tree(encoder, task))
         return cls(train, test, notes)
 
     def cut_targets(self) -> list[str]:
@@ -108,6 +109,13 @@ def _encode(
     names = {"add_task_name": data.add_task_name, "add_dataset_name": data.add_dataset_name}
     prompts = [task.prompt(row.text, **names) for row in rows.rows]
     return cache.encode(encoder, prompts, [row.label for row in rows.rows], cut_target)
+
+
+def _tree(encoder: Encoder, task: Task) -> Choice | None:
+    """The task's labels, as their targets are encoded."""
+    if not task.choices:
+        return None
+    return Choice.among(encoder.encode_labels(task.choices), encoder.layout.eos_id)
 
 
 def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:

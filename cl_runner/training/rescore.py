@@ -12,6 +12,7 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.models.locate import locate, model_identity
 from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.results import chosen
 from cl_runner.runs.resume_guard import other_rules
 from cl_runner.settings import Resolved
 from cl_runner.terminal.progress import Screen, ShownStage
@@ -21,18 +22,26 @@ from cl_runner.training.moved_runs import run_of, with_files
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import open_room, open_stage
 
+_CHOSEN = {
+    (False, False): "",
+    (True, True): ", choose",
+    (True, False): ", choose (committed: free answers)",
+    (False, True): ", free answers (committed: choose)",
+}
+
 
 @dataclass(frozen=True)
 class Rescored:
     """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed).
 
-    ``rules``: of the tasks that today's rule of what is right differs for, that of then and today's. ``undefined``: why
-    there is no score now.
+    ``chosen``: whether answers were chosen among the labels, now and then. ``rules``: of the tasks that today's rule of
+    what is right differs for, that of then and today's. ``undefined``: why there is no score now.
     """
 
     stage: int
     name: str
     synthetic: tuple[str, ...]  # the tasks whose rows are
+    chosen: tuple[bool, bool]
     now: dict[str, float | None]
     committed: dict[str, float | None]
     differing: dict[str, list[str] | None]
@@ -45,6 +54,7 @@ class Rescored:
             "stage": self.stage,
             "name": self.name,
             "synthetic": bool(self.synthetic),
+            "chosen": {"now": self.chosen[0], "committed": self.chosen[1]},
             "scores": self.now,
             "committed": self.committed,
             "differing_rows": self.differing,
@@ -56,7 +66,7 @@ class Rescored:
         """The same for people."""
         of = "" if len(self.synthetic) == len(self.now) else f": {', '.join(self.synthetic)}"
         mark = f", synthetic{of}" if self.synthetic else ""
-        lines = [f"stage {self.stage} ({self.name}), percent{mark}:"]
+        lines = [f"stage {self.stage} ({self.name}), percent{mark}{_CHOSEN[self.chosen]}:"]
         for task, score in self.now.items():
             ids = self.differing[task]
             why = f" ({self.undefined[task]})" if task in self.undefined else ""
@@ -112,6 +122,7 @@ def rescore(
         index + 1,
         plan.names[index],
         tuple(one.task for one in scored if plan.data.test[one.task].synthetic),
+        (plan.config.eval.mode == "choose", chosen(rundir.about())),
         {one.task: one.score for one in scored},
         committed,
         differing,

@@ -268,7 +268,8 @@ class Run:
             named[f"{one.task} ({', '.join(marks)})" if marks else one.task] = one.score
         of_seen = [one.score for one in scored if one.task in seen and one.score is not None]
         mean = sum(of_seen) / len(of_seen) if of_seen else None
-        self.screen.scores(named, "synthetic" if len(synthetic) == len(scored) else "", mean)
+        marks = ["synthetic"] * (len(synthetic) == len(scored)) + ["choose"] * (self.plan.config.eval.mode == "choose")
+        self.screen.scores(named, ", ".join(marks), mean)
         for one in scored:
             if one.undefined:
                 metric = data.tasks[one.task].metric

@@ -129,6 +129,7 @@ class Session:
             "seed": config.seed,
             "synthetic": plan.data.synthetic,
             "named_task": config.data.add_task_name or config.data.add_dataset_name,
+            **({"chosen": True} if config.eval.mode == "choose" else {}),
             "form": plan.method.form,
             "variant": catalog.variant(self.resolved),
             "changed": catalog.changed(self.resolved),

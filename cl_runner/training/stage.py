@@ -25,6 +25,7 @@ from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.protocol import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
 from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
+from cl_runner.models.choose import Choice, choose
 from cl_runner.models.dropout import RowDropout
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, features, logits, sampled, unwrapped
@@ -371,13 +372,24 @@ class StageRun:
         return self._answers([example._replace(target=[]) for example in examples], task, tick)
 
     def answer(
-        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+        self,
+        examples: Sequence[Example],
+        task: str | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+        labels: Choice | None = None,
     ) -> list[str]:
-        """The same as ``generate``, of rows whose right answer is known: those that are right need no decoding."""
-        verify = self.config.eval.mode == "verify"
-        return self._answers(examples, task, tick) if verify else self.generate(examples, task, tick)
+        """The same as ``generate``, of rows whose right answer is known: those that are right need no decoding.
 
-    def _answers(self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None]) -> list[str]:
+        Under ``eval.mode: choose`` one of ``labels``, where these are given.
+        """
+        mode = self.config.eval.mode
+        if mode == "generate":
+            return self.generate(examples, task, tick)
+        return self._answers(examples, task, tick, labels if mode == "choose" else None)
+
+    def _answers(
+        self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None], labels: Choice | None = None
+    ) -> list[str]:
         layout, most = self.room.base.layout, self.config.eval.max_new_tokens
         heads = self.sharing.of_prompts(examples)
 
@@ -387,7 +399,11 @@ class StageRun:
             with torch.no_grad(), self.room.root.context():
                 head = heads.read(prompts)
                 prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
-                ids, _verified = verified_answers(self.adapters.model, prompts, targets, layout, most, self._show, head)
+                model = self.adapters.model
+                if labels is None:
+                    ids, _verified = verified_answers(model, prompts, targets, layout, most, self._show, head)
+                else:
+                    ids = choose(model, prompts, labels, layout, self._show, head)
             return [self.room.encoder.decode(row) for row in ids]
 
         return self._by_batch(examples, answered, tick)
