@@ -300,7 +300,7 @@ def notes(run: RunSummary) -> list[str]:
     """Lines to print below any form of the table."""
     lines = [] if run.named_task else ["the input did not name the task or data set"]
     if run.chosen:
-        lines.append("eval.mode choose: answers are among the task's labels, and not to be compared with free ones")
+        lines.append("eval.mode choose: answers are among the labels, not comparable with free ones")
     if run.synthetic:
         made_up = [task for task in run.matrix.tasks if task not in run.real]
         of = f" of {', '.join(made_up)}" if run.real else ""

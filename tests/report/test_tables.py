@@ -247,6 +247,7 @@ def test_published_stands_beside_the_same_order_model_and_method() -> None:
         {"method": "nlora"},
         {"form": "paper"},
         {"synthetic": True},
+        {"chosen": True},
         {"done": 3},
     ],
 )
