@@ -218,7 +218,7 @@ def test_lists(finished: Finished) -> None:
     run.pop("average_accuracy")
     assert run == {
         "name": finished.name, "method": "olora", "order": "three", "model": "tiny-t5", "seed": 42, "stage": 3,
-        "stages": 3, "state": "done", "undefined": [], "synthetic": True,
+        "stages": 3, "state": "done", "undefined": [], "synthetic": True, "chosen": False,
     }  # fmt: skip
 
 
