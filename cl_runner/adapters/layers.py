@@ -24,6 +24,7 @@ from cl_runner.adapters.saved import Saved
 from cl_runner.adapters.targets import check_targets, default_targets, is_target, is_transposed
 from cl_runner.adapters.terms import Term, Terms
 from cl_runner.config.schema import AdapterConfig
+from cl_runner.imports import light_imports
 from cl_runner.maths.directions import norm
 
 NAME = "default"
@@ -60,8 +61,9 @@ class Layers(Adapters):
         fresh: Fresh = fresh_pair,
         trains: Sequence[str] = ("A", "B"),
     ) -> None:
-        from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import LoraLayer
+        with light_imports():
+            from peft import LoraConfig, get_peft_model
+            from peft.tuners.lora import LoraLayer
 
         self._fresh, self._trains = fresh, tuple(trains)
         self.name_or_path, self.revision = name_or_path, revision

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cl_runner import methods
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import kept_order, readable, stage_names
 from cl_runner.runs.results import real_tasks
@@ -56,11 +57,12 @@ def evaluate(
     if resolved.config.eval.future and tasks is None:
         tasks = ",".join(about["tasks"])
     chosen = None if tasks is None else _tasks_of(tasks, about["tasks"])
-    from cl_runner.engine.process import here
-    from cl_runner.terminal.progress import Screen
-    from cl_runner.training.rescore import rescore
+    with light_imports():
+        from cl_runner.engine.process import here
+        from cl_runner.terminal.progress import Screen
+        from cl_runner.training.rescore import rescore
 
-    place = here()
+        place = here()
     with Screen(enabled=place.rank == 0) as screen:
         if wanted is None:
             screen.line(f"the newest run: {rundir.path}")

@@ -27,6 +27,7 @@ from cl_runner.config.schema import TrainingConfig
 from cl_runner.engine.optim import WHOLE, ParameterGroup, RuleOptimizer
 from cl_runner.engine.process import Place
 from cl_runner.errors import TrainingError, UserError
+from cl_runner.imports import light_imports
 
 # Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
 OWNED = {
@@ -93,7 +94,7 @@ def start(place: Place) -> None:
     os.environ.setdefault("DS_BUILD_OPS", "0")
     place.export()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with _compiled_when_called():
+    with light_imports(), _compiled_when_called():
         import deepspeed
         import deepspeed.ops
         import deepspeed.runtime.zero.muon.muon_optimizer

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -67,10 +67,13 @@ class Encoded(Examples):
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Encoded:
         """The same examples (all of weight 1) as columns."""
-        arrays = [
-            pa.array([getattr(example, field.name) for example in examples], type=field.type) for field in _SCHEMA
+        columns = [
+            _column_of_lists([example.source for example in examples]),
+            _column_of_lists([example.target for example in examples]),
+            _column_of_flags([example.truncated for example in examples]),
+            _column_of_flags([example.target_cut for example in examples]),
         ]
-        return cls(pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA))
+        return cls(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
     def __len__(self) -> int:
         return int(self.columns.num_rows)
@@ -99,6 +102,25 @@ class Encoded(Examples):
         return digest.hexdigest().encode()
 
 
+# Columns are made of numpy's memory, and read so: Arrow's own ``array`` and ``to_numpy`` would import pandas.
+
+
+def _column_of_lists(lists: Sequence[Sequence[int]]) -> Any:
+    starts = np.zeros(len(lists) + 1, dtype=np.int64)
+    np.cumsum([len(ids) for ids in lists], out=starts[1:])
+    ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(starts[-1]))
+    return pa.LargeListArray.from_arrays(_column(pa.int64(), starts), _column(pa.int32(), ids))
+
+
+def _column_of_flags(flags: Sequence[bool]) -> Any:
+    bits = np.packbits(np.array(flags, dtype=bool), bitorder="little")
+    return _column(pa.bool_(), bits, len(flags))
+
+
+def _column(kind: Any, values: NDArray[Any], length: int | None = None) -> Any:
+    return pa.Array.from_buffers(kind, len(values) if length is None else length, [None, pa.py_buffer(values)])
+
+
 def _lists(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The ids of all rows behind each other, and where each row's begin (one more: where the last one's end)."""
     return _array(column.values), _array(column.offsets)
@@ -111,7 +133,7 @@ def _flags(column: Any) -> NDArray[np.bool_]:
 
 
 def _array(numbers: Any) -> Any:
-    """A column of numbers as numpy has it; nothing is copied. Arrow's own ``to_numpy`` would import pandas."""
+    """A column of numbers as numpy has it; nothing is copied."""
     return np.from_dlpack(numbers)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_runner.engine.process import Assigned
 from cl_runner.errors import TrainingError, UserError
+from cl_runner.imports import light_imports
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
 from cl_runner.runs import catalog
@@ -47,8 +48,10 @@ class Session:
         part: Assigned | None,
         extended: Extended | None,
     ) -> None:
-        from cl_runner.engine.process import here
+        with light_imports():
+            from cl_runner.engine.process import here
 
+            self.place = here()
         self.resolved = resolved
         self.located = located
         self.plan = plan
@@ -56,15 +59,15 @@ class Session:
         self.folder = folder
         self.part = part
         self.extended = extended
-        self.place = here()
         self.channel = Channel.given()
 
     def run(self) -> int:
         """Train; returns the exit code. What goes wrong before the run's folder is open is raised."""
-        from cl_runner.engine import zero as engine
-        from cl_runner.terminal.progress import Screen
-        from cl_runner.training.disk_space import check_disk_space
-        from cl_runner.training.run import Run
+        with light_imports():
+            from cl_runner.engine import zero as engine
+            from cl_runner.terminal.progress import Screen
+            from cl_runner.training.disk_space import check_disk_space
+            from cl_runner.training.run import Run
 
         if self.channel:
             from cl_runner.launch.local import die_with_parent
