@@ -192,7 +192,9 @@ class TrainingConfig(Section):
         default=8, ge=1, description="Steps whose rows are dealt among them by length, to pad little; 1: plain shuffle."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="Compute: auto is bf16 on GPU, fp32 on CPU."
+        default="auto",
+        description="Compute: auto is bf16 on GPU; on CPU fp32, or bf16 where the processor has it (avx512_bf16, AMX) "
+        "and is measured to be 1.2 times as fast, decided once a run.",
     )
     loss_mean: Literal["global", "micro"] = Field(
         default="global",

@@ -96,6 +96,8 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
             f"the run {run.path} counts the penalty {_few(times)} times a step (training.penalty_at: micro), and this "
             f"many processes would count it {_few(here)} times; use as many --gpus as before"
         )
+    if "computes" in now and now["computes"] != computes(before):  # a run that another process has begun meanwhile
+        raise UserError(f"the run {run.path} computes in {computes(before)}; the same command again goes on with it")
     if extending or run.committed([stage[0] for stage in stages]) < len(stages):
         _refuse_other_revision(run, config.method.name, before, now)
         _refuse_other_rule(run, before, now)
@@ -147,6 +149,11 @@ def _refuse_other_revision(run: RunDir, method: str, before: Mapping[str, Any], 
 def revision(identity: Mapping[str, Any]) -> int:
     """The revision of the method's equations; runs of earlier versions are of the first."""
     return int(identity.get("revision", 1))
+
+
+def computes(identity: Mapping[str, Any]) -> str:
+    """What the run computes in on a CPU under ``training.precision: auto``; fp32 where nothing is recorded."""
+    return str(identity.get("computes", "fp32"))
 
 
 def _refuse_other_rule(run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Plan:
     data: Data
     grows: str = ""  # how much the method will carry, where that is known beforehand
     only: Sequence[str] | None = None  # the tasks that it will be evaluated on; None where it trains
+    computes: str | None = None  # what the run computes in on a CPU under ``precision: auto``; None: to be decided
 
     @classmethod
     def make(cls, config: RunConfig, order: str, tasks: Sequence[Task], only: Sequence[str] | None = None) -> Plan:

@@ -24,6 +24,7 @@ from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
 from cl_runner.training.compatibility import check_method, stage_config
+from cl_runner.training.computing import computing
 from cl_runner.training.data import Data
 from cl_runner.training.evaluation import TestSet
 from cl_runner.training.plan import Plan
@@ -139,13 +140,15 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     base = load_base(model, place.torch_device)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most, plan.only)
-    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and place.device == "cuda")
-    adapters = _adapters(plan, base, bf16)
+    rows = Joined(list(tokens.train.values()))
+    compute = computing(plan, place, base, rows)
+    adapters = _adapters(plan, base, compute.bf16)
     if plan.only is None:
         _check_training(plan, base, adapters)
     gc.freeze()  # what lives to the end need not be looked through after every stage
-    root = engine.Autocast(adapters.model, place.torch_device, bf16)
-    return Room(base, _encoder(base, config.data, most), adapters, plan.method, place, root, plan.stages), tokens
+    root = engine.Autocast(adapters.model, place.torch_device, compute.bf16)
+    encoder = _encoder(base, config.data, most)
+    return Room(base, encoder, adapters, plan.method, place, root, plan.stages, compute=compute), tokens
 
 
 def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:

@@ -13,7 +13,7 @@ from cl_runner.errors import UserError
 from cl_runner.models.locate import locate, model_identity
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.results import chosen
-from cl_runner.runs.resume_guard import other_rules
+from cl_runner.runs.resume_guard import computes, other_rules
 from cl_runner.settings import Resolved
 from cl_runner.terminal.progress import Screen, ShownStage
 from cl_runner.training.checkpoint import refuse_removed, restore_stage
@@ -148,6 +148,7 @@ def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
 
 
 def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:
+    plan.computes = computes(rundir.about()["identity"])
     room, tokens = open_room(plan, place)
     for line in tokens.notes:
         screen.line(line)

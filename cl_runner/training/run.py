@@ -63,7 +63,8 @@ class Run:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
         dropout = attention_dropout(room.base.model) if self.plan.config.training.dropout_by == "row" else ""
-        for line in [*filter(None, [room.base.advice, dropout]), *tokens.notes, *tokens.cut_targets()]:
+        said = filter(None, [room.base.advice, room.compute.said, dropout])
+        for line in [*said, *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)

@@ -20,7 +20,7 @@ from cl_runner.models.locate import Located
 from cl_runner.runs import catalog
 from cl_runner.runs.commit import clear_drafts
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.resume_guard import refuse_other_settings
+from cl_runner.runs.resume_guard import computes, refuse_other_settings
 from cl_runner.settings import Resolved, dump, dump_order
 from cl_runner.terminal import console, stopping
 from cl_runner.terminal.console import one_line
@@ -82,6 +82,9 @@ class Session:
                 new = not self.folder.exists()
                 if not new:
                     self._open(stack)
+                if not new or self.extended:
+                    begun = self.extended.run if new and self.extended else self.folder
+                    self.plan.computes = computes(begun.about()["identity"])
                 embedded = self.located.kind == "embedded"
                 if not embedded:  # loading takes its time, and says what
                     self._introduce(screen)
@@ -91,6 +94,8 @@ class Session:
                     copied = self.extended.bytes if self.extended else 0
                     check_disk_space(self.folder.path, self.plan, room, done, copied)
                 if new:
+                    if room.compute.kept:
+                        self.identity = {**self.identity, "computes": room.compute.name}
                     if self.place.rank == 0:
                         self.folder.create(*self._new())  # or another process has, meanwhile
                     self._open(stack)

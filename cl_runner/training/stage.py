@@ -19,6 +19,7 @@ from cl_runner.adapters.targets import is_transposed
 from cl_runner.adapters.terms import Term
 from cl_runner.config.schema import RunConfig
 from cl_runner.engine.optim import ParameterGroup, ordinary_groups
+from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
 from cl_runner.engine.zero import Autocast, Engine
 from cl_runner.maths.vectors import flat, unflat
@@ -51,6 +52,7 @@ class Room:
     order: tuple[StagePlan, ...]
     options: tuple[Option, ...] = field(default_factory=make_options)
     told: set[str] = field(default_factory=set)  # what is said once a run, and has been
+    compute: Compute = field(default_factory=lambda: Compute(False))  # what ``root`` computes in, and why
 
 
 class StageRun:
