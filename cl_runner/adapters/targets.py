@@ -9,6 +9,7 @@ from torch import nn
 
 from cl_runner.config.schema import AdapterConfig
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.imports import light_imports
 
 
 def target_shapes(model: nn.Module, config: AdapterConfig) -> list[tuple[int, int]]:
@@ -26,7 +27,8 @@ def target_shapes(model: nn.Module, config: AdapterConfig) -> list[tuple[int, in
 
 def default_targets(model: nn.Module) -> list[str]:
     """Query and value of the model's attention, as PEFT knows them; GPT-2's ``c_attn`` holds both."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+    with light_imports():
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
     family = getattr(getattr(model, "config", None), "model_type", "")
     if family in known:
