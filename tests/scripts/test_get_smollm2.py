@@ -81,7 +81,7 @@ def test_killed_it_leaves_nothing(tmp_path: Path, environment: dict[str, str]) -
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 130
+    assert process.wait(100) == 130  # at once, or where the signal came just before bash began to wait, with the child
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
