@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,30 @@ def light_imports() -> Iterator[None]:
             each.leave()
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """Inside, what ``torch.compile`` decorates is compiled at its first call.
+
+    DeepSpeed 0.19 imports its Muon with every engine; to decorate its functions, which nobody calls here, would import
+    torch's whole compiler.
+    """
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return partial(compile_late, **options)
+        compiled = cache(partial(compile_now, function, **options))
+        return wraps(function)(lambda *args, **named: compiled()(*args, **named))
+
+    torch.compile = compile_late  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 class _LoadedWhenCalled(ModuleType):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -99,3 +101,23 @@ from cl_runner.models.token_cache import Encoded
 examples = [Example([3, 4], [5], True), Example([], [6, 7])]
 assert list(Encoded.of(examples)) == examples and "pandas" not in loaded
 """)
+
+
+def test_what_is_decorated_inside_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from cl_runner.imports import compiled_when_called
+
+    made: list[dict[str, Any]] = []
+
+    def compile_now(function: Callable[..., int], **options: Any) -> Callable[..., int]:
+        made.append(options)
+        return lambda *args, **named: 10 * function(*args, **named)
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with compiled_when_called():
+        plain: Any = torch.compile(lambda x: x + 1)
+        asked: Any = torch.compile(dynamic=True)(lambda x, y=0: x + y)
+    assert torch.compile is compile_now and not made
+    assert [plain(1), plain(2), asked(3, y=4)] == [20, 30, 70]
+    assert made == [{}, {"dynamic": True}]

@@ -15,8 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache, partial, wraps
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from cl_runner.config.schema import TrainingConfig
 from cl_runner.engine.optim import WHOLE, ParameterGroup, RuleOptimizer
 from cl_runner.engine.process import Place
 from cl_runner.errors import TrainingError, UserError
-from cl_runner.imports import light_imports
+from cl_runner.imports import compiled_when_called, light_imports
 
 # Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
 OWNED = {
@@ -94,7 +93,7 @@ def start(place: Place) -> None:
     os.environ.setdefault("DS_BUILD_OPS", "0")
     place.export()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with light_imports(), _compiled_when_called():
+    with light_imports(), compiled_when_called():
         import deepspeed
         import deepspeed.ops
         import deepspeed.runtime.zero.muon.muon_optimizer
@@ -110,28 +109,6 @@ def start(place: Place) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
-
-
-@contextmanager
-def _compiled_when_called() -> Iterator[None]:
-    """Inside, what ``torch.compile`` decorates is compiled at its first call.
-
-    DeepSpeed 0.19 imports its Muon with every engine; to decorate its functions, which nobody calls here, would import
-    torch's whole compiler.
-    """
-    compile_now = torch.compile
-
-    def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-        if function is None:
-            return partial(compile_late, **options)
-        compiled = cache(partial(compile_now, function, **options))
-        return wraps(function)(lambda *args, **named: compiled()(*args, **named))
-
-    torch.compile = compile_late  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_now
 
 
 def stop() -> None:

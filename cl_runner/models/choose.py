@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cl_runner.models.base import Layout
 from cl_runner.models.batch import Batch
 from cl_runner.models.forward import accepted, evaluating, model_inputs, unwrapped
-from cl_runner.models.heads import Head, can_be_cut
-from cl_runner.models.verify import Show, padded, prompt_inputs
+from cl_runner.models.heads import Head, Show, can_be_cut
+from cl_runner.models.verify import padded, prompt_inputs
 
 # Takes numbers of rows, and what each has said; gives the scores (rows, V) of what it says next.
 Ask = Callable[[list[int], list[Sequence[int]]], Tensor]

@@ -85,11 +85,12 @@ class RowDropout:
         if not training or p == 0.0 or batch is None or not _of_rows(input, batch):
             return self._torchs(input, p, training, inplace)
         self._call += 1
-        keys = self._hashed(batch, input.shape[-2] if input.dim() == 4 else input.shape[1])
+        keys = self._hashed(batch, input.shape[-2])
         if input.dim() == 4:
             heads = _columns(input.shape[1], input.device)[:, None, None]
             keys = keys[:, None, :, None] + heads
-            keys = _mixed(keys + self._seen_positions(batch, input.shape[3]))
+            seen = _hash(_positions(batch, input.shape[3]) * _POSITION).to(torch.int32)
+            keys = _mixed(keys + seen[:, None, None, :])
         else:
             keys = _mixed(keys[..., None] + _columns(input.shape[2], input.device))
         least = int(-(2**31) + p * 2**32)
@@ -102,10 +103,10 @@ class RowDropout:
             self._keys = _hash(_places(batch, positions) * _PLACE + positions * _POSITION + self._seed)
         return _hash(self._keys + _wrapped((self._forward << 20 | self._call) * _CALL)).to(torch.int32)
 
-    @staticmethod
-    def _seen_positions(batch: Batch, width: int) -> Tensor:
-        """Of the positions that an attention looks at, (b, 1, 1, s) int32."""
-        return _hash(_positions(batch, width) * _POSITION).to(torch.int32)[:, None, None, :]
+
+def drops(model: nn.Module) -> bool:
+    """Whether any module of a model drops something while it trains, its attention aside."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def attention_dropout(model: nn.Module) -> str:

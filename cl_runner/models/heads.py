@@ -7,7 +7,7 @@ Only for decoder-only models, and only where a cache holds every position by its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,27 +17,31 @@ from torch import Tensor, nn
 from cl_runner.models.batch import Batch
 from cl_runner.models.dropout import SHARED
 
-Seen = Callable[[Batch], None]  # told the part of a batch that the next call of the model is about
+Show = Callable[[Batch], None]  # told the batch, or the part of one, that the next call of the model is about
 
 
-def common_head(sources: Sequence[Sequence[int]]) -> list[int]:
-    """The ids that all of these prompts begin with, less the last one of the shortest: each has one of its own."""
-    if not sources:
-        return []
-    head = list(sources[0])
+def common_head(sources: Iterable[Sequence[int]], head: Sequence[int] | None = None) -> list[int]:
+    """The ids that all of these prompts begin with, less the last one of the shortest: each has one of its own.
+
+    head: that of other prompts, which these are to have in common with them.
+    """
+    found = None if head is None else list(head)
     for source in sources:
-        most = min(len(head), len(source) - 1)
-        same = next((at for at in range(most) if head[at] != source[at]), most)
-        del head[same:]
-    return head
+        found = list(source) if found is None else found
+        most = max(min(len(found), len(source) - 1), 0)
+        same = next((at for at in range(most) if found[at] != source[at]), most)
+        del found[same:]
+        if not found:
+            break
+    return found or []
 
 
-def by_task(batch: Batch) -> list[list[int]]:
-    """Row numbers of a batch, in groups that have a task, and so a head, in common."""
+def by_task(tasks: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of the rows of each task: what has a task in common has a head in common."""
     groups: dict[str, list[int]] = {}
-    for row, task in enumerate(batch.tasks):
+    for row, task in enumerate(tasks):
         groups.setdefault(task, []).append(row)
-    return list(groups.values())
+    return groups
 
 
 def head_of(ids: Tensor) -> Batch:
@@ -117,15 +121,15 @@ def can_be_cut(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def logits_behind_head(model: nn.Module, batch: Batch, h: int, seen: Seen) -> Tensor | None:
+def logits_behind_head(model: nn.Module, batch: Batch, h: int, show: Show) -> Tensor | None:
     """``logits`` of rows whose first h tokens are the same; None where the model cannot go on from them."""
     asked: Any = model
     before = batch.input_ids.shape[1] - batch.lengths[0]  # padding, of the first row
-    seen(ids := head_of(batch.input_ids[:1, before : before + h]))
+    show(ids := head_of(batch.input_ids[:1, before : before + h]))
     head = Head.read(model, ids)
     if head is None:
         return None
-    seen(rest := rest_of(batch, h))
+    show(rest := rest_of(batch, h))
     given = {"past_key_values": head.spread(batch.size), "use_cache": True}
     out = asked(**behind_head(rest), **given, logits_to_keep=batch.labels.shape[1])
     scores: Tensor = out.logits

@@ -17,9 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import IGNORE, Batch
 from cl_runner.models.forward import accepted, evaluating, generate, greedy, model_inputs, unwrapped
-from cl_runner.models.heads import Head, behind_head, can_be_cut, rest_of
-
-Show = Callable[[Batch], None]
+from cl_runner.models.heads import Head, Show, behind_head, can_be_cut, rest_of
 
 
 class Read(NamedTuple):

@@ -70,7 +70,9 @@ def train_stage(
     examples = Joined([source.examples for source in sources])
     tasks = [task for source in sources for task in source.tasks]
     shares = [source.weight for source in sources for _ in source.tasks]
-    stage.sharing.learn(examples, tasks)
+    for source in sources:
+        if source is not own:
+            stage.sharing.learn(source.examples, source.tasks)
     plan = BatchPlan.make(len(examples), training, stage.ranks)
     inputs, labels = lengths(examples)
     weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)

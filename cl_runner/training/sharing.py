@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_runner.models.batch import Batch, Example
-from cl_runner.models.dropout import attention_dropout
+from cl_runner.models.dropout import attention_dropout, drops
 from cl_runner.models.forward import accepted, evaluating, logits
 from cl_runner.models.heads import NEEDED, Head, by_task, common_head, head_of, logits_behind_head
+from cl_runner.models.token_cache import lengths
 
 if TYPE_CHECKING:
     from cl_runner.training.stage import StageRun
@@ -30,13 +31,11 @@ class Sharing:
         self._why_not = ""
 
     def learn(self, examples: Sequence[Example], tasks: Sequence[str]) -> None:
-        """Find the heads of these rows' tasks: what all of a task's prompts begin with, as they are read."""
+        """Find what all prompts of each task begin with, as they are read: these rows', and those learned before."""
         if self.stage.room.base.encoder_decoder:
             return
-        of_task: dict[str, list[list[int]]] = {}
-        for row, task in enumerate(tasks):
-            of_task.setdefault(task, []).append(examples[row].source)
-        self._heads.update({task: common_head(sources) for task, sources in of_task.items()})
+        for task, rows in by_task(tasks).items():
+            self._heads[task] = common_head((examples[row].source for row in rows), self._heads.get(task))
 
     def with_heads(self, batch: Batch, examples: Sequence[Example], tasks: Sequence[str]) -> Batch:
         """The batch, that knows how much of each row is its task's head; of rows that do not begin so, nothing."""
@@ -49,28 +48,26 @@ class Sharing:
 
     def logits(self, batch: Batch) -> Tensor:
         """As ``models.forward.logits``, of the batch that the stage has just been shown."""
-        stage = self.stage
-        model = stage.adapters.model
         groups = self._groups(batch)
         if groups is None:
-            return logits(model, batch)
-        found: list[Tensor] = []
-        for rows in groups:
-            part = batch.slice(rows) if len(groups) > 1 else batch
-            h = min(part.heads)
-            scores = None
-            if (part.size - 1) * h >= WORTH * sum(part.lengths):
-                scores = logits_behind_head(model, part, h, stage.dropout.part)
-                if scores is None:
-                    self._always = "this model keeps no keys and values that rows could go on from"
-            if scores is None:
-                stage.dropout.part(part)
-                scores = logits(model, part)
-            found.append(scores)
-        if len(found) == 1:
-            return found[0]
+            return logits(self.stage.adapters.model, batch)
+        if len(groups) == 1:
+            return self._of_one_task(batch)
+        found = torch.cat([self._of_one_task(batch.slice(rows)) for rows in groups])
         order = torch.tensor([row for rows in groups for row in rows], device=batch.labels.device)
-        return torch.cat(found)[order.argsort()]
+        return found[order.argsort()]
+
+    def _of_one_task(self, part: Batch) -> Tensor:
+        """Behind the head where that saves enough, and the model can go on from one; else row by row."""
+        model, show = self.stage.adapters.model, self.stage.dropout.part
+        h = min(part.heads)
+        if not self._always and (part.size - 1) * h >= WORTH * sum(part.lengths):
+            scores = logits_behind_head(model, part, h, show)
+            if scores is not None:
+                return scores
+            self._always = "this model keeps no keys and values that rows could go on from"
+        show(part)
+        return logits(model, part)
 
     def of_prompts(self, examples: Sequence[Example]) -> PromptHead:
         """What these prompts begin with, to be read once for all their batches, by the model as it then is."""
@@ -87,7 +84,7 @@ class Sharing:
         why_not = self._reason(batch)
         if self.stage.adapters.model.training:
             self._why_not = why_not
-        return None if why_not else by_task(batch)
+        return None if why_not else list(by_task(batch.tasks).values())
 
     def _reason(self, batch: Batch) -> str:
         stage = self.stage
@@ -108,7 +105,7 @@ class Sharing:
             return "training.activation_checkpointing keeps no keys and values"
         if not accepted(stage.adapters.model) >= NEEDED:
             return "this model cannot go on from keys and values at given positions"
-        if training.dropout_by == "micro" and stage.config.adapter.dropout:
+        if training.dropout_by == "micro" and (stage.config.adapter.dropout or drops(stage.room.base.model)):
             return "training.dropout_by: micro drops otherwise in each row's"
         if attention_dropout(stage.room.base.model):
             return "the attention drops otherwise in each row's"
@@ -130,9 +127,9 @@ class PromptHead:
         self._sharing = sharing
         stage = sharing.stage
         nothing = stage.room.base.encoder_decoder or not any(example.target for example in examples)  # to verify
-        known = [] if nothing else common_head([example.source for example in examples])
+        known = [] if nothing else common_head(example.source for example in examples)
         saved = (len(examples) - 1) * len(known)
-        self._ids = known if saved >= WORTH * sum(len(example.source) for example in examples) else []
+        self._ids = known if saved >= WORTH * int(lengths(examples)[0].sum()) else []
         self._head: Head | None = None
 
     def read(self, prompts: Batch) -> Head | None:

@@ -122,4 +122,6 @@ def test_common_head() -> None:
     assert common_head([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9]]) == [1, 2]
     assert common_head([[1, 2], [1, 2, 3]]) == [1]  # the shortest keeps one of its own
     assert common_head([[1, 2, 3]]) == [1, 2]
-    assert common_head([]) == common_head([[4], [5]]) == common_head([[4], []]) == []
+    assert common_head([]) == common_head([[4], [5]]) == common_head([[4], []]) == common_head([[4, 5, 6], []]) == []
+    assert common_head([[1, 2, 7], [1, 2, 8]], head=[1, 2, 3]) == [1, 2]  # with what other prompts have in common
+    assert common_head([], head=[1, 2]) == [1, 2] and common_head([[1, 2, 3]], head=[]) == []

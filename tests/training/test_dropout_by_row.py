@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_runner.engine.process import Place
-from cl_runner.training.stage import StageRun, commit_update
 from tests.distributed import on_ranks
-from tests.methods.orders import order_room, rows_of
-from tests.stages import Kind, distance, train
+from tests.methods.orders import learn, order_room
+from tests.stages import Kind, distance
 
 # Where a dropout may be: in PEFT's layers and the base (all), before past pairs, in a method's own terms.
 FORMS: list[tuple[str, Kind, dict[str, Any]]] = [
@@ -31,13 +30,7 @@ def learned(place: Place, method: str, kind: Kind, micro: int, settings: dict[st
     sizes = {"training__global_batch": 6, "training__micro_batch": micro, "training__epochs": 2}
     room, config = order_room(place, method, ("a", "b"), kind, dropout=0.2, adapter__dropout=0.2, **sizes, **settings)
     room.base.model.set_attn_implementation("eager")
-    for index in range(2):
-        stage = StageRun(room, config, index)
-        room.method.build(stage)
-        outcome = train(stage, rows_of(stage.plan))
-        room.adapters.train(False)
-        commit_update(room.method, stage)
-    return outcome.parameters
+    return [learn(room, config, index) for index in range(2)][-1].parameters
 
 
 @pytest.mark.parametrize(("method", "kind", "settings"), FORMS, ids=[f"{m}-{k}" for m, k, _ in FORMS])

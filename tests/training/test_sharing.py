@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_runner.engine.process import Place
 from cl_runner.methods import METHODS
 from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.batch import Example
-from cl_runner.training.stage import StageRun, commit_update
+from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
-from tests.methods.orders import order_room
-from tests.stages import END, VOCABULARY, Outcome, distance, train
+from tests.methods.orders import learn, order_room
+from tests.stages import END, VOCABULARY, Outcome, distance
 
 HEADS = {"a": [7, 9, 11, 13, 15, 17], "b": [7, 9, 21, 23, 25, 27, 29, 31]}
 # Rows with something of their own before the head, or whose layers are looked at.
 PLAIN = {name: f"{name} conditions each row" for name in ("l2p", "progprompt", "lfpt5", "colora")}
 PLAIN["migu"] = "migu looks at what the layers read"
+WHOLE = "the beginning of a task's prompts is computed for every row: "
 SIZES = {"training__global_batch": 6, "training__micro_batch": 3, "training__epochs": 1}
 
 
@@ -42,11 +43,17 @@ def of_plan(plan: StagePlan) -> Source:
     return Source([e for part in parts for e in part.examples], [t for part in parts for t in part.tasks])
 
 
-def learned(place: Place, method: str, how: str, **settings: Any) -> tuple[list[Outcome], int, list[str]]:
-    """What each of two stages leaves, dropout on; how many forwards shared a head; what was said."""
-    room, config = order_room(
-        place, method, ("a", "b"), "llama", adapter__dropout=0.2, training__share_prefix=how, **{**SIZES, **settings}
-    )
+def learned(
+    place: Place, method: str, how: str, resid: float = 0.0, **settings: Any
+) -> tuple[list[Outcome], int, list[str]]:
+    """What each of two stages leaves, dropout on; how many forwards shared a head; what was said.
+
+    resid: dropout of a module of the base.
+    """
+    asked = {"adapter__dropout": 0.2, "training__share_prefix": how, **SIZES, **settings}
+    room, config = order_room(place, method, ("a", "b"), "llama", **asked)
+    if resid:
+        room.base.model.model.norm = nn.Sequential(room.base.model.model.norm, nn.Dropout(resid))
     outcomes, shared = [], 0
 
     def counting(_: Any, __: Any, named: dict[str, Any]) -> None:
@@ -56,13 +63,7 @@ def learned(place: Place, method: str, how: str, **settings: Any) -> tuple[list[
 
     hook = room.base.model.register_forward_pre_hook(counting, with_kwargs=True)
     for index in range(len(room.order)):
-        stage = StageRun(room, config, index)
-        if stage.plan.start == "base":
-            room.adapters.restore([], room.adapters.kept, None)
-        room.method.build(stage)
-        outcomes.append(train(stage, of_plan(stage.plan)))
-        room.adapters.train(False)
-        commit_update(room.method, stage)
+        outcomes.append(learn(room, config, index, of_plan(room.order[index])))
         outcomes[-1].parameters["answer"] = answer(StageRun(room, config, index))
     hook.remove()
     said = [line for outcome in outcomes for line in outcome.trained.said]
@@ -96,4 +97,14 @@ def test_every_method_learns_the_same(method: str) -> None:
     assert (
         bool(shared) != bool(said) or method == "migu"
     )  # which looks at the outputs of the second of two stages alone
-    assert [line.partition("row: ")[2] for line in said] == ([PLAIN[method]] if method in PLAIN else [])
+    assert said == ([WHOLE + PLAIN[method]] if method in PLAIN else [])
+
+
+@pytest.mark.parametrize("where", ["adapter", "base"])
+def test_torchs_own_dropout_falls_otherwise_in_each_row(where: str) -> None:
+    """Under ``dropout_by: micro`` heads are shared where nothing drops, neither adapters nor modules of the base."""
+    own = {"training__dropout_by": "micro", "adapter__dropout": 0.2 if where == "adapter" else 0.0}
+    [(_, shared, said)] = on_ranks(1, learned, "inclora", "auto", resid=0.2 if where == "base" else 0.0, **own)
+    assert shared == 0 and said == [f"{WHOLE}training.dropout_by: micro drops otherwise in each row's"]
+    [(_, shared, said)] = on_ranks(1, learned, "inclora", "auto", **{**own, "adapter__dropout": 0.0})
+    assert shared > 0 and not said
