@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import median, parser, publish, seconds_of, spread, take_turns
-from benchmarks.heads import prepared
-from benchmarks.world import step_seconds
+from benchmarks.job import add_model_arguments
+from benchmarks.world import prepared, step_seconds
 from cl_runner.engine import zero as engine
 from cl_runner.engine.precision import decide, has_bf16
 from cl_runner.training.plan import Plan
@@ -53,21 +53,17 @@ def answers(plan: Plan, room: Room, tokens: Tokens, index: int, way: str) -> tup
 def main() -> None:
     """Run it."""
     arguments = parser(__doc__)
-    arguments.add_argument("--model", default="tiny-t5", help="embedded model or folder (default %(default)s)")
-    arguments.add_argument("--data-dir", help="benchmark folder; synthetic rows without one")
+    add_model_arguments(arguments)
     arguments.add_argument("--tasks", default="dbpedia,amazon,agnews")
     arguments.add_argument("--rows", type=int, default=64, help="of each task, to train and to answer")
-    arguments.add_argument("--micro", type=int, default=16)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
     given = arguments.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    more = ["training.precision=fp32", *given.set, *([] if given.data_dir else ["data.source=synthetic"])]
+    more = ["training.precision=fp32", "data.balanced=true", "adapter.r=8", *given.set]
     with tempfile.TemporaryDirectory() as folder:
-        plan, room, tokens = prepared(
-            given.model, given.data_dir or "", given.tasks, given.rows, given.micro, more, Path(folder)
-        )
+        plan, room, tokens = prepared(given, given.tasks, more, Path(folder))
         shapes = [(past.base.shape[0], past.base.shape[1]) for past in room.adapters.past.values()]
         here = "this processor has bf16" if has_bf16() else "this processor has no bf16: it is imitated"
         print(f"{here}; {decide(shapes, 512, lambda: True).said or 'layers too small to measure'}", flush=True)

@@ -15,31 +15,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import median, parser, publish, seconds_of, take_turns
-from benchmarks.world import step_seconds
+from benchmarks.job import add_model_arguments
+from benchmarks.world import prepared, step_seconds
 from cl_runner.engine import zero as engine
-from cl_runner.engine.process import Place
 from cl_runner.models.heads import common_head
-from cl_runner.settings import resolve
 from cl_runner.training.plan import Plan
-from cl_runner.training.prepare import Room, Tokens, open_room, open_stage
+from cl_runner.training.prepare import Room, Tokens, open_stage
 
 WAYS = ("auto", "off")
-
-
-def prepared(model: str, data_dir: str, tasks: str, rows: int, micro: int, more: list[str], folder: Path) -> Any:
-    """Plan, room and tokens of an order of these tasks."""
-    order = folder / "order.yaml"
-    order.write_text(f"name: heads\ntasks: [{tasks}]\n")
-    sets = [
-        f"model.name={model}", f"data.dir={data_dir}", f"data.max_train={rows}", f"data.max_test={rows}",
-        "data.balanced=true", f"training.micro_batch={micro}", f"training.global_batch={micro}", "training.epochs=1",
-        "adapter.r=8", "data.max_source=256", *more,
-    ]  # fmt: skip
-    resolved = resolve(order=str(order), sets=sets)
-    assert resolved.order is not None
-    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
-    engine.start(place := Place())
-    return plan, *open_room(plan, place)
 
 
 def training(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
@@ -67,11 +50,9 @@ def main() -> None:
     import tempfile
 
     arguments = parser(__doc__)
-    arguments.add_argument("--model", required=True, help="folder of a decoder-only model")
-    arguments.add_argument("--data-dir", required=True, help="benchmark folder")
+    add_model_arguments(arguments)
     arguments.add_argument("--tasks", default="dbpedia,amazon,agnews")
     arguments.add_argument("--rows", type=int, default=64, help="of each task, to train and to answer")
-    arguments.add_argument("--micro", type=int, default=16)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
     given = arguments.parse_args()
@@ -79,7 +60,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         plan, room, tokens = prepared(
-            given.model, given.data_dir, given.tasks, given.rows, given.micro, given.set, Path(folder)
+            given, given.tasks, ["data.balanced=true", "adapter.r=8", *given.set], Path(folder)
         )
         for index, stage in enumerate(plan.stages):
             examples = tokens.source(stage).examples
@@ -87,7 +68,7 @@ def main() -> None:
             lengths = [len(e.source) + len(e.target) - 1 for e in examples]
             mean = sum(lengths) / len(lengths)
             row: dict[str, Any] = {"task": stage.name, "head tokens": head, "tokens a row": round(mean, 1)}
-            row["tokens allow"] = mean / (mean - head * (1 - 1 / given.micro))
+            row["tokens allow"] = mean / (mean - head * (1 - 1 / given.micro_batch))
             for what, measure in (("training", training), ("evaluation", evaluation)):
                 ways = {how: partial(measure, plan, room, tokens, index, how) for how in WAYS}
                 found = {how: median(times[1:]) for how, times in take_turns(ways, given.rounds + 1).items()}

@@ -1,7 +1,7 @@
 """Where the time of an optimizer step goes: the model's forward and backward, DeepSpeed, the method, the rest.
 
     python -m benchmarks.step                                             # tiny-t5, synthetic rows
-    python -m benchmarks.step --model FOLDER --data-dir FOLDER --micro 16
+    python -m benchmarks.step --model FOLDER --data-dir FOLDER --micro-batch 16
 
 Every part's own time, without that of the parts inside it, as a share of the steps' wall time (the first step is thrown
 away). Clocks cost something too: where parts are called often, as on the tiny model, they make them look longer.
@@ -22,13 +22,12 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.common import parser, publish
-from benchmarks.world import random_pair
+from benchmarks.job import add_model_arguments
+from benchmarks.world import prepared, random_pair
 from cl_runner.engine import zero
-from cl_runner.engine.process import Place
-from cl_runner.settings import resolve
 from cl_runner.training import loop
 from cl_runner.training.plan import Plan
-from cl_runner.training.prepare import open_room, open_stage
+from cl_runner.training.prepare import Room, Tokens, open_stage
 from cl_runner.training.sharing import Sharing
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_log import Meter
@@ -79,10 +78,8 @@ def clocked(clock: Clock, method: Any) -> Iterator[None]:
         yield
 
 
-def profile(plan: Plan, index: int) -> list[dict[str, Any]]:
+def profile(plan: Plan, room: Room, tokens: Tokens, index: int) -> list[dict[str, Any]]:
     """A row for each part of the steps of a stage."""
-    zero.start(place := Place())
-    room, tokens = open_room(plan, place)
     clock, ends = Clock(), []
 
     def tick(*_: object) -> None:
@@ -107,29 +104,16 @@ def profile(plan: Plan, index: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Run it."""
     arguments = parser(__doc__)
-    arguments.add_argument("--model", help="model folder (default: the embedded tiny-t5)")
-    arguments.add_argument("--data-dir", help="benchmark folder (default: synthetic rows)")
+    add_model_arguments(arguments)
     arguments.add_argument("--method", default="olora")
     arguments.add_argument("--task", default="agnews")
     arguments.add_argument("--rows", type=int, default=96)
-    arguments.add_argument("--micro", type=int, default=16)
     arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
     given = arguments.parse_args()
-    sets = [
-        f"data.max_train={given.rows}", "data.max_test=1", f"training.micro_batch={given.micro}", "training.epochs=1",
-        f"training.global_batch={given.micro}", f"method.name={given.method}", "data.max_source=256",
-    ]  # fmt: skip
-    if given.model:
-        sets += [f"model.name={given.model}", f"data.dir={given.data_dir}", "data.balanced=true"]
-    else:
-        sets.append("data.source=synthetic")
+    more = [f"method.name={given.method}", "data.balanced=true", *given.set]
     with tempfile.TemporaryDirectory() as folder:
-        order = Path(folder) / "order.yaml"
-        order.write_text(f"name: step\ntasks: [amazon, {given.task}]\n")
-        resolved = resolve(presets=[] if given.model else ["tiny"], order=str(order), sets=[*sets, *given.set])
-        assert resolved.order is not None
-        plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
-        publish("step", given, {"a step of the second task": profile(plan, 1)})
+        rows = profile(*prepared(given, f"amazon,{given.task}", more, Path(folder)), 1)
+    publish("step", given, {"a step of the second task": rows})
 
 
 if __name__ == "__main__":

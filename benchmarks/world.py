@@ -6,11 +6,13 @@ stage is given the same rows, so that what differs between positions is the posi
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from cl_runner.settings import resolve
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.synthetic import sample
 from cl_runner.training.loop import train_stage
+from cl_runner.training.plan import Plan
+from cl_runner.training.prepare import Tokens, open_room
 from cl_runner.training.stage import Room, StageRun
 
 # What a part calls a method → its settings.
@@ -109,6 +113,27 @@ def tiny(positions: int, device: str = "cpu", precision: str = "fp32", epochs: i
     data = config.data
     encoder = Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
     return make(base, encoder, config, device, precision == "bf16", positions)
+
+
+def prepared(given: argparse.Namespace, tasks: str, sets: Sequence[str], folder: Path) -> tuple[Plan, Room, Tokens]:
+    """An order of ``tasks`` (with commas), made ready to train; each step is one micro-batch.
+
+    Args:
+        given: what ``job.add_model_arguments`` adds, and ``--rows``, of each task.
+        sets: other settings, ``key=value``.
+        folder: where the order is written.
+    """
+    job = Job(
+        train=given.rows, test=given.rows, epochs=1, model=given.model, micro_batch=given.micro_batch,
+        max_source=given.max_source, data_dir=given.data_dir,
+    )  # fmt: skip
+    (order := folder / "order.yaml").write_text(f"name: benchmark\ntasks: [{tasks}]\n")
+    asked = [*(f"{key}={value}" for key, value in job.sets.items()), *sets]
+    resolved = resolve(presets=job.presets, order=str(order), sets=asked)
+    assert resolved.order is not None
+    plan = Plan.make(resolved.config, resolved.order.name, resolved.order.tasks)
+    engine.start(place := Place())
+    return plan, *open_room(plan, place)
 
 
 def tiny_rows(world: World, count: int, task: str = "agnews", split: str = "train") -> list[Example]:
