@@ -30,7 +30,7 @@ python=${PYTHON:-python}
 mkdir -p "$(dirname "$folder")" && work=$(mktemp -d "$(dirname "$folder")/.smollm2.XXXXXX") ||
   fail "no folder can be made in $(dirname "$folder")"
 child=""
-trap 'trap - EXIT; [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null; rm -rf "$work"' EXIT
+trap 'trap "" INT TERM HUP; trap - EXIT; [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null; rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM HUP
 # In the background, so that a signal is heard at once.
 run() { "$@" >"$work/log" 2>&1 </dev/null & child=$!; wait "$child"; local code=$?; child=""; return "$code"; }
