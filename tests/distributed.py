@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,26 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 
     except BaseException:
         _POOLS.pop(ranks).kill()
         raise
+
+
+def command_on_ranks(ranks: int, *arguments: str, cwd: Path) -> list[Any]:
+    """How ``cl-runner`` with these arguments ended on every rank, as a launcher would have started it there."""
+    from cl_runner.engine.process import free_port
+
+    return on_ranks(ranks, _command, arguments, cwd, free_port(), free_port())
+
+
+def _command(place: Any, arguments: tuple[str, ...], cwd: Path, during: int, after: int) -> Any:
+    from cl_runner.engine import zero as engine
+    from tests.command_line import call, variables
+
+    engine.stop()  # the command opens a process group of its own
+    values = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.ranks, "MASTER_PORT": during}
+    try:
+        with variables(**{name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1"):
+            return call(*arguments, cwd=cwd)
+    finally:
+        engine.start(replace(place, port=after))
 
 
 def _alone(body: Callable[..., Any], *args: Any, **named: Any) -> Any:

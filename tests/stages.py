@@ -32,8 +32,8 @@ LAYOUTS = {
 }
 
 
-def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0) -> Any:
-    """A frozen random model; the same weights for the same seed."""
+def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0, blocks: int = 1) -> Any:
+    """A frozen random model; the same weights for the same seed. Of T5 so many blocks each way; of LLaMA always 2."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "t5":
@@ -44,7 +44,7 @@ def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0) -> Any:
                     d_kv=8,
                     d_ff=48,
                     num_heads=4,
-                    num_layers=2,
+                    num_layers=blocks,
                     dropout_rate=dropout,
                     decoder_start_token_id=START,
                     pad_token_id=PAD,
@@ -107,9 +107,10 @@ def tiny_room(
     dropout: float = 0.0,
     bf16: bool = False,
     base_dtype: torch.dtype = torch.float32,
+    blocks: int = 1,
 ) -> Room:
     """A room with a tiny model and the adapters of ``config``."""
-    model = tiny_model(kind, dropout).to(base_dtype)
+    model = tiny_model(kind, dropout, blocks=blocks).to(base_dtype)
     base = Base(model, None, LAYOUTS[kind], "tiny", "random")  # type: ignore[arg-type]
     opening = Opening(model, "tiny", None, base.encoder_decoder, base_again=True, folder=ModelFolder(model))
     adapters = KINDS.get(method.kind(config))(config.adapter).open(opening)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_runner import registry
 from cl_runner.engine.process import Place
 from cl_runner.tasks import synthetic
-from tests.command_line import SMALL, call, environment, finish, results, start
+from tests.command_line import NANO, call, environment, finish, results, start
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import (
@@ -38,7 +38,7 @@ from tests.methods.steps import (
 from tests.packages import built
 
 PROJECT = Path(__file__).parents[2] / "examples" / "cl-runner-example"
-TRAIN = ("train", "--order", "two.yaml", "--method", "mas", "--name", "run", *SMALL)
+TRAIN = ("train", "--order", "two.yaml", "--method", "mas", "--name", "run", *NANO)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_stopped_between_stages_it_goes_on_to_the_bit(made: Path, tmp_path: Path
     assert results(tmp_path / "runs" / "run") == results(made / "runs" / "run")
 
 
-KIND = ("train", "--order", "two.yaml", "--method", "inclora", "--name", "fa", *SMALL, "--set", "adapter.kind=lora-fa")
+KIND = ("train", "--order", "two.yaml", "--method", "inclora", "--name", "fa", *NANO, "--set", "adapter.kind=lora-fa")
 
 
 def test_its_kind_trains_with_a_setting_of_its_own(made: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def order_room(
     kind: Kind = "t5",
     dropout: float = 0.0,
     bf16: bool = False,
+    blocks: int = 1,
     **settings: Any,
 ) -> tuple[Room, Any]:
     """A room whose plan is the method's own, and its config: 6 rows a task in global batches of 4, micro-batches of 2.
@@ -37,7 +38,7 @@ def order_room(
     config = tiny_config(**{"training__lr": LR, **settings})
     config = RunConfig.model_validate({**config.model_dump(), "method": {"name": method, **own}})
     made = make_method(config)
-    room = tiny_room(made, config, place, kind, dropout=dropout, bf16=bf16)
+    room = tiny_room(made, config, place, kind, dropout=dropout, bf16=bf16, blocks=blocks)
     room.order = tuple(made.plan(tasks))
     return room, config
 

@@ -78,7 +78,7 @@ def test_inflora_leaves_the_inputs_that_are_not_in_m(threshold: float) -> None:
 
 
 def _inflora(place: Place, threshold: float) -> Any:
-    room, config = order_room(place, "inflora", training__epochs=1, method__threshold=threshold)
+    room, config = order_room(place, "inflora", blocks=2, training__epochs=1, method__threshold=threshold)
     for index in range(2):
         stage = learn(room, config, index, opposed(index)).stage
     state = room.method.state()

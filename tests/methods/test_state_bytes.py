@@ -22,7 +22,7 @@ PLAIN = ("seqlora", "olora", "clora")
 
 def _sizes(place: Place, name: str, own: dict[str, Any]) -> tuple[int, int]:
     settings = {f"method__{key}": value for key, value in own.items()}
-    room, config = order_room(place, name.split()[0], training__epochs=1, **settings)
+    room, config = order_room(place, name.split()[0], blocks=2, training__epochs=1, **settings)
     shapes = room.adapters.shapes()
     for index in range(2):
         learn(room, config, index, opposed(index))

@@ -18,9 +18,9 @@ import pytest
 
 from cl_runner.terminal import stopping
 from cl_runner.terminal.stopping import Stopped, signals_stop
-from tests.command_line import ORDER, SMALL, call, environment, finish, logged, start
+from tests.command_line import NANO, ORDER, call, environment, finish, logged, start
 
-NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=8")
+NAMED = ("train", "--order", "three.yaml", *NANO, "--name", "mine", "--set=training.epochs=8")
 
 
 @pytest.fixture

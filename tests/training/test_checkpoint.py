@@ -353,7 +353,7 @@ def test_state_json_says_what_the_stage_is(tmp_path: Path) -> None:
         "pairs": [{"stage": f"task{i}", "rank": 2, "scale": 2.0} for i in range(2)],
         "dense": [], "dense_stages": [], "own": "adapter", "state": {},
     }.items()  # fmt: skip
-    assert last["own"] == "state" and len(last["pairs"]) == 8 and len(last["dense"]) == 12
+    assert last["own"] == "state" and len(last["pairs"]) == 8 and len(last["dense"]) == 6
     size = (folders[7] / "adapter" / "adapter_model.safetensors").stat().st_size
     assert last["megabytes"]["adapter"] == pytest.approx(size / 2**20, abs=1e-3)
     assert last["megabytes"]["method"] > 0 == first["megabytes"]["method"]

@@ -13,7 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.models.batch import collate_prompts
 from cl_runner.models.choose import Choice, choose
 from cl_runner.tasks.task import Task
-from tests.command_line import SMALL, Result, call
+from tests.command_line import NANO, Result, call
 from tests.distributed import on_ranks
 from tests.stages import END, Kind, some_rows, tiny_config, tiny_room
 from tests.training.test_stage import Conditioned, open_stage
@@ -42,7 +42,7 @@ def folder(at: Path) -> Path:
 
 def train(cwd: Path, model: str, name: str, mode: str, *more: str) -> Result:
     words = ("--order", "mine.yaml", "--method", "seqlora", "--model", model, "--name", name)
-    return call("train", *words, *SMALL, f"--set=eval.mode={mode}", *more, cwd=cwd)
+    return call("train", *words, *NANO, f"--set=eval.mode={mode}", *more, cwd=cwd)
 
 
 def answers(run: Path, stage: str) -> dict[str, list[str]]:

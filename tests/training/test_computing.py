@@ -17,7 +17,7 @@ from cl_runner.engine.precision import Compute, decide
 from cl_runner.engine.process import Place
 from cl_runner.models.batch import Example
 from cl_runner.training import computing as module
-from tests.command_line import ORDER, SMALL, Result, call, tree
+from tests.command_line import NANO, ORDER, Result, call, tree
 from tests.distributed import on_ranks
 
 BF16 = Compute(True, kept=True, said="computes in bf16: measured")
@@ -45,7 +45,7 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 
 def train(here: Path, *more: str) -> Result:
-    found = call("train", "--order", "three.yaml", *SMALL, *more, cwd=here)
+    found = call("train", "--order", "three.yaml", *NANO, *more, cwd=here)
     assert found.code == 0, found.err
     return found
 
@@ -110,7 +110,7 @@ def test_a_run_begun_meanwhile_by_another_process_is_not_gone_on_with_otherwise(
         return BF16
 
     decided(meanwhile)
-    found = call("train", "--order", "three.yaml", *SMALL, "--name", "one", cwd=here)
+    found = call("train", "--order", "three.yaml", *NANO, "--name", "one", cwd=here)
     assert found.code == 2 and "computes in fp32; the same command again goes on with it" in found.err
 
 

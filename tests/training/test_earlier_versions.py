@@ -13,7 +13,7 @@ import pytest
 from cl_runner.atomic import sha256
 from cl_runner.methods import METHODS, method_class
 from cl_runner.runs.resume_guard import FREE
-from tests.command_line import ORDER, SMALL, Result, call, results, tree
+from tests.command_line import NANO, ORDER, Result, call, results, tree
 
 # What run.yaml, run.json and a stage's metrics.json had no word of.
 SETTINGS = ("dropout_past", "balanced", "unknown_test", "empty_texts", "long_targets", "penalty_at", "temperature")
@@ -41,7 +41,7 @@ def made_old(run: Path) -> None:
 
 
 def train(cwd: Path, method: str, *more: str) -> Result:
-    return call("train", "--order", "three.yaml", "--method", method, "--name", method, *SMALL, *more, cwd=cwd)
+    return call("train", "--order", "three.yaml", "--method", method, "--name", method, *NANO, *more, cwd=cwd)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_what_was_committed_is_evaluated_however_much_is_refused_by_now(here: Pa
 def test_empty_texts_are_in_no_name_of_a_folder(here: Path) -> None:
     """So that a run is gone on with by the same command and this."""
     names = {
-        call("train", "--order", "three.yaml", *SMALL, *more, "--dry-run", "--json", cwd=here).json["folder"]
+        call("train", "--order", "three.yaml", *NANO, *more, "--dry-run", "--json", cwd=here).json["folder"]
         for more in ((), ("--set", "data.empty_texts=keep"), ("--set", "tasks.amazon.data.empty_texts=keep"))
     }
     assert len(names) == 1

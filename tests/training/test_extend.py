@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import SMALL, call, tree
+from tests.command_line import NANO, call, tree
 
 SHORT = "name: short\ntasks: [dbpedia, amazon]\n"
 LONG = """\
@@ -35,11 +35,11 @@ def train(folder: Path, *arguments: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bits_as_if_trained_in_one_go(orders: Path, method: str) -> None:
-    train(orders, "--order", "short.yaml", "--method", method, "--name", f"{method}-short", *SMALL)
+    train(orders, "--order", "short.yaml", "--method", method, "--name", f"{method}-short", *NANO)
     runs = orders / "runs"
     before = tree(runs / f"{method}-short")
     train(orders, "--extend", f"{method}-short", "--order", "long.yaml", "--name", f"{method}-extended")
-    train(orders, "--order", "long.yaml", "--method", method, "--name", f"{method}-straight", *SMALL)
+    train(orders, "--order", "long.yaml", "--method", method, "--name", f"{method}-straight", *NANO)
     assert tree(runs / f"{method}-short") == before, "the old run stays as it was"
     extended, straight = runs / f"{method}-extended", runs / f"{method}-straight"
     compared = 0
@@ -110,7 +110,7 @@ def test_settings_of_the_new_tasks_are_free(orders: Path) -> None:
 
 
 def test_methods_whose_stages_know_how_many_there_are_are_refused(orders: Path) -> None:
-    train(orders, "--order", "short.yaml", "--method", "inflora", "--name", "inflora-short", *SMALL)
+    train(orders, "--order", "short.yaml", "--method", "inflora", "--name", "inflora-short", *NANO)
     result = call("train", "--extend", "inflora-short", "--order", "long.yaml", cwd=orders)
     assert result.code == 2 and "what inflora does at a stage depends on how many there are" in result.line
 

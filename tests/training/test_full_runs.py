@@ -121,7 +121,7 @@ model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1]), AutoToken
 answers = []
 for prompt in json.load(sys.stdin):
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    answers.append(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0], skip_special_tokens=True))
+    answers.append(tokenizer.decode(model.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True))
 json.dump(answers, sys.stdout)
 """
 

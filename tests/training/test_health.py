@@ -15,7 +15,7 @@ from cl_runner.config.schema import Section
 from cl_runner.engine.process import Place
 from cl_runner.methods.protocol import Method
 from cl_runner.training.health import Health, PenaltyWatch
-from tests.command_line import ORDER, SMALL, STAGES, call
+from tests.command_line import NANO, ORDER, STAGES, call
 from tests.conftest import Finished
 from tests.distributed import on_ranks
 from tests.stages import open_stage, some_rows, tiny_config, tiny_room, train
@@ -133,7 +133,7 @@ def test_a_run_says_it_of_every_stage_and_keeps_it(finished: Finished) -> None:
 def test_a_penalty_that_leaves_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "three.yaml").write_text(ORDER)
     sets = ("--set", "training.epochs=20", "--set", "stages.2.method.lambda1=1e9")
-    result = call("train", "--order", "three.yaml", "--method", "nlora", *SMALL, *sets, cwd=tmp_path)
+    result = call("train", "--order", "three.yaml", "--method", "nlora", *NANO, *sets, cwd=tmp_path)
     assert result.code == 0, result.err
     [told] = [line for line in result.err.splitlines() if "warning" in line]
     assert told.startswith("stage 2 of 3 amazon: warning: the new update is 0.")
@@ -143,7 +143,7 @@ def test_a_penalty_that_leaves_nothing_is_told(tmp_path: Path) -> None:
 def test_a_penalty_of_zero_is_told(tmp_path: Path) -> None:
     """A weight that fp32 has no number for; the first stage has no past, and nothing to be told."""
     (tmp_path / "three.yaml").write_text(ORDER)
-    result = call("train", "--order", "three.yaml", *SMALL, "--set", "method.lambda1=1e-60", cwd=tmp_path)
+    result = call("train", "--order", "three.yaml", *NANO, "--set", "method.lambda1=1e-60", cwd=tmp_path)
     assert result.code == 0, result.err
     told = [line for line in result.err.splitlines() if "warning" in line]
     assert [line.partition(": warning: ")[0] for line in told] == ["stage 2 of 3 amazon", "stage 3 of 3 agnews"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import SMALL, Result, call, tree
+from tests.command_line import NANO, Result, call, tree
 
 OWN = """\
 name: mine
@@ -18,7 +18,7 @@ tasks:
   - {name: yn, kind: SC, labels: [Good, Bad], source: {train: rows/yn.csv, test: rows/yn.csv}}
   - dbpedia
 """
-METHOD = ("--method", "seqlora", *SMALL)
+METHOD = ("--method", "seqlora", *NANO)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from cl_runner.methods import METHODS, make_method
 from cl_runner.training.data import Data
 from cl_runner.training.plan import Plan
 from cl_runner.training.stage import StageRun
-from tests.command_line import ORDER, SMALL, STAGES, call, finish, start
+from tests.command_line import NANO, ORDER, STAGES, call
+from tests.distributed import command_on_ranks
 
 # The same methods, which ask everything at every stage.
 ASKING = """
@@ -43,7 +44,7 @@ def forgotten() -> Iterator[None]:
 
 def words(method: str, *more: str) -> tuple[str, ...]:
     plugin = ("--plugin", "asking.py") if method.startswith("asking") else ()
-    return ("train", "--order", "three.yaml", "--method", method, "--name", method, *plugin, *SMALL, *more)
+    return ("train", "--order", "three.yaml", "--method", method, "--name", method, *plugin, *NANO, *more)
 
 
 def folder(at: Path) -> Path:
@@ -125,8 +126,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     cwd = folder(tmp_path)
     runs = []
     for method in ("pertask", "asking-pertask"):
-        done = finish(start(*words(method, "--gpus", "2"), cwd=cwd))
-        assert done.code == 0, done.err
+        first, second = command_on_ranks(2, *words(method), cwd=cwd)
+        assert (first.code, second.code) == (0, 0), first.err + second.err
         runs.append(cwd / "runs" / method)
     assert settled(runs[0]) == [0, 4, 8] and said(runs[0]) == said(runs[1])
 

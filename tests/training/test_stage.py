@@ -441,10 +441,11 @@ def test_past_factors_and_the_base_weight(kind: Kind) -> None:
 
 
 def test_targets_that_share_an_input() -> None:
-    def grouped(stage: StageRun) -> set[tuple[str, ...]]:
-        return set(stage.input_groups())
+    def grouped(kind: Kind, *targets: str) -> set[tuple[str, ...]]:
+        config = tiny_config(adapter__target_modules=[*targets])
+        return set(open_stage(tiny_room(plain_method(), config, Place(), kind, blocks=2), config).input_groups())
 
-    t5 = grouped(opened("t5", adapter__target_modules=["q", "k", "v", "o", "wi", "wo"]))
+    t5 = grouped("t5", "q", "k", "v", "o", "wi", "wo")
     expected = set()
     for half, blocks in (("encoder", 2), ("decoder", 2)):
         for block in range(blocks):
@@ -458,8 +459,7 @@ def test_targets_that_share_an_input() -> None:
     expected.add(tuple(f"decoder.block.{b}.layer.1.EncDecAttention.{x}" for b in range(2) for x in "kv"))
     assert t5 == expected
 
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    llama = grouped(opened("llama", adapter__target_modules=names))
+    llama = grouped("llama", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for block in range(2):
         at = f"model.layers.{block}"
         assert {

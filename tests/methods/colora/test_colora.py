@@ -29,7 +29,7 @@ from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
-from tests.command_line import SMALL, call
+from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, off, opposed
@@ -640,7 +640,7 @@ def test_all_linear_layers_of_a_llama_also_with_recomputed_activations() -> None
 def test_a_run_of_rounds_says_what_the_fold_loses(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("name: two\ntasks: [dbpedia, agnews]\n")
     sets = ("--set=method.fold=mean", "--set=adapter.r=2", "--name=x")
-    result = call("train", "--order", "two.yaml", "--method", "colora", *SMALL, *sets, cwd=tmp_path)
+    result = call("train", "--order", "two.yaml", "--method", "colora", *NANO, *sets, cwd=tmp_path)
     assert result.code == 0, result.err
     run = tmp_path / "runs/x"
     told = [line for line in result.err.splitlines() if "before the fold" in line]
@@ -660,7 +660,7 @@ def test_a_run_of_rounds_says_what_the_fold_loses(tmp_path: Path) -> None:
 def test_a_kept_run_is_asked_again(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("name: two\ntasks: [dbpedia, agnews]\n")
     sets = ("--set=method.rounds=[[dbpedia], [agnews, dbpedia]]", "--set=adapter.r=2", "--name=x")
-    result = call("train", "--order", "two.yaml", "--method", "colora", *SMALL, *sets, cwd=tmp_path)
+    result = call("train", "--order", "two.yaml", "--method", "colora", *NANO, *sets, cwd=tmp_path)
     assert result.code == 0 and "before the fold" not in result.err, result.err
     answers = json.loads((tmp_path / "runs/x/stages/02-round2/answers.json").read_text())
     assert answers == {"dbpedia": "adapters/dbpedia"}  # agnews is routed by the first round's gate

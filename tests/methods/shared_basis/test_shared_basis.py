@@ -470,7 +470,7 @@ def test_how_much_is_carried_is_said() -> None:
     ((said, large, _),) = on_ranks(1, _carried, method__support=0.5)
     assert said.startswith(f"carries {size(large)}: ") and large > 0
     ((said, _, pairs),) = on_ranks(1, _carried, method__mixing="similarity", adapter__r=7)
-    assert said == f"carries {size(pairs / 3)} a task, {size(pairs)} in all: pairs of 12 layers"
+    assert said == f"carries {size(pairs / 3)} a task, {size(pairs)} in all: pairs of 6 layers"
     assert on_ranks(1, _carried, method__pca=1) == [("", 0, 0)]
 
 

@@ -12,7 +12,7 @@ import torch
 from cl_runner.engine.process import Place
 from cl_runner.methods.inclora import IncLoRA
 from cl_runner.training.options.auto_rank import choose_rank, smallest_rank, spectrum
-from tests.command_line import ORDER, SMALL, call
+from tests.command_line import NANO, ORDER, call
 from tests.distributed import on_ranks
 from tests.stages import Kind, naive_loss, open_stage, some_rows, tiny_config, tiny_model, tiny_room
 from tests.training.test_health import training
@@ -87,7 +87,7 @@ def test_smallest_rank() -> None:
 def run(cwd: Path, *more: str) -> Any:
     cwd.mkdir(exist_ok=True)
     (cwd / "three.yaml").write_text(ORDER)
-    return call("train", "--order", "three.yaml", *SMALL, "--set", "adapter.r=auto", *more, cwd=cwd)
+    return call("train", "--order", "three.yaml", *NANO, "--set", "adapter.r=auto", *more, cwd=cwd)
 
 
 @pytest.mark.parametrize("method", ["olora", "pertask"])

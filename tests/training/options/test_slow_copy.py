@@ -25,10 +25,11 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering, leaving
 from cl_runner.training.options.slow_copy import SlowCopy
 from cl_runner.training.stage import StageRun, commit_update
-from tests.command_line import SMALL, call, results
+from tests.command_line import NANO, call, results
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.steps import Values, off, vector
+from tests.nano import nano_t5
 
 BETA = 0.6
 COMBINATIONS = [(answers, goes_on) for answers in (True, False) for goes_on in ("fast", "slow")]
@@ -219,7 +220,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> dict[str, Seen]:
 
 def arguments(method: str, *slow_copy: str) -> tuple[str, ...]:
     sets = ("training.epochs=3", "adapter.r=4", "training.lr=2e-2", *slow_copy)
-    return ("train", "--order", "two.yaml", "--method", method, *SMALL, *(f"--set={s}" for s in sets), "--name", "it")
+    return ("train", "--order", "two.yaml", "--method", method, *NANO, *(f"--set={s}" for s in sets), "--name", "it")
 
 
 def slow_copy(answers: bool, goes_on: str) -> str:
@@ -242,7 +243,7 @@ def update(values: Values) -> dict[str, Tensor]:
 
 def by_peft(folder: Path) -> dict[str, Tensor]:
     """ΔW of a stage's folder by target, as plain PEFT merges it into the untouched base."""
-    base = load_base(ModelConfig(name="tiny-t5"), torch.device("cpu")).model
+    base = load_base(ModelConfig(name=nano_t5()), torch.device("cpu")).model
     before = {name: value.clone() for name, value in base.state_dict().items()}
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers by a name that transformers 5.23 deprecates.
