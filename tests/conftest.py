@@ -47,6 +47,16 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """A command that was stopped in this process ignores signals from then on, and so would what is started later."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished run of three stages. Nobody changes it: copy ``cwd`` first."""

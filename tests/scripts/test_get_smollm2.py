@@ -80,7 +80,7 @@ def test_killed_it_leaves_nothing(tmp_path: Path, environment: dict[str, str]) -
     while not list(tmp_path.glob(".smollm2.*/log")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    # Again and again, as people do: bash may miss one that comes as it forks, and no second one may spoil the cleaning.
+    # Again and again, as people do: no second one may spoil the cleaning.
     while process.poll() is None:
         assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)

@@ -18,9 +18,9 @@ import pytest
 
 from cl_runner.terminal import stopping
 from cl_runner.terminal.stopping import Stopped, signals_stop
-from tests.command_line import NANO, ORDER, call, environment, finish, logged, start
+from tests.command_line import ORDER, SMALL, call, environment, finish, logged, start
 
-NAMED = ("train", "--order", "three.yaml", *NANO, "--name", "mine", "--set=training.epochs=8")
+NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=20")
 
 
 @pytest.fixture
@@ -156,21 +156,17 @@ def test_lost_terminal(cwd: Path) -> None:
 
 def test_what_was_ignored_stays_ignored() -> None:
     """nohup, and a script's &: the run outlives the terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with signals_stop():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            os.kill(os.getpid(), signal.SIGHUP)
-            stopping.check()
-            stopping.end_at_once()
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals_stop():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+        stopping.check()
+        stopping.end_at_once()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_stops_and_is_remembered(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
     with signals_stop():
         assert stopping.asked() is None
         with pytest.raises(Stopped, match=number.name):
@@ -186,8 +182,6 @@ def test_a_signal_stops_and_is_remembered(number: signal.Signals, monkeypatch: p
         os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # one more, while the process ends
     assert signal.getsignal(number) == signal.SIG_IGN
-    for each in stopping.SIGNALS:
-        signal.signal(each, before[each])
 
 
 def test_a_signal_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,13 +190,10 @@ def test_a_signal_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[s
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0)
 
-    before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
     with signals_stop():
         Dies()
         with pytest.raises(Stopped, match="SIGTERM"):
             stopping.check()
-    for each, handler in before.items():
-        signal.signal(each, handler)
     assert capfd.readouterr().err == ""
 
 
