@@ -47,7 +47,7 @@ class Batch:
     token_weights: Tensor  # (b, t) fp32, 0 outside label tokens
     position_ids: Tensor | None = None
     decoder_input_ids: Tensor | None = None
-    places: Tensor | None = None  # (b,) of each row in its step's global batch, in training alone
+    places: Tensor | None = None  # (b,) of each row in its step's global batch, in training alone; (1, s) of each token
     condition: dict[str, Tensor] = field(default_factory=dict)  # a method's own rows (b, …), sliced with the batch
     tasks: tuple[str, ...] = ()  # of each row, in training alone
     heads: tuple[int, ...] = ()  # how many tokens each row shares with all of its task; none: not known

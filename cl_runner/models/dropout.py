@@ -144,10 +144,12 @@ def _positions(batch: Batch, width: int) -> Tensor:
 
 
 def _places(batch: Batch, positions: Tensor) -> Tensor:
-    """The place of each row, (b, 1) or (b, s): in a head, what all rows of the step have in common."""
+    """The place of each row, (b, 1), or of each token, (b, s): in a head, what all rows of the step have in common."""
     places = batch.places
     if places is None:
         places = torch.arange(batch.size, device=positions.device)
+    if places.dim() == 2:  # rows end to end: of each token
+        return places
     if not any(batch.heads):
         return places[:, None]
     heads = torch.tensor(batch.heads, device=positions.device)

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_runner.models.batch import Batch
+from cl_runner.models.batch import IGNORE, Batch
 from cl_runner.models.dropout import SHARED
+from cl_runner.models.forward import evaluating, unwrapped
+
+# Tokens of a head and its rows end to end, for each of a model's width: beyond, what they look at costs more than a
+# second call saves (``benchmarks/packing.py``).
+PACKED = 1.3
 
 Show = Callable[[Batch], None]  # told the batch, or the part of one, that the next call of the model is about
 
@@ -114,6 +119,13 @@ def behind_head(rest: Batch) -> dict[str, Any]:
     }
 
 
+def goes_on(model: nn.Module) -> bool:
+    """Whether rows can go on from a head that a model has read: tried, on one token."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        return Head.read(model, head_of(torch.zeros(1, 1, dtype=torch.long, device=device))) is not None
+
+
 def can_be_cut(cache: Any) -> bool:
     """Whether a cache holds every position by itself: not a window that slid on, nor a recurrent state."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -121,16 +133,78 @@ def can_be_cut(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def logits_behind_head(model: nn.Module, batch: Batch, h: int, show: Show) -> Tensor | None:
-    """``logits`` of rows whose first h tokens are the same; None where the model cannot go on from them."""
+def logits_behind_head(model: nn.Module, batch: Batch, h: int, show: Show) -> Tensor:
+    """``logits`` of rows whose first h tokens are the same, for a model that ``goes_on``."""
     asked: Any = model
     before = batch.input_ids.shape[1] - batch.lengths[0]  # padding, of the first row
     show(ids := head_of(batch.input_ids[:1, before : before + h]))
     head = Head.read(model, ids)
-    if head is None:
-        return None
+    assert head is not None, "the model goes on from no head"
     show(rest := rest_of(batch, h))
     given = {"past_key_values": head.spread(batch.size), "use_cache": True}
     out = asked(**behind_head(rest), **given, logits_to_keep=batch.labels.shape[1])
     scores: Tensor = out.logits
     return scores
+
+
+def logits_in_one_row(model: nn.Module, batch: Batch, h: int, show: Show) -> Tensor:
+    """The same of rows that stand end to end behind their head, in one call: no padding, no weight read twice.
+
+    A token looks at the head and at its own row, so that attention costs the square of all tokens: for few of them,
+    on the CPU, and for models that have ``most_packed``. Where no label is, the logits are 0.
+    """
+    assert batch.position_ids is not None, "a decoder-only model's"
+    real, positions = batch.attention_mask.bool(), batch.position_ids
+    own = real & (positions >= h)
+    numbers = own.nonzero()[:, 0]
+    of = torch.cat([numbers.new_full((h,), -1), numbers])  # whose each token is; -1 is the head's
+    at = torch.arange(len(of), device=of.device)
+    looks = ((of[:, None] == of) | (of == -1)) & (at[:, None] >= at)
+    places = torch.arange(batch.size, device=of.device) if batch.places is None else batch.places
+    head = real[0] & (positions[0] < h)
+    row = Batch(
+        input_ids=torch.cat([batch.input_ids[0][head], batch.input_ids[own]])[None],
+        attention_mask=torch.ones_like(of)[None],
+        labels=batch.labels,
+        token_weights=batch.token_weights,
+        position_ids=torch.cat([positions[0][head], positions[own]])[None],
+        places=torch.cat([of.new_full((h,), SHARED), places[numbers]])[None],
+    )
+    show(row)
+    labels = batch.labels != IGNORE
+    asked = torch.zeros_like(own)
+    asked[:, -labels.shape[1] :] = labels
+    network: Any = model
+    out = network(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask=_as_read(looks[None, None], model),
+        use_cache=False,
+        logits_to_keep=h + asked[own].nonzero()[:, 0],
+    )
+    scores: Tensor = out.logits[0]
+    return scores.new_zeros(*labels.shape, scores.shape[-1]).index_put(labels.nonzero(as_tuple=True), scores)
+
+
+def most_packed(model: nn.Module) -> int:
+    """How many tokens of one row are worth it, of a model that keeps to a mask of every two tokens; 0: of no other.
+
+    Those of transformers do under these two forms of attention; one that also reads its input otherwise (a
+    recurrence, a window) has no cache that ``can_be_cut``, and is not asked.
+    """
+    inner: Any = unwrapped(model)
+    keeps = type(inner).__module__.startswith("transformers.") and _attention(inner) in ("sdpa", "eager")
+    return int(PACKED * inner.config.get_text_config().hidden_size) if keeps else 0
+
+
+def _attention(inner: Any) -> str:
+    return str(getattr(inner.config, "_attn_implementation", ""))
+
+
+def _as_read(looks: Tensor, model: nn.Module) -> Tensor:
+    """A mask (1, 1, n, n) as the attention of this model reads it: as truth, or added to its scores."""
+    inner: Any = unwrapped(model)
+    if _attention(inner) == "sdpa":
+        return looks
+    dtype = inner.dtype
+    return torch.zeros(looks.shape, dtype=dtype, device=looks.device).masked_fill(~looks, torch.finfo(dtype).min)

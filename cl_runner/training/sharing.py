@@ -12,7 +12,17 @@ from torch import Tensor
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.dropout import attention_dropout, drops
 from cl_runner.models.forward import accepted, evaluating, logits
-from cl_runner.models.heads import NEEDED, Head, by_task, common_head, head_of, logits_behind_head
+from cl_runner.models.heads import (
+    NEEDED,
+    Head,
+    by_task,
+    common_head,
+    goes_on,
+    head_of,
+    logits_behind_head,
+    logits_in_one_row,
+    most_packed,
+)
 from cl_runner.models.token_cache import lengths
 
 if TYPE_CHECKING:
@@ -29,6 +39,7 @@ class Sharing:
         self._heads: dict[str, list[int]] = {}
         self._always: str | None = None  # why this stage's batches never share; empty: they may
         self._why_not = ""
+        self._packed = 0  # so many tokens are read as one row
 
     def learn(self, examples: Sequence[Example], tasks: Sequence[str]) -> None:
         """Find what all prompts of each task begin with, as they are read: these rows', and those learned before."""
@@ -58,14 +69,13 @@ class Sharing:
         return found[order.argsort()]
 
     def _of_one_task(self, part: Batch) -> Tensor:
-        """Behind the head where that saves enough, and the model can go on from one; else row by row."""
+        """Behind the head where that saves enough, few tokens in one row; else row by row."""
         model, show = self.stage.adapters.model, self.stage.dropout.part
         h = min(part.heads)
-        if not self._always and (part.size - 1) * h >= WORTH * sum(part.lengths):
-            scores = logits_behind_head(model, part, h, show)
-            if scores is not None:
-                return scores
-            self._always = "this model keeps no keys and values that rows could go on from"
+        if (part.size - 1) * h >= WORTH * sum(part.lengths):
+            if sum(part.lengths) - (part.size - 1) * h <= self._packed:
+                return logits_in_one_row(model, part, h, show)
+            return logits_behind_head(model, part, h, show)
         show(part)
         return logits(model, part)
 
@@ -88,15 +98,13 @@ class Sharing:
 
     def _reason(self, batch: Batch) -> str:
         stage = self.stage
-        if self._always is None:
-            self._always = self._static_reason()
-        if self._always:
-            return self._always
         if batch.condition:
             return f"{stage.room.method.name} conditions each row"
         if stage.observed:
             return f"{stage.room.method.name} looks at what the layers read"
-        return ""
+        if self._always is None:
+            self._always = self._static_reason()
+        return self._always
 
     def _static_reason(self) -> str:
         stage = self.stage
@@ -109,6 +117,9 @@ class Sharing:
             return "training.dropout_by: micro drops otherwise in each row's"
         if attention_dropout(stage.room.base.model):
             return "the attention drops otherwise in each row's"
+        if not goes_on(stage.adapters.model):
+            return "this model keeps no keys and values that rows could go on from"
+        self._packed = most_packed(stage.adapters.model) if stage.device.type == "cpu" else 0
         return ""
 
     def said(self) -> list[str]:
@@ -140,6 +151,4 @@ class PromptHead:
             model = self._sharing.stage.adapters.model
             with evaluating(model):
                 self._head = Head.read(model, head_of(torch.tensor([self._ids], device=prompts.input_ids.device)))
-            if self._head is None:
-                self._ids = []
         return self._head

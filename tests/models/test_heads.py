@@ -13,7 +13,17 @@ from torch import Tensor
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import Batch, Example, collate, collate_prompts
 from cl_runner.models.forward import logits, token_loss
-from cl_runner.models.heads import NEEDED, Head, common_head, head_of, logits_behind_head
+from cl_runner.models.heads import (
+    NEEDED,
+    PACKED,
+    Head,
+    common_head,
+    goes_on,
+    head_of,
+    logits_behind_head,
+    logits_in_one_row,
+    most_packed,
+)
 from cl_runner.models.verify import answers
 
 PAD, END, VOCABULARY = 0, 1, 48
@@ -65,9 +75,11 @@ def gradients(model: Any, scores: Tensor, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("extra", [0, 3], ids=["as-wide-as-its-rows", "wider"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients(family: str, extra: int) -> None:
-    model = model_of(family)
+@pytest.mark.parametrize("way", [logits_behind_head, logits_in_one_row])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama eager"])
+def test_logits_and_gradients(family: str, way: Any, extra: int) -> None:
+    model = model_of(family.split()[0], **({"attn_implementation": "eager"} if "eager" in family else {}))
+    assert most_packed(model) == int(PACKED * 24)
     batch = known(collate(EXAMPLES, LAYOUT))
     if extra:  # a part of a batch is padded as the whole was
         pad = torch.nn.functional.pad
@@ -78,14 +90,19 @@ def test_logits_and_gradients(family: str, extra: int) -> None:
             position_ids=pad(batch.position_ids, (extra, 0)) if batch.position_ids is not None else None,
         )
     told: list[Batch] = []
-    ours = logits_behind_head(model, batch, len(HEAD), told.append)
+    ours = way(model, batch, len(HEAD), told.append)
     plain = logits(model, batch)
     assert ours is not None and ours.shape == plain.shape
     real = batch.labels != -100
     torch.testing.assert_close(ours[real], plain[real], rtol=1e-4, atol=1e-5)
     found, wanted = gradients(model, ours, batch), gradients(model, plain, batch)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    assert [(part.size, part.behind) for part in told] == [(1, 0), (3, len(HEAD))]
+    if way is logits_behind_head:
+        assert [(part.size, part.behind) for part in told] == [(1, 0), (3, len(HEAD))]
+    else:
+        [row] = told
+        tokens = len(HEAD) + sum(length - len(HEAD) for length in batch.lengths)
+        assert row.input_ids.shape == row.places.shape == (1, tokens)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +124,7 @@ def test_a_window_that_slides_has_no_head() -> None:
     config = transformers.MistralConfig(**COMMON, **SIZES, num_key_value_heads=2, sliding_window=4)
     model: Any = transformers.MistralForCausalLM(config).eval()
     assert Head.read(model, head_of(torch.tensor([HEAD]))) is None
-    assert logits_behind_head(model, known(collate(EXAMPLES, LAYOUT)), len(HEAD), lambda _: None) is None
+    assert not goes_on(model) and goes_on(model_of("llama"))
 
 
 def test_a_model_that_takes_no_positions_is_told_by_its_forward() -> None:

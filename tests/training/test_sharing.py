@@ -13,6 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.methods import METHODS
 from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.batch import Example
+from cl_runner.models.heads import logits_in_one_row
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
@@ -58,8 +59,9 @@ def learned(
 
     def counting(_: Any, __: Any, named: dict[str, Any]) -> None:
         nonlocal shared
-        past = named.get("past_key_values")
-        shared += past is not None and room.base.model.training
+        past, mask = named.get("past_key_values"), named.get("attention_mask")
+        in_one_row = mask is not None and mask.dim() == 4
+        shared += (past is not None or in_one_row) and room.base.model.training
 
     hook = room.base.model.register_forward_pre_hook(counting, with_kwargs=True)
     for index in range(len(room.order)):
@@ -98,6 +100,29 @@ def test_every_method_learns_the_same(method: str) -> None:
         bool(shared) != bool(said) or method == "migu"
     )  # which looks at the outputs of the second of two stages alone
     assert said == ([WHOLE + PLAIN[method]] if method in PLAIN else [])
+
+
+@pytest.mark.parametrize("method", ["olora", "ewc", "lwf", "replay", "seqft", "osft", "mtl"])
+def test_rows_in_one_row_learn_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens are read in one row, behind their head; more go on from its keys and values."""
+    in_one_row = []
+
+    def spied(*given: Any) -> Tensor:
+        in_one_row.append(given)
+        return logits_in_one_row(*given)
+
+    monkeypatch.setattr("cl_runner.training.sharing.logits_in_one_row", spied)
+    monkeypatch.setattr("cl_runner.models.heads.PACKED", 1000.0)
+    [(ours, shared, _)] = on_ranks(1, learned, method, "auto")
+    assert len(in_one_row) >= shared > 0
+    in_one_row.clear()
+    monkeypatch.setattr("cl_runner.models.heads.PACKED", 0.0)
+    [(others, calls, _)] = on_ranks(1, learned, method, "auto")
+    assert calls == shared and not in_one_row
+    for found, wanted in zip(ours, others, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        assert found.norms == pytest.approx(wanted.norms, rel=1e-4)
+        assert distance({"answer": found.parameters["answer"]}, {"answer": wanted.parameters["answer"]}) < 1e-3
 
 
 @pytest.mark.parametrize("where", ["adapter", "base"])
