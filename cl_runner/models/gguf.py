@@ -6,10 +6,12 @@ of positions, a way of splitting text before the merges. Here everything is acco
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -33,6 +35,22 @@ if TYPE_CHECKING:
 # does, which is what transformers takes for every name that it does not know; and each digit apart before that.
 _AS_GPT2 = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 _DIGITS_APART = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
+
+
+def keep(file: Path, folder: Path) -> None:
+    """Convert into the cache, unless another process has: ``folder`` is there afterwards. Raises UserError.
+
+    It takes some twenty seconds for each 100 million weights, so a line says what is waited for.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _opened(file)  # a broken one is refused before anything is said to be waited for
+                print(f"{file}: dequantising to fp32 in {folder}, once", file=sys.stderr)
+                convert(file, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; make room, or set CL_RUNNER_CACHE to another place") from error
 
 
 def convert(file: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_runner import cache
 from cl_runner.atomic import sha256
 from cl_runner.config.lookup import expanded
 from cl_runner.config.schema import ModelConfig
@@ -15,6 +16,8 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import folder_check
 
 EMBEDDED = ("tiny-t5", "tiny-llama")
+_END = 2**20  # bytes
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a model that is split, as llama.cpp names them
 HASHED = 2**26  # bytes: larger files of a model are told apart by their size
 _EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
 
@@ -27,12 +30,13 @@ _HUB_ID = re.compile(rf"{_WORD}(?:/{_WORD})?")
 class Located:
     """A base model's whereabouts. ``name_or_path`` is what PEFT writes as ``base_model_name_or_path``."""
 
-    kind: Literal["embedded", "folder", "hub"]
-    path: Path | None
+    kind: Literal["embedded", "folder", "gguf", "hub"]
+    path: Path | None  # of a GGUF file: the folder that it is, or will be, dequantised to
     name_or_path: str
     note: str
     revision: str | None = None
     trust_remote_code: bool = False
+    file: Path | None = None  # the GGUF file
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Facts:
 
 
 def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
-    """Say which model ``model.name`` is: a folder of that name, else an embedded model, else a hub id.
+    """Say which model ``model.name`` is: a folder or a GGUF file of that name, else an embedded model, else a hub id.
 
-    ``base_dir`` is where relative names start (default: the working directory). Nothing is read from the folder and
-    the hub is not asked. Raises UserError for a name that can be none of the three.
+    A folder that holds a GGUF file and no config.json is that file. ``base_dir`` is where relative names start
+    (default: the working directory). Nothing is loaded and the hub is not asked. Raises UserError for a name that can
+    be none of these.
     """
     name = model.name
     folder = _folder(name, base_dir or Path.cwd())
+    if folder is not None and (file := _gguf_file(folder)):
+        return _dequantised(name, file)
     if folder is not None and folder.is_dir():
         note = f"model {name}: the folder {folder.resolve()}"
         if name in EMBEDDED:
@@ -63,7 +70,11 @@ def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
         path = _EMBEDDED_DIR / name
         return Located("embedded", path, str(path), f"model {name}: embedded")
     if folder is not None and folder.exists():
-        raise UserError(f"model.name: {name} is a file; give the model's folder (the one that holds config.json)")
+        raise UserError(
+            f"model.name: {name} is a file; give the model's folder (the one that holds config.json), or a .gguf file"
+        )
+    if name.endswith(".gguf"):
+        raise UserError(f"model.name: there is no file {name}")
     if _is_hub_id(name):
         at = f" at {model.revision}" if model.revision else ""
         note = f"model {name}: from the Hugging Face hub{at}"
@@ -74,8 +85,47 @@ def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
     )
 
 
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that its folder holds in the place of a model's files; None: no such thing."""
+    if path.is_file():
+        return path.resolve() if path.suffix == ".gguf" else None
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"model.name: {path} holds several GGUF files ({names}); name one of them")
+    return found[0].resolve() if found else None
+
+
+def _dequantised(name: str, file: Path) -> Located:
+    """A GGUF file as the folder in the cache that it is dequantised to once, known by what the file holds."""
+    if _PART.search(file.name):
+        raise UserError(f"{file}: one part of a model in several files; merge them (llama-gguf-split --merge) first")
+    folders = cache.folder("models")
+    if folders is None:
+        raise UserError(f"{file}: is dequantised once into a folder, and there is no home for it; set CL_RUNNER_CACHE")
+    try:
+        digest = _ends(file)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    to = folders / f"{file.stem}-{digest}"
+    return Located("gguf", to, str(to), f"model {name}: the GGUF file {file}, dequantised to fp32 in {to}", file=file)
+
+
+def _ends(file: Path) -> str:
+    """What tells a large file from another without reading all of it: its size, and its first and last megabyte."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with file.open("rb") as stream:
+        for start in {0, max(size - _END, 0)}:
+            stream.seek(start)
+            digest.update(stream.read(_END))
+    return digest.hexdigest()
+
+
 def check(located: Located) -> Facts:
-    """Refuse what cannot be trained, from file names and small files alone.
+    """Refuse what cannot be trained, from file names and small files alone; a GGUF file is dequantised first, once.
 
     There must be a readable config.json, an architecture that answers text with text (encoder-decoder, or
     decoder-only with a language-model head), all weight files, and a tokenizer. For a hub id the hub is asked (a few
@@ -100,6 +150,10 @@ def config_of(located: Located) -> dict[str, Any]:
 
 
 def _files(located: Located) -> folder_check.Files:
+    if located.file is not None and located.path is not None and not located.path.is_dir():
+        from cl_runner.models import gguf
+
+        gguf.keep(located.file, located.path)
     if located.path is not None:
         return folder_check.Folder(located.path, located.name_or_path)
     from cl_runner.models import hub_files
@@ -122,7 +176,7 @@ def model_identity(located: Located) -> dict[str, Any]:
     """Which base model: where it is from, and for files at hand a hash of them (of large ones, of their size)."""
     if located.path is None:
         return {"from": "hub", "revision": located.revision}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if located.file is None else f"{located.path.name}\n".encode())
     for file in sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md"):
         length = file.stat().st_size
         digest.update(f"{file.name} {length} {sha256(file) if length < HASHED else ''}\n".encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import uuid
 from abc import abstractmethod
 from bisect import bisect_right
@@ -27,6 +26,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from cl_runner import cache
 from cl_runner.models import encoding
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
@@ -176,7 +176,7 @@ class TokenCache:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.folder = cache_folder()
+        self.folder = cache.folder("tokens")
         self._tokenizer = _state(tokenizer)
 
     def encode(
@@ -213,16 +213,6 @@ class TokenCache:
         for prompt, label in zip(prompts, labels, strict=True):
             digest.update(json.dumps([*prompt, label]).encode() + b"\n")
         return digest.hexdigest()
-
-
-def cache_folder() -> Path | None:
-    """``$CL_RUNNER_CACHE/tokens``, else in ``$XDG_CACHE_HOME/cl-runner`` or ``~/.cache/cl-runner``; None: no home."""
-    own, cache = os.environ.get("CL_RUNNER_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        root = Path(own).expanduser() if own else (Path(cache) if cache else Path.home() / ".cache") / "cl-runner"
-    except RuntimeError:
-        return None
-    return root / "tokens"
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> bytes | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +20,11 @@ from transformers import AutoTokenizer
 
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.base import load_base
+from cl_runner.models import gguf as models_gguf
+from cl_runner.models.base import load_base, outline
 from cl_runner.models.gguf import convert
+from cl_runner.models.locate import check, locate, model_identity
+from tests.command_line import ORDER, SMALL, call, results
 from tests.models.tiny_gguf import model_and_tokenizer, write
 from tests.models.tiny_models import LINES
 
@@ -158,3 +165,91 @@ def test_without_the_package(tiny: Callable[..., Path], tmp_path: Path, monkeypa
     file = tiny()
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(file, tmp_path, r'the package gguf; pip install "cl-runner\[gguf\]"')
+
+
+# As a base model.
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where dequantised models are kept."""
+    monkeypatch.setenv("CL_RUNNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def test_a_file_is_a_base_model_and_is_dequantised_once(
+    tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny(kind="Q8_0")
+    first = load_base(ModelConfig(name=str(file)), torch.device("cpu"))
+    assert capsys.readouterr().err.count("dequantising to fp32 in") == 1
+    [folder] = (path for path in kept.iterdir() if path.is_dir())
+    assert first.name_or_path == str(folder) and str(file) in first.note
+    monkeypatch.setattr("cl_runner.models.gguf.convert", None)
+    again = load_base(ModelConfig(name=str(file)), torch.device("cpu"))
+    plain = load_base(ModelConfig(name=str(folder)), torch.device("cpu"))
+    for other in (again, plain):
+        assert all(map(torch.equal, first.model.state_dict().values(), other.model.state_dict().values()))
+    assert outline(ModelConfig(name=str(file))) is not None and capsys.readouterr().err == ""
+
+
+def test_two_files_are_two_models(tiny: Callable[..., Path], kept: Path) -> None:
+    found = []
+    for kind in ("Q8_0", "Q4_1"):
+        located = locate(ModelConfig(name=str(tiny(kind=kind))))
+        check(located)
+        found.append((located.path, model_identity(located)))
+    (first, one), (second, two) = found
+    assert first != second and one["from"] == two["from"] == "gguf" and one["files"] != two["files"]
+
+
+def test_two_at_once(tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def slow(file: Path, folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+
+    monkeypatch.setattr(models_gguf, "convert", slow)
+    file = tiny()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: models_gguf.keep(file, kept / "one"), range(3)))
+    assert calls == [kept / "one"]
+
+
+def test_a_base_model_that_cannot_be_had(
+    tiny: Callable[..., Path], kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="broken, or no GGUF file"):
+        check(locate(ModelConfig(name=str(file))))
+    file.write_bytes(whole)
+    shutil.rmtree(kept)
+    kept.touch()
+    with pytest.raises(UserError, match="make room, or set CL_RUNNER_CACHE to another place"):
+        check(locate(ModelConfig(name=str(file))))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_on_one(tiny: Callable[..., Path], kept: Path, tmp_path: Path) -> None:
+    """Trained, gone on with elsewhere, asked again; its adapters name the folder, with which plain PEFT answers."""
+    tiny(kind="Q8_0")
+    (tmp_path / "three.yaml").write_text(ORDER)
+    sets = ("data.max_source=60", "data.truncate=tail", "adapter.r=4", "eval.max_new_tokens=4")
+    given = ("train", "--order", "three.yaml", "--model", "tiny.gguf", "--data", "synthetic", "--name", "it", *SMALL,
+             *(word for each in sets for word in ("--set", each)))  # fmt: skip
+    done = call(*given, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err.count("dequantising") == 1 and "tiny.gguf, dequantised to fp32 in" in done.err
+    run = tmp_path / "runs" / "it"
+    before = results(run)
+    shutil.rmtree(run / "stages" / "03-agnews")
+    (tmp_path / "tiny.gguf").touch()
+    assert call(*given, cwd=tmp_path).code == 0 and results(run) == before
+    again = call("eval", "it", "--stage", "2", "--json", cwd=tmp_path)
+    assert again.code == 0 and not any(again.json["differing_rows"].values())
+    named = json.loads((run / "stages" / "02-amazon" / "adapter" / "adapter_config.json").read_text())
+    assert Path(named["base_model_name_or_path"]).parent == kept

@@ -67,6 +67,42 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         locate(ModelConfig(name="model.safetensors"), tmp_path)
 
 
+def test_gguf_files_are_told_apart_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_RUNNER_CACHE", str(tmp_path / "cache"))
+    many = bytes(3 << 20)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "small.gguf").write_bytes(many)
+    found = at(tmp_path / "a" / "small.gguf")
+    assert (found.kind, found.file) == ("gguf", tmp_path / "a" / "small.gguf")
+    assert found.path is not None and found.path.parent == tmp_path / "cache" / "models"
+    assert found.path.name.startswith("small-") and found.name_or_path == str(found.path) and "fp32" in found.note
+    assert at(tmp_path / "a").path == found.path  # the folder that holds it alone
+    (tmp_path / "small.gguf").write_bytes(many)
+    assert at(tmp_path / "small.gguf").path == found.path  # moved, it is the same
+    for other in (b"x" + many[1:], many[1:] + b"x", many + b"x"):
+        (tmp_path / "small.gguf").write_bytes(other)
+        assert at(tmp_path / "small.gguf").path != found.path
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert at(tmp_path / "a").kind == "folder"
+
+
+def test_gguf_files_that_cannot_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            locate(ModelConfig(name=name), tmp_path)
+        assert "\n" not in str(caught.value)
+
+    refused("none.gguf", r"model\.name: there is no file none\.gguf")
+    for name in ("q4.gguf", "q8.gguf", "big-00001-of-00002.gguf"):
+        (tmp_path / name).touch()
+    refused(".", r"holds several GGUF files \(big-00001-of-00002\.gguf, q4\.gguf, q8\.gguf\); name one of them")
+    refused("big-00001-of-00002.gguf", "one part of a model in several files; merge them")
+    monkeypatch.delenv("CL_RUNNER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    refused("q4.gguf", "no home for it; set CL_RUNNER_CACHE")
+
+
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2", "qwen2"])
 def test_good_folders(saved: Callable[[str], Path], family: str) -> None:
     facts = check(at(saved(family)))

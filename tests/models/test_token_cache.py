@@ -16,6 +16,7 @@ import pytest
 from tokenizers import AddedToken, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from cl_runner import cache
 from cl_runner.errors import UserError
 from cl_runner.models import encoding, token_cache
 from cl_runner.models.base import Layout
@@ -302,17 +303,17 @@ def test_two_processes_write_at_once(folder: Path) -> None:
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert token_cache.cache_folder() == tmp_path / "cache" / "tokens"
+    assert cache.folder("tokens") == tmp_path / "cache" / "tokens"
     monkeypatch.setenv("CL_RUNNER_CACHE", "~/mine")
-    assert token_cache.cache_folder() == tmp_path / "mine" / "tokens"
+    assert cache.folder("tokens") == tmp_path / "mine" / "tokens"
     monkeypatch.delenv("CL_RUNNER_CACHE")
-    assert token_cache.cache_folder() == Path("/cache/cl-runner/tokens")
+    assert cache.folder("tokens") == Path("/cache/cl-runner/tokens")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert token_cache.cache_folder() == tmp_path / ".cache" / "cl-runner" / "tokens"
+    assert cache.folder("tokens") == tmp_path / ".cache" / "cl-runner" / "tokens"
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert token_cache.cache_folder() is None
+    assert cache.folder("tokens") is None
     assert list(encode()) == EXPECTED
