@@ -26,7 +26,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: frozen unless the method trains it."""
 
-    name: str = Field(default="tiny-t5", description="Embedded model (tiny-t5, tiny-llama), folder, GGUF file, or hub id.")
+    name: str = Field(
+        default="tiny-t5", description="Embedded model (tiny-t5, tiny-llama), folder, GGUF file, or hub id."
+    )
     revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Precision of the frozen base: auto is bf16 on a GPU, fp32 on the CPU."
