@@ -79,8 +79,8 @@ class Request:
 def make_absolute(resolved: Resolved) -> None:
     """Paths of the user's become absolute, so that ``run.yaml`` gives the same run from any folder."""
     data, training, model = resolved.config.data, resolved.config.training, resolved.config.model
-    if model.name.strip() and expanded(model.name).is_dir():
-        model.name = str(expanded(model.name).absolute())
+    if model.name.strip() and ((at := expanded(model.name)).is_dir() or (at.suffix == ".gguf" and at.is_file())):
+        model.name = str(at.absolute())
     if data.dir is not None:
         data.dir = str(expanded(data.dir).absolute())
     if training.deepspeed is not None:

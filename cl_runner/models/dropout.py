@@ -138,6 +138,8 @@ def _positions(batch: Batch, width: int) -> Tensor:
         return columns
     if width == positions.shape[1]:
         return positions
+    if width == batch.labels.shape[1]:  # what the head of the model reads
+        return positions[:, -width:]
     if batch.behind and width == batch.behind + positions.shape[1]:
         return torch.cat([columns[:, : batch.behind].expand(batch.size, -1), positions], 1)
     return columns - (batch.attention_mask.shape[1] - batch.attention_mask.sum(1, keepdim=True))  # behind a prefix

@@ -6,12 +6,15 @@ of positions, a way of splitting text before the merges. Here everything is acco
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -37,20 +40,30 @@ _AS_GPT2 = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 _DIGITS_APART = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
 
 
-def keep(file: Path, folder: Path) -> None:
-    """Convert into the cache, unless another process has: ``folder`` is there afterwards. Raises UserError.
+def keep(file: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
+    """Convert into the cache, unless another process has: ``folder`` is there, and ``whole``, afterwards.
 
-    It takes some twenty seconds for each 100 million weights, so a line says what is waited for.
+    It takes some twenty seconds for each 100 million weights, so a line says what is waited for. Raises UserError, also
+    where there is no room.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                _opened(file)  # a broken one is refused before anything is said to be waited for
-                print(f"{file}: dequantising to fp32 in {folder}, once", file=sys.stderr)
-                convert(file, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make room, or set CL_RUNNER_CACHE to another place") from error
+            if whole(folder):
+                return
+            reader = _opened(file)  # a broken one is refused before anything is said to be waited for
+            needed = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
+            if (free := shutil.disk_usage(folder.parent).free) < needed:
+                raise UserError(
+                    f"{file}: {free / 2**20:,.0f} MB free in {folder.parent}, and dequantised it takes about "
+                    f"{needed / 2**20:,.0f} MB; make room, or set CL_RUNNER_CACHE to another place"
+                )
+            print(f"{file}: dequantising to fp32 in {folder}, once", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of caches has left of it
+            convert(file, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{folder}: {why}; CL_RUNNER_CACHE names another place") from error
 
 
 def convert(file: Path, folder: Path) -> None:

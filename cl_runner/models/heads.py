@@ -21,6 +21,8 @@ from cl_runner.models.forward import evaluating, unwrapped
 # Tokens of a head and its rows end to end, for each of a model's width: beyond, what they look at costs more than a
 # second call saves (``benchmarks/packing.py``).
 PACKED = 1.3
+# The families that are known, and tested, to keep to a mask of every two tokens.
+MASKED = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
 
 Show = Callable[[Batch], None]  # told the batch, or the part of one, that the next call of the model is about
 
@@ -121,6 +123,9 @@ def behind_head(rest: Batch) -> dict[str, Any]:
 
 def goes_on(model: nn.Module) -> bool:
     """Whether rows can go on from a head that a model has read: tried, on one token."""
+    inner: Any = unwrapped(model)
+    if inner.config.model_type == "gpt_neo":  # its windows count places in the row, padding too
+        return False
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
         return Head.read(model, head_of(torch.zeros(1, 1, dtype=torch.long, device=device))) is not None
@@ -189,12 +194,13 @@ def logits_in_one_row(model: nn.Module, batch: Batch, h: int, show: Show) -> Ten
 def most_packed(model: nn.Module) -> int:
     """How many tokens of one row are worth it, of a model that keeps to a mask of every two tokens; 0: of no other.
 
-    Those of transformers do under these two forms of attention; one that also reads its input otherwise (a
-    recurrence, a window) has no cache that ``can_be_cut``, and is not asked.
+    Others count places in the row instead of positions (ALiBi), mask more by themselves, or read a mask of rows. Nor
+    where what comes after the blocks is adapted: its input is the labels' positions alone, of no row to be told apart.
     """
     inner: Any = unwrapped(model)
-    keeps = type(inner).__module__.startswith("transformers.") and _attention(inner) in ("sdpa", "eager")
-    return int(PACKED * inner.config.get_text_config().hidden_size) if keeps else 0
+    keeps = inner.config.model_type in MASKED and _attention(inner) in ("sdpa", "eager")
+    own = type(inner).__module__.startswith("transformers.") and isinstance(inner.get_output_embeddings(), nn.Linear)
+    return int(PACKED * inner.config.hidden_size) if keeps and own else 0
 
 
 def _attention(inner: Any) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cl_runner import cache
 from cl_runner.atomic import sha256
@@ -16,7 +17,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import folder_check
 
 EMBEDDED = ("tiny-t5", "tiny-llama")
-_END = 2**20  # bytes
+_REVISION = 1  # of how GGUF files are dequantised: raise it when other numbers or ids come out
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a model that is split, as llama.cpp names them
 HASHED = 2**26  # bytes: larger files of a model are told apart by their size
 _EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
@@ -24,6 +25,13 @@ _EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
 # The hub's own rule for ids: one or two words of letters, digits, "_", "-", "."; nothing doubled, nothing dangling.
 _WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_WORD}(?:/{_WORD})?")
+
+
+class GGUF(NamedTuple):
+    """A GGUF file, and the digest of what it holds."""
+
+    path: Path
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Located:
     note: str
     revision: str | None = None
     trust_remote_code: bool = False
-    file: Path | None = None  # the GGUF file
+    file: GGUF | None = None
 
 
 @dataclass(frozen=True)
@@ -86,16 +94,19 @@ def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its folder holds in the place of a model's files; None: no such thing."""
+    """The GGUF file that a path is, or that its folder holds in the place of a model's files; None: no such thing.
+
+    Links are not followed: the hub's cache links to names that are digests.
+    """
     if path.is_file():
-        return path.resolve() if path.suffix == ".gguf" else None
+        return path.absolute() if path.suffix == ".gguf" else None
     if not path.is_dir() or (path / "config.json").exists():
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise UserError(f"model.name: {path} holds several GGUF files ({names}); name one of them")
-    return found[0].resolve() if found else None
+    return found[0].absolute() if found else None
 
 
 def _dequantised(name: str, file: Path) -> Located:
@@ -106,22 +117,19 @@ def _dequantised(name: str, file: Path) -> Located:
     if folders is None:
         raise UserError(f"{file}: is dequantised once into a folder, and there is no home for it; set CL_RUNNER_CACHE")
     try:
-        digest = _ends(file)
+        about = file.stat()
+        digest = _digest(file, about.st_size, about.st_mtime_ns, about.st_ino)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
-    to = folders / f"{file.stem}-{digest}"
-    return Located("gguf", to, str(to), f"model {name}: the GGUF file {file}, dequantised to fp32 in {to}", file=file)
+    to = folders / f"{file.stem}-{digest[:16]}-{_REVISION}"
+    note = f"model {name}: the GGUF file {file}, dequantised to fp32 in {to}"
+    return Located("gguf", to, str(to), note, file=GGUF(file, digest))
 
 
-def _ends(file: Path) -> str:
-    """What tells a large file from another without reading all of it: its size, and its first and last megabyte."""
-    size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with file.open("rb") as stream:
-        for start in {0, max(size - _END, 0)}:
-            stream.seek(start)
-            digest.update(stream.read(_END))
-    return digest.hexdigest()
+@lru_cache(maxsize=8)
+def _digest(file: Path, size: int, changed: int, inode: int) -> str:
+    """Hex digest of all of a file (merged models differ in the middle), once in a process while it stays as it is."""
+    return sha256(file)
 
 
 def check(located: Located) -> Facts:
@@ -150,15 +158,22 @@ def config_of(located: Located) -> dict[str, Any]:
 
 
 def _files(located: Located) -> folder_check.Files:
-    if located.file is not None and located.path is not None and not located.path.is_dir():
+    if located.file is not None and located.path is not None and not whole(located.path):
         from cl_runner.models import gguf
 
-        gguf.keep(located.file, located.path)
+        gguf.keep(located.file.path, located.path, whole)
     if located.path is not None:
         return folder_check.Folder(located.path, located.name_or_path)
     from cl_runner.models import hub_files
 
     return hub_files.listing(located)
+
+
+def whole(folder: Path) -> bool:
+    """Whether a dequantised model is there, and nobody has cleaned away the half of it."""
+    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json")) and any(
+        folder.glob("*.safetensors")
+    )
 
 
 def _folder(name: str, base_dir: Path) -> Path | None:
@@ -176,7 +191,9 @@ def model_identity(located: Located) -> dict[str, Any]:
     """Which base model: where it is from, and for files at hand a hash of them (of large ones, of their size)."""
     if located.path is None:
         return {"from": "hub", "revision": located.revision}
-    digest = hashlib.sha256(b"" if located.file is None else f"{located.path.name}\n".encode())
+    if located.file is not None:
+        return {"from": "gguf", "file": located.file.digest}
+    digest = hashlib.sha256()
     for file in sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md"):
         length = file.stat().st_size
         digest.update(f"{file.name} {length} {sha256(file) if length < HASHED else ''}\n".encode())

@@ -133,7 +133,7 @@ class Session:
         about = {
             "order": plan.order,
             "method": config.method.name,
-            "model": config.model.name if self.located.kind != "folder" else Path(config.model.name).name,
+            "model": config.model.name if self.located.kind not in ("folder", "gguf") else Path(config.model.name).name,
             "seed": config.seed,
             "synthetic": plan.data.synthetic,
             "named_task": config.data.add_task_name or config.data.add_dataset_name,

@@ -53,7 +53,10 @@ class Sharing:
         if not self._heads or len(tasks) != batch.size:
             return batch
         heads = [self._heads.get(task, []) for task in tasks]
-        known = [len(h) if e.source[: len(h)] == h else 0 for e, h in zip(examples, heads, strict=True)]
+        known = [
+            len(h) if len(e.source) > len(h) and e.source[: len(h)] == h else 0
+            for e, h in zip(examples, heads, strict=True)
+        ]
         lengths = [max(len(e.source) + len(e.target) - 1, 0) for e in examples]
         return replace(batch, heads=tuple(known), lengths=tuple(lengths))
 
@@ -119,7 +122,8 @@ class Sharing:
             return "the attention drops otherwise in each row's"
         if not goes_on(stage.adapters.model):
             return "this model keeps no keys and values that rows could go on from"
-        self._packed = most_packed(stage.adapters.model) if stage.device.type == "cpu" else 0
+        if stage.device.type == "cpu":
+            self._packed = most_packed(stage.adapters.model)
         return ""
 
     def said(self) -> list[str]:

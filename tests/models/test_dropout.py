@@ -57,6 +57,19 @@ def test_a_rows_own_elements_fall_whatever_stands_beside_it(kind: Kind, widths: 
     assert {batch_of(slice(i, i + 1), kind).input_ids.shape[1] for i in range(8)} != {whole.input_ids.shape[1]}
 
 
+def test_what_the_models_head_reads_falls_as_at_its_positions() -> None:
+    """Of a decoder-only model these are the positions of the labels, the last ones."""
+    batch = batch_of(slice(0, 8), "llama")
+    t = batch.labels.shape[1]
+    assert t < batch.input_ids.shape[1]
+    dropout = RowDropout()
+    dropout.draw(1)
+    dropout.see(batch)
+    with dropout.installed():
+        found = functional.dropout(torch.ones(8, t, 33), P)
+    assert torch.equal(found, dropped(batch, 33)[:, -t:])
+
+
 def test_each_step_forward_call_row_position_and_feature_falls_by_itself() -> None:
     batch = batch_of(slice(0, 8), "t5")
     masks = [

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -200,7 +202,7 @@ def test_two_files_are_two_models(tiny: Callable[..., Path], kept: Path) -> None
         check(located)
         found.append((located.path, model_identity(located)))
     (first, one), (second, two) = found
-    assert first != second and one["from"] == two["from"] == "gguf" and one["files"] != two["files"]
+    assert first != second and one["from"] == two["from"] == "gguf" and one["file"] != two["file"]
 
 
 def test_two_at_once(tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +216,7 @@ def test_two_at_once(tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.
     monkeypatch.setattr(models_gguf, "convert", slow)
     file = tiny()
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: models_gguf.keep(file, kept / "one"), range(3)))
+        list(pool.map(lambda _: models_gguf.keep(file, kept / "one", Path.is_dir), range(3)))
     assert calls == [kept / "one"]
 
 
@@ -229,9 +231,35 @@ def test_a_base_model_that_cannot_be_had(
     file.write_bytes(whole)
     shutil.rmtree(kept)
     kept.touch()
-    with pytest.raises(UserError, match="make room, or set CL_RUNNER_CACHE to another place"):
+    with pytest.raises(UserError, match="CL_RUNNER_CACHE names another place"):
         check(locate(ModelConfig(name=str(file))))
     assert capsys.readouterr().err == ""
+
+
+def test_where_there_is_no_room(tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny()
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(2**30, 2**30, 0))
+        with pytest.raises(UserError, match=r"0 MB free in .*, and dequantised it takes about \d+ MB; make room"):
+            check(locate(ModelConfig(name=str(file))))
+    monkeypatch.setattr(models_gguf, "convert", full)
+    with pytest.raises(UserError, match=r"No space left on device; CL_RUNNER_CACHE names another place"):
+        check(locate(ModelConfig(name=str(file))))
+
+
+def full(file: Path, folder: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+def test_what_was_cleaned_away_in_part_is_made_anew(tiny: Callable[..., Path], kept: Path) -> None:
+    located = locate(ModelConfig(name=str(tiny())))
+    check(located)
+    assert located.path is not None
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (located.path / name).unlink()
+        check(located)
+        assert (located.path / name).exists()
 
 
 def test_a_run_on_one(tiny: Callable[..., Path], kept: Path, tmp_path: Path) -> None:
@@ -249,7 +277,12 @@ def test_a_run_on_one(tiny: Callable[..., Path], kept: Path, tmp_path: Path) -> 
     shutil.rmtree(run / "stages" / "03-agnews")
     (tmp_path / "tiny.gguf").touch()
     assert call(*given, cwd=tmp_path).code == 0 and results(run) == before
-    again = call("eval", "it", "--stage", "2", "--json", cwd=tmp_path)
-    assert again.code == 0 and not any(again.json["differing_rows"].values())
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(kept)  # it is dequantised again
+    again = call("eval", str(run), "--stage", "2", "--json", cwd=elsewhere)
+    assert again.code == 0 and not any(again.json["differing_rows"].values()), again.err
+    (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
+    again = call("eval", str(run), "--stage", "2", "--model", str(tmp_path / "moved.gguf"), "--json", cwd=elsewhere)
+    assert again.code == 0 and not any(again.json["differing_rows"].values()), again.err
     named = json.loads((run / "stages" / "02-amazon" / "adapter" / "adapter_config.json").read_text())
     assert Path(named["base_model_name_or_path"]).parent == kept

@@ -42,6 +42,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {**SIZES, "num_key_value_heads": 1, "head_dim": 6}),
     "gpt2": ("GPT2", {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {**SIZES, "max_position_embeddings": 64}),
+    "qwen3": ("Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 6}),
+    "mistral": ("Mistral", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
+    "phi": ("Phi", {**SIZES, "num_attention_heads": 3, "max_position_embeddings": 64}),
     "opt": ("OPT", {"hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                     "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0}),
 }  # fmt: skip
@@ -125,6 +128,19 @@ def test_a_window_that_slides_has_no_head() -> None:
     model: Any = transformers.MistralForCausalLM(config).eval()
     assert Head.read(model, head_of(torch.tensor([HEAD]))) is None
     assert not goes_on(model) and goes_on(model_of("llama"))
+
+
+def test_models_that_mask_by_themselves_are_not_packed() -> None:
+    neo = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            **COMMON, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        )
+    )
+    assert not most_packed(neo) and not goes_on(neo)
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(**COMMON, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    )
+    assert not most_packed(falcon)
 
 
 def test_a_model_that_takes_no_positions_is_told_by_its_forward() -> None:

@@ -73,13 +73,14 @@ def test_gguf_files_are_told_apart_by_what_they_hold(tmp_path: Path, monkeypatch
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "small.gguf").write_bytes(many)
     found = at(tmp_path / "a" / "small.gguf")
-    assert (found.kind, found.file) == ("gguf", tmp_path / "a" / "small.gguf")
+    assert found.kind == "gguf" and found.file is not None and found.file.path == tmp_path / "a" / "small.gguf"
     assert found.path is not None and found.path.parent == tmp_path / "cache" / "models"
     assert found.path.name.startswith("small-") and found.name_or_path == str(found.path) and "fp32" in found.note
     assert at(tmp_path / "a").path == found.path  # the folder that holds it alone
     (tmp_path / "small.gguf").write_bytes(many)
     assert at(tmp_path / "small.gguf").path == found.path  # moved, it is the same
-    for other in (b"x" + many[1:], many[1:] + b"x", many + b"x"):
+    middle = len(many) // 2
+    for other in (b"x" + many[1:], many[:middle] + b"x" + many[middle + 1 :], many + b"x"):
         (tmp_path / "small.gguf").write_bytes(other)
         assert at(tmp_path / "small.gguf").path != found.path
     (tmp_path / "a" / "config.json").write_text("{}")

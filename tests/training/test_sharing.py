@@ -125,6 +125,16 @@ def test_rows_in_one_row_learn_the_same(method: str, monkeypatch: pytest.MonkeyP
         assert distance({"answer": found.parameters["answer"]}, {"answer": wanted.parameters["answer"]}) < 1e-3
 
 
+def test_an_adapted_head_of_the_model_learns_the_same() -> None:
+    own = {"adapter__target_modules": ["q_proj", "lm_head"]}
+    [(plain, _, _)] = on_ranks(1, learned, "inclora", "off", **own)
+    [(ours, shared, _)] = on_ranks(1, learned, "inclora", "auto", **own)
+    assert shared > 0
+    for found, wanted in zip(ours, plain, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        assert distance(found.parameters, wanted.parameters) < 1e-3
+
+
 @pytest.mark.parametrize("where", ["adapter", "base"])
 def test_torchs_own_dropout_falls_otherwise_in_each_row(where: str) -> None:
     """Under ``dropout_by: micro`` heads are shared where nothing drops, neither adapters nor modules of the base."""
