@@ -22,7 +22,7 @@ from benchmarks.common import median, parser, publish, seconds_of, take_turns
 from benchmarks.job import add_model_arguments
 from benchmarks.world import prepared
 from cl_runner.engine import zero as engine
-from cl_runner.models.batch import IGNORE, Batch
+from cl_runner.models.batch import Batch
 from cl_runner.models.forward import logits, token_loss
 from cl_runner.models.heads import logits_behind_head, logits_in_one_row
 from cl_runner.training.prepare import open_stage
@@ -62,19 +62,7 @@ def padded(model: Any, batch: Batch) -> Tensor:
 
 def packed(model: Any, batch: Batch) -> Tensor:
     """The same of rows that lie end to end in one; a token looks at those of its own row, and back."""
-    real = batch.attention_mask.bool()
-    assert batch.position_ids is not None
-    ids, positions = batch.input_ids[real][None], batch.position_ids[real][None]
-    row = torch.arange(batch.size)[:, None].expand_as(real)[real]
-    at = torch.arange(len(row))
-    mask = (row[:, None] == row[None, :]) & (at[:, None] >= at[None, :])
-    asked = torch.zeros_like(real)  # the positions that a label is predicted at
-    asked[:, -batch.labels.shape[1] :] = batch.labels != IGNORE
-    out = model(
-        input_ids=ids, position_ids=positions, attention_mask=mask[None, None], use_cache=False,
-        logits_to_keep=asked[real].nonzero().flatten(),
-    )  # fmt: skip
-    return token_loss(out.logits, batch.labels[batch.labels != IGNORE][None]).sum()
+    return token_loss(logits_in_one_row(model, batch, 0, lambda _: None), batch.labels).sum()
 
 
 def behind_head(model: Any, batch: Batch) -> Tensor:

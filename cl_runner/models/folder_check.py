@@ -138,6 +138,18 @@ def tokenizer(files: Files) -> None:
     )
 
 
+def whole(folder: Path) -> bool:
+    """Whether a folder holds all of a model, where what is missing is to be made anew and not told."""
+    files = Folder(folder, str(folder))
+    try:
+        config(files)
+        weights(files)
+        tokenizer(files)
+    except UserError:
+        return False
+    return True
+
+
 def _shards(files: Files, index: str) -> None:
     shards = _json(files, index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from transformers import (
 from cl_runner.atomic import write_folder
 from cl_runner.errors import UserError
 from cl_runner.models.architecture import is_encoder_decoder
+from cl_runner.models.folder_check import whole
 from cl_runner.models.model_folder import save_model
 from cl_runner.models.tokenizer import first_line, quiet
 
@@ -40,8 +40,8 @@ _AS_GPT2 = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 _DIGITS_APART = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
 
 
-def keep(file: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
-    """Convert into the cache, unless another process has: ``folder`` is there, and ``whole``, afterwards.
+def keep(file: Path, folder: Path) -> None:
+    """Convert into the cache, unless another process has: ``folder`` is there, and whole, afterwards.
 
     It takes some twenty seconds for each 100 million weights, so a line says what is waited for. Raises UserError, also
     where there is no room.

@@ -198,9 +198,13 @@ def most_packed(model: nn.Module) -> int:
     where what comes after the blocks is adapted: its input is the labels' positions alone, of no row to be told apart.
     """
     inner: Any = unwrapped(model)
-    keeps = inner.config.model_type in MASKED and _attention(inner) in ("sdpa", "eager")
-    own = type(inner).__module__.startswith("transformers.") and isinstance(inner.get_output_embeddings(), nn.Linear)
-    return int(PACKED * inner.config.hidden_size) if keeps and own else 0
+    keeps = (
+        type(inner).__module__.startswith("transformers.")
+        and inner.config.model_type in MASKED
+        and _attention(inner) in ("sdpa", "eager")
+        and isinstance(inner.get_output_embeddings(), nn.Linear)
+    )
+    return int(PACKED * inner.config.hidden_size) if keeps else 0
 
 
 def _attention(inner: Any) -> str:

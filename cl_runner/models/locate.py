@@ -158,22 +158,15 @@ def config_of(located: Located) -> dict[str, Any]:
 
 
 def _files(located: Located) -> folder_check.Files:
-    if located.file is not None and located.path is not None and not whole(located.path):
+    if located.file is not None and located.path is not None and not folder_check.whole(located.path):
         from cl_runner.models import gguf
 
-        gguf.keep(located.file.path, located.path, whole)
+        gguf.keep(located.file.path, located.path)
     if located.path is not None:
         return folder_check.Folder(located.path, located.name_or_path)
     from cl_runner.models import hub_files
 
     return hub_files.listing(located)
-
-
-def whole(folder: Path) -> bool:
-    """Whether a dequantised model is there, and nobody has cleaned away the half of it."""
-    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json")) and any(
-        folder.glob("*.safetensors")
-    )
 
 
 def _folder(name: str, base_dir: Path) -> Path | None:

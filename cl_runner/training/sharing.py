@@ -39,7 +39,6 @@ class Sharing:
         self._heads: dict[str, list[int]] = {}
         self._always: str | None = None  # why this stage's batches never share; empty: they may
         self._why_not = ""
-        self._packed = 0  # so many tokens are read as one row
 
     def learn(self, examples: Sequence[Example], tasks: Sequence[str]) -> None:
         """Find what all prompts of each task begin with, as they are read: these rows', and those learned before."""
@@ -74,9 +73,10 @@ class Sharing:
     def _of_one_task(self, part: Batch) -> Tensor:
         """Behind the head where that saves enough, few tokens in one row; else row by row."""
         model, show = self.stage.adapters.model, self.stage.dropout.part
-        h = min(part.heads)
-        if (part.size - 1) * h >= WORTH * sum(part.lengths):
-            if sum(part.lengths) - (part.size - 1) * h <= self._packed:
+        h, tokens = min(part.heads), sum(part.lengths)
+        saved = (part.size - 1) * h
+        if saved >= WORTH * tokens:
+            if self.stage.device.type == "cpu" and tokens - saved <= most_packed(model):
                 return logits_in_one_row(model, part, h, show)
             return logits_behind_head(model, part, h, show)
         show(part)
@@ -122,8 +122,6 @@ class Sharing:
             return "the attention drops otherwise in each row's"
         if not goes_on(stage.adapters.model):
             return "this model keeps no keys and values that rows could go on from"
-        if stage.device.type == "cpu":
-            self._packed = most_packed(stage.adapters.model)
         return ""
 
     def said(self) -> list[str]:

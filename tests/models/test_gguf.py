@@ -211,12 +211,12 @@ def test_two_at_once(tiny: Callable[..., Path], kept: Path, monkeypatch: pytest.
     def slow(file: Path, folder: Path) -> None:
         calls.append(folder)
         time.sleep(0.2)
-        folder.mkdir()
+        convert(file, folder)
 
     monkeypatch.setattr(models_gguf, "convert", slow)
     file = tiny()
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: models_gguf.keep(file, kept / "one", Path.is_dir), range(3)))
+        list(pool.map(lambda _: models_gguf.keep(file, kept / "one"), range(3)))
     assert calls == [kept / "one"]
 
 
