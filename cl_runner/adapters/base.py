@@ -73,6 +73,10 @@ class Adapters:
         """Name of a parameter → (target, what it is there: ``A``, ``B``, ``weight``, or a term's own word)."""
         return {}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Name of a parameter → its learning rate over the stage's, where the kind has another for it."""
+        return {}
+
     def named(self, role: str) -> dict[str, str]:
         """Target → name of its parameter of that role, for the targets that have one."""
         return {target: name for name, (target, what) in self.roles().items() if what == role}

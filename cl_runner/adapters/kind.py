@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
     from cl_runner.adapters.base import Adapters
 
-Offer = Literal["A", "B", "factors", "update", "terms", "weights", "prompts"]
+Offer = Literal["A", "B", "pair", "factors", "update", "terms", "weights", "prompts"]
 OFFERS: Mapping[Offer, str] = {
     "A": "a factor A that trains",
     "B": "a factor B that trains",
-    "factors": "factors A and B in the graph",
+    "pair": "factors A and B that are parameters, to be written",
+    "factors": "factors A and B in the graph, one of which trains",
     "update": "the update ΔW of a layer",
     "terms": "layers that take a method's own terms",
     "weights": "all weights of the model",
     "prompts": "soft prompts before the input",
 }
+NAME = "default"  # PEFT's, of the one adapter of a model
 Need = tuple[Offer, ...]  # any of these will do
 Fold = Literal["factors", "dense", "keep", "replace"]
 
@@ -67,6 +69,7 @@ class Kind:
     trains: ClassVar[tuple[str, ...]] = ()  # the roles of parameters that receive gradient
     folds: ClassVar[tuple[Fold, ...]] = ()  # what may become of a stage's update
     folder: ClassVar[str] = "adapter"  # of a stage's folder: where it lies on disk
+    ignores: ClassVar[frozenset[str]] = frozenset()  # of the settings that all kinds know, those it has no use for
 
     class Config(AdapterConfig):
         """The kind's settings: those of ``adapter`` that all kinds know, and its own."""

@@ -1,7 +1,4 @@
-"""The LoRA adapters of a run: the live pair of every target layer (PEFT's own), past ones folded or kept.
-
-Arithmetic that has to be the same to the bit wherever it happens stands here once: an update is ``(s·B) A`` in fp32.
-"""
+"""The LoRA adapters of a run: PEFT's own pair in every target layer, or a method's own terms in its place."""
 
 from __future__ import annotations
 
@@ -16,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_runner.adapters.base import Adapters, Held
-from cl_runner.adapters.folding import Accumulator
-from cl_runner.adapters.pairs import FactorGroup, Fresh, Pair, PastFactors, fresh_pair
+from cl_runner.adapters.base import Held
+from cl_runner.adapters.beside import Beside
+from cl_runner.adapters.kind import NAME
+from cl_runner.adapters.pairs import Fresh, Pair, fresh_pair
 from cl_runner.adapters.past_dropout import PastDropout
 from cl_runner.adapters.saved import Saved
 from cl_runner.adapters.targets import check_targets, default_targets, is_target, is_transposed
@@ -27,10 +25,8 @@ from cl_runner.config.schema import AdapterConfig
 from cl_runner.imports import light_imports
 from cl_runner.maths.directions import norm
 
-NAME = "default"
 
-
-class Layers(Adapters):
+class Layers(Beside):
     """The adapters of one model.
 
     Args:
@@ -99,17 +95,7 @@ class Layers(Adapters):
                 layer.cast_input_dtype_enabled = False
         if config.dropout_past and config.dropout:
             self.past_dropout = PastDropout(self.layers, NAME, compute or torch.float32)
-        bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
-        self.past: dict[str, Accumulator] = {
-            name: Accumulator(layer, is_transposed(layer), compute) for name, layer in bases.items()
-        }
-        self.folded: list[Pair] = []  # in stage order
-        self.dense: list[str] = []  # stages that folded an update without factors
-        self.kept: dict[str, Pair] = {}  # by stage: pairs that stay outside the weight
-        self.live: str | None = None  # the stage whose pair the layers hold
-        self.start = None
-        self._past_factors: dict[tuple[str, ...], PastFactors] = {}
-        self._grams: dict[tuple[str, ...], dict[str, Tensor]] = {}  # of the pairs that were let go of
+        self._stand_beside(self.layers, compute)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -136,6 +122,10 @@ class Layers(Adapters):
             found[f"{target}.lora_A"] = self.layers[target].lora_A[NAME].weight
             found[f"{target}.lora_B"] = self.layers[target].lora_B[NAME].weight
         return found
+
+    def _factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = {target: self.layers[target] for target in self._paired()}
+        return {target: (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight) for target, layer in pairs.items()}
 
     def begin(self, stage: str, generator: torch.Generator | None = None, rank: int | None = None) -> None:
         """A new pair for ``stage``, as its kind begins one."""
@@ -313,15 +303,6 @@ class Layers(Adapters):
 
     # Past pairs.
 
-    @torch.no_grad()
-    def fold(self, pair: Pair) -> None:
-        """Add a pair to the sum of past updates of every target, in the order of the calls."""
-        for target, accumulator in self.past.items():
-            if target in pair.A:
-                accumulator.add(pair.update(target, accumulator.weight.device))
-        self.folded.append(pair)
-        self._pairs_changed()
-
     def fold_live(self) -> None:
         """Fold the live pair as factors, terms beside it densely; what answers from now on is the weight alone."""
         pair = self.pair()
@@ -332,51 +313,6 @@ class Layers(Adapters):
         if update:
             self.fold_dense(pair.stage, update)
 
-    def fold_dense(self, stage: str, update: Mapping[str, Tensor]) -> None:
-        self.show(None)
-        for target, accumulator in self.past.items():
-            if target in update:
-                accumulator.add(update[target].detach().to(accumulator.weight.device, torch.float32))
-        self.dense.append(stage)
-
-    @torch.no_grad()
-    def replace(self, stage: str, total: Mapping[str, Tensor]) -> None:
-        """The sum of past updates becomes exactly ``total``, by target (m, n); there are no past pairs any more."""
-        self.show(None)
-        for target, accumulator in self.past.items():
-            accumulator.set(total[target].detach().to(accumulator.weight.device, torch.float32))
-        self.folded, self.dense = [], [*self.dense, stage]
-        self._grams.clear()
-        self._pairs_changed()
-
-    def stored_whole(self, target: str, rank: int, pairs: int) -> bool:
-        """Whether an adapter folder holds so many pairs of a target as one matrix, which is then the smaller form.
-
-        A lone pair stays one: it would have to be stored beside its matrix anyway.
-        """
-        m, n = self.past[target].base.shape
-        return bool(self.dense) or not pairs or (pairs > 1 and rank * (m + n) >= m * n)
-
-    def let_go(self, reads: Mapping[str, str]) -> None:
-        """Free the factors of folded pairs that neither a coming adapter folder nor the method will read.
-
-        ``reads`` says what the method does (``Method.reads_past``). The sum of past updates is untouched. Where past
-        pairs read the dropped-out input, all are needed at every step.
-        """
-        if self.past_dropout:
-            return
-        pairs, rank = self.folded, sum(pair.rank for pair in self.folded)
-        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target in self.layers):
-            return
-        side = max(max(past.base.shape) for past in self.past.values())
-        if "rows" in reads.values() or (reads and rank <= side):
-            return
-        for targets in self._groups():
-            past = self._past(targets)
-            self._grams[targets] = {factor: past.gram(factor) for factor in reads}
-        self.folded = [pair.let_go() for pair in pairs]
-        self._pairs_changed()
-
     def keep_live(self) -> None:
         """Keep the live pair as a parameter set of its own, named by its stage; terms stay, and the method has them."""
         assert not (self.terms and self.terms.pair), "a pair beside terms is folded, or all of it is the method's terms"
@@ -385,47 +321,15 @@ class Layers(Adapters):
         pair = self.pair()
         self.kept[pair.stage] = pair
 
-    @torch.no_grad()
-    def restore(
-        self,
-        folded: Sequence[Pair],
-        kept: Mapping[str, Pair],
-        live: str | None,
-        *,
-        sums: Mapping[str, Tensor | None] | None = None,
-        dense: Sequence[str] = (),
-    ) -> None:
-        """Put the adapters into the state that a stage committed.
+    def _pairs_changed(self) -> None:
+        super()._pairs_changed()
+        if self.past_dropout:
+            self.past_dropout.hold(self.folded)
 
-        ``sums`` gives the sum of past updates of a target as it was committed; of other targets it is added up again,
-        in the order of ``folded``. ``dense`` names the stages that folded without factors.
-        """
-        for target, accumulator in self.past.items():
-            device = accumulator.weight.device
-            given = sums.get(target) if sums else None
-            total = None if given is None else given.to(device)
-            for pair in folded if total is None else ():
-                update = pair.update(target, device)
-                total = update if total is None else total + update
-            accumulator.set(total)
-        self.folded, self.dense, self.kept = list(folded), list(dense), dict(kept)
-        self._pairs_changed()
-        self._grams.clear()
-        self.show(self.kept[live] if live else None)
+    def _reads_all_past(self) -> bool:
+        return self.past_dropout is not None
 
     # To disk and back.
-
-    def held(self, copied: bool = False) -> Held:
-        sums = {target: accumulator.sum for target, accumulator in self.past.items()}
-        return Held(tuple(self.folded), tuple(self.dense), dict(self.kept), self.live, self.shown(), sums)
-
-    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
-        total = 0
-        for target, past in self.past.items():
-            m, n = past.base.shape
-            whole = dense or self.stored_whole(target, pairs * rank, pairs)
-            total += (n + rank if whole else pairs * rank) * (m + n)  # an identity and the sum, its own pair beside it
-        return 4 * total
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
         from cl_runner.adapters import peft_folder
@@ -451,39 +355,6 @@ class Layers(Adapters):
         from cl_runner.adapters import peft_folder
 
         return peft_folder.load_adapter(where, stage, saved, tensors, live, earlier, kept)
-
-    def _pairs_changed(self) -> None:
-        """What was made of the folded pairs is made anew when it is asked for."""
-        self._past_factors.clear()
-        if self.past_dropout:
-            self.past_dropout.hold(self.folded)
-
-    # Factors for methods.
-
-    def groups(self) -> list[FactorGroup]:
-        """The live pair, and the folded ones, in groups of equal shape. Terms have no such factors."""
-        return [self._group(targets) for targets in self._groups()]
-
-    def _groups(self) -> list[tuple[str, ...]]:
-        by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
-        for target in self._paired():
-            layer = self.layers[target]
-            shape = (layer.lora_A[NAME].weight.shape, layer.lora_B[NAME].weight.shape)
-            by_shape.setdefault(shape, []).append(target)
-        return [tuple(targets) for targets in by_shape.values()]
-
-    def _group(self, targets: tuple[str, ...]) -> FactorGroup:
-        A = torch.stack([self.layers[target].lora_A[NAME].weight for target in targets])
-        B = torch.stack([self.layers[target].lora_B[NAME].weight for target in targets])
-        past = self._past(targets) if self.folded else None
-        return FactorGroup(targets, A, B, past, tuple(self.past[target] for target in targets))
-
-    def _past(self, targets: tuple[str, ...]) -> PastFactors:
-        if targets not in self._past_factors:
-            device = self.past[targets[0]].weight.device
-            pairs = tuple(pair for pair in self.folded if not pair.held or targets[0] in pair.A)
-            self._past_factors[targets] = PastFactors(targets, pairs, device, self._grams.get(targets, {}))
-        return self._past_factors[targets]
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ from cl_runner.adapters.saved import PairOnDisk, Saved
 from cl_runner.adapters.terms import Terms
 
 if TYPE_CHECKING:
-    from cl_runner.adapters.layers import Layers
+    from cl_runner.adapters.beside import Beside
 
 WEIGHTS = "adapter_model.safetensors"
 PAST_PREFIX = "past."  # sums of past updates that the adapter holds only together with what is live
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
-def save_adapter(folder: Path, layers: Layers, held: Held) -> Saved:
+def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
     """Write all past updates and what is live, a pair that is kept or terms, as one PEFT folder.
 
     Every pair can be read back to the bit from there (``own`` is ``adapter``), or the stage's own has to stand beside
@@ -117,7 +117,7 @@ def own_pair(folder: Path, stage: str, saved: Saved, tensors: Mapping[str, Tenso
     return load_own_pair(tensors, next(pair for pair in saved.pairs if pair.stage == stage))
 
 
-def _factors_of_term(layers: Layers, held: Held, target: str) -> tuple[Tensor, Tensor] | None:
+def _factors_of_term(layers: Beside, held: Held, target: str) -> tuple[Tensor, Tensor] | None:
     """A (R, n) and B (m, R) of a live term, on the CPU; None where it has none, is not all, or ΔW is smaller."""
     if not isinstance(held.shown, Terms) or held.sums[target] is not None or target not in held.shown.of:
         return None
@@ -129,7 +129,7 @@ def _factors_of_term(layers: Layers, held: Held, target: str) -> tuple[Tensor, T
     return A, B
 
 
-def _total(layers: Layers, held: Held, live: Pair | None, target: str) -> Tensor:
+def _total(layers: Beside, held: Held, live: Pair | None, target: str) -> Tensor:
     """The sum of past updates as it is computed with, and what is live, (m, n) on the CPU."""
     total, update = held.sums[target], None
     if live is not None:
@@ -146,7 +146,7 @@ def _reads_back(B: Tensor, ratio: float) -> bool:
     return ratio == 1.0 or torch.equal(B * ratio / ratio, B)
 
 
-def _write_config(folder: Path, layers: Layers, alphas: Mapping[str, tuple[int, float]]) -> None:
+def _write_config(folder: Path, layers: Beside, alphas: Mapping[str, tuple[int, float]]) -> None:
     from peft import LoraConfig
 
     common, _ = Counter(alphas.values()).most_common(1)[0]

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from cl_runner.config.schema import AdapterConfig
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.imports import light_imports
 
 
-def target_shapes(model: nn.Module, config: AdapterConfig) -> list[tuple[int, int]]:
-    """(m, n), out by in, of every layer that would get a pair, of a model that may be on the meta device.
+def target_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Name → (m, n), out by in, of every layer that ``targets`` name, of a model that may be on the meta device.
 
     Raises:
         UserError: as ``check_targets``.
     """
-    targets = config.target_modules or default_targets(model)
     check_targets(model, targets)
-    layers = [module for name, module in model.named_modules() if is_target(name, targets)]
-    weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
-    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_target(name, targets)}
+    weights = {name: layer.weight.T if is_transposed(layer) else layer.weight for name, layer in layers.items()}
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+
+
+def refuse_conv1d(model: nn.Module, targets: Iterable[str], kind: str) -> None:
+    """Of a kind that cannot stand in for GPT-2's Conv1D. Raises UserError."""
+    for name, module in model.named_modules():
+        if is_target(name, targets) and is_transposed(module):
+            raise UserError(f"adapter.kind: {kind} cannot adapt a Conv1D, which this model's {name} is; lora can")
 
 
 def default_targets(model: nn.Module) -> list[str]:

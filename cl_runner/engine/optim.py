@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,17 @@ def ordinary_groups(
         ParameterGroup(matrices, "muon", weight_decay=decay),
         ParameterGroup(others, weight_decay=decay),
     ]
+
+
+def by_learning_rate(groups: Sequence[ParameterGroup], ratios: Mapping[str, float]) -> list[ParameterGroup]:
+    """The same groups, split where parameters have a learning rate of their own: name → its ratio to the others'."""
+    found = []
+    for group in groups:
+        apart: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in group.parameters.items():
+            apart.setdefault(ratios.get(name, 1.0), {})[name] = parameter
+        found += [replace(group, parameters=own, lr_scale=group.lr_scale * ratio) for ratio, own in apart.items()]
+    return found
 
 
 class Muon:

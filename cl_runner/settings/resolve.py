@@ -238,14 +238,17 @@ def _adapter_settings(own: dict[str, Given]) -> dict[str, Any]:
     """What is set for the kind that is chosen; of presets, what it has no use for is passed over."""
     kind = user_text(own.get("kind"), "adapter.kind") or AdapterConfig().kind
     try:
-        schema = AdapterConfig if kind == AdapterConfig().kind else KINDS.get(kind).Config
+        found = None if kind == AdapterConfig().kind else KINDS.get(kind)
     except UserError as error:
         raise refuse(_place(own.get("kind"), "--set adapter.kind"), str(error)) from error
+    schema, ignored = (found.Config, found.ignores) if found else (AdapterConfig, frozenset[str]())
     values = {}
     for name, given in own.items():
-        if name in schema.model_fields:
+        if name in schema.model_fields and name not in ignored:
             values[name] = _value(schema, name, given)
         elif not given.origin.startswith("preset "):
+            if name in ignored:
+                raise refuse(given.where_key, f"adapter.{name}: {kind} has no use for it; leave it out")
             raise refuse(given.where_key, unknown(f"adapter.{name}", name, schema, "" if kind == "lora" else kind))
     return values
 

@@ -54,7 +54,8 @@ def fitting_kind(config: RunConfig, method: Method) -> Kind:
 def needs(method: Method) -> tuple[Need, ...]:
     """What a method needs of a kind, and the factors that it has put back every few steps."""
     again = None if method.full else method.reorthogonalise  # which is refused in its own words
-    on = () if again is None else (("A",), ("B",)) if again.on == "both" else ((again.on,),)
+    on: tuple[Need, ...] = () if again is None else (("A",), ("B",)) if again.on == "both" else ((again.on,),)
+    on = (("pair",), *on) if on else ()
     return tuple(dict.fromkeys([*method.needs, *on]))
 
 

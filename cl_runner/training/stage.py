@@ -18,7 +18,7 @@ from cl_runner.adapters.pairs import FactorGroup, Pair
 from cl_runner.adapters.targets import is_transposed
 from cl_runner.adapters.terms import Term
 from cl_runner.config.schema import RunConfig
-from cl_runner.engine.optim import ParameterGroup, ordinary_groups
+from cl_runner.engine.optim import ParameterGroup, by_learning_rate, ordinary_groups
 from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
 from cl_runner.engine.zero import Autocast, Engine
@@ -143,7 +143,8 @@ class StageRun:
 
     def ordinary_groups(self, parameters: Mapping[str, nn.Parameter] | None = None) -> list[ParameterGroup]:
         chosen = self.parameters() if parameters is None else parameters
-        return ordinary_groups(chosen, self.config.training, self.adapters.model)
+        groups = ordinary_groups(chosen, self.config.training, self.adapters.model)
+        return by_learning_rate(groups, self.adapters.learning_rates())
 
     # What it is beside, and makes.
 

@@ -58,7 +58,7 @@ class InfLoRA(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("factors",), ("B",))
+        return (("pair",), ("B",))
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

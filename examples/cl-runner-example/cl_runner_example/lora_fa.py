@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.adapters.kind import Kind
-from cl_runner.adapters.lora import Lora
+from cl_runner.adapters.kinds.lora import Lora
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ class Lora(Kind):
     title = "a low-rank pair beside each target layer"
     equation = "ΔW = s·B A, s = alpha / r"
     paper = "2106.09685"
-    offers = frozenset({"A", "B", "factors", "update", "terms"})
+    offers = frozenset({"A", "B", "pair", "factors", "update", "terms"})
     trains = ("A", "B")
     folds = ("factors", "dense", "keep", "replace")
 
@@ -31,9 +31,9 @@ class Lora(Kind):
         return fresh_pair(m, n, rank, generator)
 
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        from cl_runner.adapters.targets import target_shapes
+        from cl_runner.adapters.targets import default_targets, target_shapes
 
-        return target_shapes(model, self.config)
+        return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

@@ -1,0 +1,73 @@
+"""DoRA: a pair gives the direction of each row, and a vector its length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from cl_runner.adapters.kind import NAME
+from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
+from cl_runner.config.schema import AdapterConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Dora(Tuner):
+    """Lengths by output row, as PEFT has them (the paper prints columns); their norm is constant in the gradient."""
+
+    class Config(AdapterConfig):
+        """Settings of dora."""
+
+        r: int = Field(default=8, ge=1, description="Rank of the pair.")
+
+    name = "dora"
+    title = "a low-rank pair for the direction of each row, a vector for its length"
+    equation = "ΔW = m ∘ (W + s·B A) / ‖W + s·B A‖_row − W, s = alpha / r"
+    paper = "2402.09353"
+    offers = frozenset({"A", "B", "pair", "factors", "update"})
+    roles: ClassVar = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector.weight": "magnitude"}
+    trains = ("A", "B", "magnitude")
+    takes_conv1d = True
+    reads_weight = True
+
+    def peft_config(self, **common: Any) -> Any:
+        from peft import LoraConfig
+
+        own = self.config
+        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, use_dora=True, **common)
+
+    @property
+    def scale(self) -> float:
+        return float(self.config.alpha / self.config.r)
+
+    def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
+        import torch
+
+        if role == "magnitude":
+            lengths: Tensor = torch.linalg.vector_norm(weight(), dim=1)
+            return lengths
+        drawn = kaiming_uniform(like, generator)
+        return drawn.zero_() if role == "B" else drawn
+
+    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
+        import torch
+
+        A, B = self.factors(layer)
+        W = weight()
+        direction = W + self.scale * (B @ A)
+        length = torch.linalg.vector_norm(direction, dim=1).detach()
+        magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
+        delta: Tensor = (magnitude / length)[:, None] * direction - W
+        return delta
+
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        A: Tensor = layer.lora_A[NAME].weight
+        B: Tensor = layer.lora_B[NAME].weight
+        return A, B
+
+    def trained_count(self, layers: Shapes) -> int:
+        return sum(self.config.r * (m + n) + m for m, n in layers.values())

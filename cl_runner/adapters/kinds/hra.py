@@ -1,0 +1,53 @@
+"""HRA: the input goes through a chain of reflections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from cl_runner.adapters.kind import NAME
+from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
+from cl_runner.config.schema import AdapterConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class HRA(Tuner):
+    """Reflections begin in equal pairs, which undo each other: r is even."""
+
+    class Config(AdapterConfig):
+        """Settings of hra."""
+
+        r: int = Field(default=8, ge=2, multiple_of=2, description="Householder reflections, an even number.")
+        orthogonal: bool = Field(default=False, description="Orthogonalise the directions of the reflections.")
+
+    name = "hra"
+    title = "Householder reflections of the input"
+    equation = "ΔW = W (H₁ … H_r − I), H_i = I − 2 u_i u_iᵀ / ‖u_i‖²"
+    paper = "2405.17484"
+    ignores = Tuner.ignores | {"alpha", "dropout"}
+    roles: ClassVar = {"hra_u": "u"}
+    trains = ("u",)
+    reads_weight = True
+
+    def peft_config(self, **common: Any) -> Any:
+        from peft import HRAConfig
+
+        return HRAConfig(r=self.config.r, apply_GS=self.config.orthogonal, **common)
+
+    def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
+        half = kaiming_uniform(like[:, : like.shape[1] // 2], generator)
+        return half.repeat_interleave(2, dim=1)
+
+    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
+        import torch
+
+        H: Tensor = layer.get_delta_weight(NAME)
+        return weight() @ (H - torch.eye(len(H), device=H.device))
+
+    def trained_count(self, layers: Shapes) -> int:
+        return sum(n * self.config.r for _, n in layers.values())
