@@ -3,10 +3,10 @@
     python scripts/compatibility.py results.jsonl          # about half an hour on one core; goes on where it ended
     python scripts/compatibility.py results.jsonl --table  # the table of docs/adapters.md, from the results
 
-A pair that `cl-runner list compatibility` calls possible has to train, and to score as it committed when evaluated again;
-every other one has to be refused before anything is loaded, with the kinds that would do. Under `inclora` every kind and
-every initialisation is tried on both models; under `inclora` and `seqlora` every kind is also stopped after its first
-stage and gone on with, to the bit, and its folders are loaded by plain PEFT, which has to answer as the run did.
+A pair that `cl-runner list compatibility` calls possible has to train, and to score as it committed when evaluated
+again; every other one has to be refused before anything is loaded, with the kinds that would do. Under `inclora` every
+kind and every initialisation is tried on both models; under `inclora` and `seqlora` every kind is also stopped after
+its first stage and gone on with, to the bit, and plain PEFT loads its folders, which have to answer as the run did.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
     from cl_runner.cli import outcome
 
     kept = os.dup(1), os.dup(2)
-    with open("out", "w+b") as out, open("err", "w+b") as err:
+    with Path("out").open("w+b") as out, Path("err").open("w+b") as err:
         sys.stdout.flush()
         try:
             for number, file in ((1, out), (2, err)):
