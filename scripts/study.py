@@ -76,7 +76,7 @@ def table(found: Sequence[Cell]) -> str:
 
 
 def figure(found: Sequence[Cell], x: str, lines: str, file: Path) -> None:
-    """Two panels, learned and forgotten, over one setting; a line for each value of another, of further ones the mean."""
+    """Learned and forgotten over one setting, a line for each value of another; of further ones the mean."""
     import matplotlib
 
     matplotlib.use("agg")
