@@ -168,6 +168,10 @@ class DataConfig(Section):
     )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
+    chat_template: bool = Field(
+        default=False,
+        description="The input is what the user says in the model's own chat template, and the label the model's turn.",
+    )
     truncate: Literal["text", "tail", "reference"] = Field(
         default="text",
         description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "
