@@ -5,6 +5,9 @@ to bf16 would lose 1 % of the update's norm or more (it does for any update unde
 update stand side by side as one matrix of twice the width, and the input goes in twice: ``[W0 | ΔW] [x; x]``. One
 product adds both up in fp32 and rounds once. A second product added to the first would not do: the sum of two bf16
 outputs loses what a rounded weight loses.
+
+A pair may borrow a part of the weight (``initialise.py``), which is computed with less that part until it is given
+back. It is folded as updates are, but is none. Of the past sum and what is lent, rounding must not lose the smaller.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ ROUNDING_LOSS = 0.01
 class Accumulator:
     """The fp32 sum of past updates of one target layer, and the weight that carries it.
 
-    ``sum`` is (m, n), out by in, or None while nothing was folded. ``transposed`` layers (GPT-2's Conv1D) keep their
-    weight in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's.
-    Read W0 here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
+    ``sum`` is (m, n), out by in, or None while nothing was folded; ``lent``, of that shape, what a live pair holds in
+    the weight's place. ``transposed`` layers (GPT-2's Conv1D) keep their weight in by out. ``compute`` is the precision
+    of the forward where autocast makes it another than the weight's. Read W0 here, as ``base``: the layer's own
+    ``weight`` has the update in it, or beside it.
     """
 
     def __init__(self, layer: nn.Module, transposed: bool, compute: torch.dtype | None = None) -> None:
@@ -30,6 +34,7 @@ class Accumulator:
         self.transposed = transposed
         self.compute = compute or self.weight.dtype
         self.sum: Tensor | None = None
+        self.lent: Tensor | None = None
         self._base: Tensor | None = None  # W0 where the weight holds the sum, in the weight's own layout
         self._doubling: torch.utils.hooks.RemovableHandle | None = None  # there while the update stands beside W0
 
@@ -66,8 +71,21 @@ class Accumulator:
     @torch.no_grad()
     def set(self, total: Tensor | None) -> None:
         """Replace the sum of past updates; None is the untouched base."""
-        self._unfold()
         self.sum = total
+        self._fold()
+
+    @torch.no_grad()
+    def lend(self, part: Tensor | None) -> None:
+        """Compute without ``part`` (m, n) fp32 from now on; None: without nothing."""
+        self.lent = part
+        self._fold()
+
+    def _fold(self) -> None:
+        """Put into the weight, or beside it, what it is to be computed with more than W0."""
+        self._unfold()
+        total = self.sum
+        if self.lent is not None:
+            total = -self.lent if total is None else total - self.lent
         if total is None:
             return
         update = total.T if self.transposed else total
@@ -87,7 +105,8 @@ class Accumulator:
             return True
         moved = summed.to(self.compute).float() - weight.to(self.compute).float()
         lost = torch.linalg.vector_norm(moved - update)
-        return bool(lost <= ROUNDING_LOSS * torch.linalg.vector_norm(update))
+        parts = [part for part in (self.sum, self.lent) if part is not None]
+        return bool(lost <= ROUNDING_LOSS * min(torch.linalg.vector_norm(part) for part in parts))
 
     def _unfold(self) -> None:
         """The layer as it was."""
@@ -106,7 +125,7 @@ class Accumulator:
         return base, update
 
     def applied(self) -> Tensor:
-        """The update that the forward really applies, (m, n) fp32: what tests compare with ``sum``."""
+        """The update that the forward really applies, (m, n) fp32: ``sum`` less what is lent, but for rounding."""
         if self.beside is not None:
             return self.beside.to(self.compute).float()
         weight = self.weight.data.T if self.transposed else self.weight.data
