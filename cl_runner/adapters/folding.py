@@ -7,7 +7,7 @@ product adds both up in fp32 and rounds once. A second product added to the firs
 outputs loses what a rounded weight loses.
 
 A pair may borrow a part of the weight (``initialise.py``), which is computed with less that part until it is given
-back. It is folded as updates are, but is none. Of the past sum and what is lent, rounding must not lose the smaller.
+back. It is folded as updates are, but is none: the weight is rounded as one where that keeps the smaller of both.
 """
 
 from __future__ import annotations
