@@ -228,6 +228,13 @@ class Tuned(Beside):
 
     # To disk and back.
 
+    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
+        if not alone:
+            return super().folder_bytes(pairs, rank, dense or "factors" not in self.kind.folds, alone)
+        own: int = sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
+        folders = 1 if self.kind.on_disk == "exact" else 2  # and beside it what trains on
+        return 4 * own * folders
+
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
         from cl_runner.adapters import tuned_folder
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES
@@ -97,6 +105,13 @@ class AdapterConfig(Section):
         if value != "auto" and (type(value) is not int or value < 1):
             raise ValueError("must be a whole number, 1 or more, or auto")
         return value
+
+    @model_serializer(mode="wrap")
+    def _used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the settings that the kind has no use for."""
+        values: dict[str, Any] = whole(self)
+        ignored = KINDS.get(self.kind).ignores if self.kind != LORA else ()
+        return {name: value for name, value in values.items() if name not in ignored}
 
     @property
     def largest(self) -> int:

@@ -112,8 +112,6 @@ class StageRun:
     # What trains.
 
     def begin(self) -> None:
-        if self.evaluating:
-            return  # what answers is there, and what was only drawn may add to it, if no more than rounding
         self.adapters.begin(self.plan.name, self.rng("adapter"))
 
     def train_on(self) -> None:

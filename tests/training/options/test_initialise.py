@@ -288,7 +288,6 @@ def _restarted(place: Place, folder: str, name: str, init: dict[str, Any], setti
     again, _ = order_room(place, name, **dropped)
     evaluated = StageRun(again, config, 2, evaluating=True)
     restore_stage(rundir, evaluated, 2)
-    again.method.build(evaluated)
     evaluated.close()
     assert all(torch.equal(again.adapters.past[t].weight, past.weight) for t, past in room.adapters.past.items())
     assert again.adapters.live == room.adapters.live
