@@ -157,7 +157,9 @@ class Layers(Beside):
         lender = Pair("", self.rank, self.scale, {}, {}, A0, B0)
         for target, past in self.past.items():
             part = lender.lent(target, past.weight.device)
-            if part is not None or past.lent is not None:
+            if part is None:
+                past.give_back()
+            else:
                 past.lend(part)
 
     def train(self, on: bool) -> None:

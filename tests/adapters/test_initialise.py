@@ -247,7 +247,7 @@ def test_base_and_pair_answer_as_before_and_what_changes_is_the_update(family: s
     assert off(logits(adapters.model), wanted) < 1e-5
     folded = adapters.folded[-1]
     assert (folded.rank, folded.A0) == (2 * adapters.rank, {})
-    assert all(accumulator.lent is None for accumulator in adapters.past.values())
+    assert not any(accumulator.lends for accumulator in adapters.past.values())
     seen = adapters.groups()[0].past if adapters.folded else None
     assert seen is not None and seen.rows("A").shape[1] == sum(pair.rank for pair in adapters.folded)
     assert torch.equal(
@@ -340,7 +340,7 @@ def test_in_bf16_neither_what_is_lent_nor_the_past_is_lost(kind: str, past: floa
         lost, would_be = accumulator.applied() - wanted, rounded - wanted
         assert off(rounded, wanted) < 0.01 < float(would_be.norm() / total.norm())
         assert accumulator.beside is not None and float(lost.norm()) < 0.5 * float(would_be.norm())
-    accumulator.lend(None)
+    accumulator.give_back()
     plainly = Accumulator(layer_of(kind, m, n, BF16), kind == "conv1d")
     plainly.set(total)
     assert torch.equal(accumulator.weight, plainly.weight)
@@ -374,4 +374,4 @@ def test_a_pair_without_anything_borrowed_is_as_it_was() -> None:
         Pair("two", 2, 3.0, *({t: p.clone() for t, p in f.items()} for f in (adapters.pair().A, adapters.pair().B)))
     )
     assert adapters.pair().A0 == adapters.pair().B0 == {}
-    assert all(torch.equal(past.weight, weights[t]) and past.lent is None for t, past in adapters.past.items())
+    assert all(torch.equal(past.weight, weights[t]) and not past.lends for t, past in adapters.past.items())

@@ -18,7 +18,7 @@ class Lora(Kind):
 
     name = "lora"
     title = "a low-rank pair beside each target layer"
-    equation = "ΔW = s·B A, s = alpha / r; adapter.init=olora, pissa, corda: ΔW = s (B A − B0 A0)"
+    equation = "ΔW = s·B A, s = alpha / r"
     paper = "2106.09685"
     offers = frozenset({"A", "B", "pair", "factors", "update", "terms"})
     trains = ("A", "B")

@@ -16,6 +16,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
 from cl_runner.methods.shared.moments import input_sums
 from cl_runner.methods.shared.tensors import under, within
+from cl_runner.registry import KINDS
 from cl_runner.training.options.protocol import Option, Shapes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Initialisation(Option):
 
     def check(self, config: RunConfig, method: Method, shapes: Shapes | None = None) -> None:
         adapter = config.adapter
-        if method.full or not self.takes(type(method)):
+        if method.full or not self.takes(type(method)) or "pair" not in KINDS.get(adapter.kind).offers:
             trains = "all weights" if method.full else "no pair of the adapter kind's own"
             for name in OF_A_PAIR:
                 if getattr(adapter, name) != AdapterConfig.model_fields[name].default:

@@ -21,6 +21,7 @@ from cl_runner.methods import METHODS, make_method
 from cl_runner.models.base import load_base
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
+from cl_runner.runs.updates import free_subspace
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.options.initialise import Initialisation
@@ -164,7 +165,7 @@ def _by_hand(place: Place, init: dict[str, Any]) -> None:
             assert off(folded.update(t), learned) < 1e-3
         hand.fold()
         for t, past in room.adapters.past.items():
-            assert off(past.whole, hand.W0[t] + hand.past[t]) < 1e-4 and past.lent is None
+            assert off(past.whole, hand.W0[t] + hand.past[t]) < 1e-4 and not past.lends
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])
@@ -421,4 +422,8 @@ def test_a_run_answers_again_and_in_plain_peft(method: str, init: str, slow: boo
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload().state_dict()
     moved = sum(float((merged[name] - value).double().square().sum()) for name, value in before.items()) ** 0.5
     learned = json.loads((folder / "metrics.json").read_text())["training"]["update_norm"]
+    free = free_subspace(RunDir(tmp_path / "runs/it"), ["dbpedia", "amazon"])
+    pairs = 1 if method in ("seqlora", "pertask") else 2
+    read = pairs * 4 * (1 if init == "orthogonal" else 2)  # A and what it began as, of each pair in the sum
+    assert free == pytest.approx(100 * (1 - read / 192), abs=0.6)
     assert moved > 0 and (slow or moved == pytest.approx(learned, rel=1e-3))  # what was learned, no part of the weight
