@@ -60,7 +60,7 @@ class Adapters:
 
     @property
     def scale(self) -> float:
-        """s of the live pair, alpha / r."""
+        """s of the live pair."""
         return 1.0
 
     # What trains.
@@ -99,6 +99,11 @@ class Adapters:
 
         ``rank``: another than the last one's.
         """
+        raise NotImplementedError
+
+    def begin_from_weight(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+        """Of a pair that was begun: A (r, n) and B (m, r) by target, and s·B A taken off the weight, which answers as
+        before with it."""
         raise NotImplementedError
 
     def rename(self, stage: str) -> None:

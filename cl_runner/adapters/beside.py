@@ -46,7 +46,11 @@ class Beside(Adapters):
 
     @torch.no_grad()
     def fold(self, pair: Pair) -> None:
-        """Add a pair to the sum of past updates of every target, in the order of the calls."""
+        """Add a pair to the sum of past updates of every target, in the order of the calls.
+
+        What it began with of the weight is part of it from now on: a pair of twice the rank.
+        """
+        pair = pair.repaid()
         for target, accumulator in self.past.items():
             if target in pair.A:
                 accumulator.add(pair.update(target, accumulator.weight.device))

@@ -42,6 +42,7 @@ class Layers(Beside):
     """
 
     past_dropout: PastDropout | None = None  # where past pairs read the dropped-out input too
+    began: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # A0, B0 by target: what the live pair has of the weight
     _hooks: Sequence[Any] = ()  # of the terms
     _silent = False  # whether they add nothing
 
@@ -67,10 +68,11 @@ class Layers(Beside):
         targets = config.target_modules or default_targets(model)
         check_targets(model, targets)
         self.target_modules = list(targets)
-        self.rank, self._alpha = config.largest, config.alpha  # of the live pair; a stage may begin with another rank
+        self.rank, self._config = config.largest, config  # of the live pair; a stage may begin with another rank
         peft_config = LoraConfig(
             r=config.largest,
             lora_alpha=config.alpha,
+            use_rslora=config.rslora,
             lora_dropout=config.dropout,
             target_modules=list(targets),
             task_type=self.task_type,
@@ -96,13 +98,14 @@ class Layers(Beside):
         if config.dropout_past and config.dropout:
             self.past_dropout = PastDropout(self.layers, NAME, compute or torch.float32)
         self._stand_beside(self.layers, compute)
+        self._borrow({}, {})
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     @property
     def scale(self) -> float:
-        """s of the live pair, alpha / r."""
-        return self._alpha / self.rank
+        """s of the live pair, alpha / r, or alpha / √r."""
+        return self._config.scale(self.rank)
 
     # The live pair.
 
@@ -130,6 +133,7 @@ class Layers(Beside):
     def begin(self, stage: str, generator: torch.Generator | None = None, rank: int | None = None) -> None:
         """A new pair for ``stage``, as its kind begins one."""
         self.start = None
+        self._borrow({}, {})
         self._resize(rank or self.rank)
         for layer in self.layers.values():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
@@ -137,6 +141,26 @@ class Layers(Beside):
             A.data, B.data = fresh_A.to(A.device), fresh_B.to(B.device)
         self._live(stage)
         self.train(True)
+
+    @torch.no_grad()
+    def begin_from_weight(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+        for target, layer in self.layers.items():
+            layer.lora_A[NAME].weight.data.copy_(A[target])
+            layer.lora_B[NAME].weight.data.copy_(B[target])
+        self._borrow({target: _copy(A[target]) for target in A}, {target: _copy(B[target]) for target in B})
+
+    @torch.no_grad()
+    def _borrow(self, A0: Mapping[str, Tensor], B0: Mapping[str, Tensor]) -> None:
+        """From now on the weight is without s·B0 A0, which the live pair has in its place; without nothing where both
+        are empty."""
+        self.began = A0, B0
+        lender = Pair("", self.rank, self.scale, {}, {}, A0, B0)
+        for target, past in self.past.items():
+            part = lender.lent(target, past.weight.device)
+            if part is None:
+                past.give_back()
+            else:
+                past.lend(part)
 
     def train(self, on: bool) -> None:
         """Whether the parameters ask for gradients, but for those that the kind freezes."""
@@ -230,6 +254,10 @@ class Layers(Beside):
             found.update({f"{target}.{name}": (target, name) for name, _ in term.named_parameters()})
         return {name: found[name] for name in self.parameters() if name in found}
 
+    def learning_rates(self) -> dict[str, float]:
+        ratio = self._config.lr_ratio_B
+        return dict.fromkeys(self.named("B").values(), ratio) if ratio != 1 else {}
+
     def pair(self, stage: str | None = None) -> Pair:
         """A copy of the live pair, or of the factors of terms that all have some of one rank."""
         stage = stage or self.live
@@ -247,6 +275,7 @@ class Layers(Beside):
             self.scale,
             {target: _copy(self.layers[target].lora_A[NAME].weight) for target in self._paired()},
             {target: _copy(self.layers[target].lora_B[NAME].weight) for target in self._paired()},
+            *self.began,
         )
 
     def live_update(self) -> dict[str, Tensor]:
@@ -267,7 +296,8 @@ class Layers(Beside):
     def update_norm(self) -> float | None:
         """‖ΔW‖_F of what the stage has learned, over all targets, of a pair from r × r Gram matrices.
 
-        Of a pair that trains on it is what changed since the stage began. None where nothing is live.
+        Of a pair that trains on, or that began with a part of the weight, it is what changed since the stage began.
+        None where nothing is live.
         """
         if self.live is None:
             return None
@@ -275,11 +305,12 @@ class Layers(Beside):
         if not self._paired():
             return math.sqrt(of_terms)
         square = 0.0
+        A0, B0 = (self.start.A, self.start.B) if self.start else self.began
         for target in self._paired():
             A, B = self.layers[target].lora_A[NAME].weight, self.layers[target].lora_B[NAME].weight
-            if self.start is not None:
-                A = torch.cat([A, self.start.A[target].to(A)])
-                B = torch.cat([B, -self.start.B[target].to(B)], dim=1)
+            if target in A0:
+                A = torch.cat([A, A0[target].to(A)])
+                B = torch.cat([B, -B0[target].to(B)], dim=1)
             square += float(norm((A, B))) ** 2
         if not of_terms:
             return self.scale * math.sqrt(square)
@@ -290,8 +321,10 @@ class Layers(Beside):
         """Put a pair or terms into the layers to answer with; None answers without any."""
         terms = pair if isinstance(pair, Terms) else None
         values = terms.pair if terms else pair
+        self._borrow({}, {})
         if isinstance(values, Pair):
             self._resize(values.rank)
+            self._borrow(values.A0, values.B0)
         for target, layer in self.layers.items():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             if isinstance(values, Pair) and target in values.A:

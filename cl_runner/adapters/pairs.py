@@ -16,7 +16,8 @@ from cl_runner.adapters.folding import Accumulator
 class Pair:
     """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32 on the CPU.
 
-    The update is ``s·B A``. Of a pair that was let go of, both are empty.
+    The update is ``s·B A``, less ``s·B0 A0`` where the pair began with that part of the weight: where it answers, the
+    weight is without it. Of a pair that was let go of, all are empty.
     """
 
     stage: str
@@ -24,6 +25,8 @@ class Pair:
     scale: float
     A: dict[str, Tensor]
     B: dict[str, Tensor]
+    A0: Mapping[str, Tensor] = field(default_factory=dict)
+    B0: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def held(self) -> bool:
@@ -34,9 +37,37 @@ class Pair:
         """The same pair by name, rank and scale alone."""
         return replace(self, A={}, B={})
 
+    def repaid(self) -> Pair:
+        """The same update of the weight as it was: of twice the rank, A over A0, and B beside −B0."""
+        if not self.A0:
+            return self
+        both = {target: self._repaid(target) for target in self.A}
+        A, B = ({target: factors[i] for target, factors in both.items()} for i in (0, 1))
+        return Pair(self.stage, 2 * self.rank, self.scale, A, B)
+
+    def _repaid(self, target: str) -> tuple[Tensor, Tensor]:
+        A, B = self.A[target], self.B[target]
+        if target not in self.A0:
+            return A, B
+        return torch.cat([A, self.A0[target]]), torch.cat([B, -self.B0[target]], dim=1)
+
+    def borrowing(self) -> Pair:
+        """The inverse of ``repaid``, to the bit."""
+        r, halves = self.rank // 2, (slice(self.rank // 2), slice(self.rank // 2, None))
+        A, A0 = ({target: A[rows].clone() for target, A in self.A.items()} for rows in halves)
+        B, minus_B0 = ({target: B[:, rows].contiguous() for target, B in self.B.items()} for rows in halves)
+        return Pair(self.stage, r, self.scale, A, B, A0, {target: -B for target, B in minus_B0.items()})
+
     def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
         """ΔW of a target, (m, n) fp32, computed on ``device``."""
-        return (self.scale * self.B[target].to(device)) @ self.A[target].to(device)
+        A, B = self._repaid(target)
+        return (self.scale * B.to(device)) @ A.to(device)
+
+    def lent(self, target: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """What the weight of a target is without where this pair answers, (m, n) fp32."""
+        if target not in self.A0:
+            return None
+        return (self.scale * self.B0[target].to(device)) @ self.A0[target].to(device)
 
 
 @dataclass(frozen=True, eq=False)

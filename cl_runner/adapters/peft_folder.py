@@ -2,7 +2,8 @@
 
 Pairs stand one under the other (rank R = sum of ranks) while that is smaller than the matrix they add up to; else, and
 after any update without factors, A = I and B = ΔW. Either way every scaling is one number in ``adapter_config.json``,
-so that ``PeftModel.from_pretrained(base, folder)`` needs nothing of ours.
+so that ``PeftModel.from_pretrained(base, folder)`` needs nothing of ours. A pair that borrows from the weight stands
+there with what it began with, as a pair of twice the rank beside the weight as it was.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
     folder.mkdir(parents=True)
     terms = held.shown if isinstance(held.shown, Terms) else None
     live = held.kept.get(held.live or "") if terms is None else None
-    pairs = [*held.folded, *([live] if live else [])]
+    pairs = [*held.folded, *([live.repaid()] if live else [])]
     rank = sum(pair.rank for pair in pairs)
     scale = pairs[0].scale if pairs else 1.0
     tensors: dict[str, Tensor] = {}
@@ -64,9 +65,10 @@ def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
         tensors[_PREFIX + target + _A], tensors[_PREFIX + target + _B] = A.contiguous(), B.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _write_config(folder, layers, alphas)
+    borrows = bool(live and live.A0)
     return Saved(
         "terms" if terms else "adapter" if exact and not dense else "state",
-        tuple(PairOnDisk(pair.stage, pair.rank, pair.scale) for pair in pairs),
+        tuple(PairOnDisk(pair.stage, pair.rank, pair.scale, borrows and pair is pairs[-1]) for pair in pairs),
         tuple(dense),
         held.dense,
     )
@@ -185,7 +187,7 @@ def load_pairs(folder: Path, saved: Saved) -> list[Pair]:
         ratio = about.scale / saved.pairs[0].scale
         A = {target: _aligned(tensors[_PREFIX + target + _A][rows]) for target in _targets(tensors)}
         B = {target: _aligned(tensors[_PREFIX + target + _B][:, rows]) / ratio for target in A}
-        pairs.append(Pair(about.stage, about.rank, about.scale, A, B))
+        pairs.append(_as_held(Pair(about.stage, about.rank, about.scale, A, B), about))
         start += about.rank
     return pairs
 
@@ -200,6 +202,7 @@ def load_sums(folder: Path, dense: Sequence[str]) -> dict[str, Tensor]:
 
 def own_pair_tensors(pair: Pair) -> dict[str, Tensor]:
     """A pair as flat tensors, for the state of a stage from whose adapter it cannot be read back."""
+    pair = pair.repaid()
     named = {f"own.{target}.A": tensor for target, tensor in pair.A.items()}
     named.update({f"own.{target}.B": tensor for target, tensor in pair.B.items()})
     return named
@@ -210,7 +213,11 @@ def load_own_pair(tensors: Mapping[str, Tensor], about: PairOnDisk) -> Pair:
     targets = [name[4:-2] for name in tensors if name.startswith("own.") and name.endswith(".A")]
     A = {target: _aligned(tensors[f"own.{target}.A"]) for target in targets}
     B = {target: _aligned(tensors[f"own.{target}.B"]) for target in targets}
-    return Pair(about.stage, about.rank, about.scale, A, B)
+    return _as_held(Pair(about.stage, about.rank, about.scale, A, B), about)
+
+
+def _as_held(pair: Pair, about: PairOnDisk) -> Pair:
+    return pair.borrowing() if about.borrows else pair
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:

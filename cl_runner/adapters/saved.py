@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 # Where the stage's own factors, or weights, are to be read: side by side in the ``adapter``, in its ``state`` file, in
@@ -13,11 +13,21 @@ Own = Literal["adapter", "state", "terms", "prompts", "model"]
 
 @dataclass(frozen=True)
 class PairOnDisk:
-    """A pair in the sum: of which stage, its rank, its scale."""
+    """A pair in the sum: of which stage, its rank, its scale.
+
+    borrows: the second half of its rows is what the pair began with, and the weight is without where it answers.
+    """
 
     stage: str
     rank: int
     scale: float
+    borrows: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of ``state.json``."""
+        return {"stage": self.stage, "rank": self.rank, "scale": self.scale} | (
+            {"borrows": True} if self.borrows else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Saved:
     def to_json(self) -> dict[str, Any]:
         """Its part of ``state.json``."""
         return {
-            "pairs": [asdict(pair) for pair in self.pairs],
+            "pairs": [pair.to_json() for pair in self.pairs],
             "dense": list(self.dense),
             "dense_stages": list(self.dense_stages),
             "own": self.own,
@@ -45,5 +55,8 @@ class Saved:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Saved:
         """The inverse of ``to_json``."""
-        pairs = tuple(PairOnDisk(pair["stage"], pair["rank"], pair["scale"]) for pair in values["pairs"])
+        pairs = tuple(
+            PairOnDisk(pair["stage"], pair["rank"], pair["scale"], pair.get("borrows", False))
+            for pair in values["pairs"]
+        )
         return cls(values["own"], pairs, tuple(values["dense"]), tuple(values["dense_stages"]))

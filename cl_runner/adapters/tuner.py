@@ -30,7 +30,9 @@ class Tuner(Kind):
 
     offers = frozenset({"update"})
     folds: ClassVar[tuple[Fold, ...]] = ("dense", "keep", "replace")
-    ignores = frozenset({"energy", "max_r", "dropout_past"})
+    ignores = frozenset(
+        {"energy", "max_r", "dropout_past", "rslora", "init", "corda", "init_rows", "lr_ratio_B"}
+    )  # fmt: skip
 
     roles: ClassVar[Mapping[str, str]]
     shared: ClassVar[Mapping[str, str]] = {}  # the same, of parameters that belong to no layer alone

@@ -54,6 +54,9 @@ def _kinds(schema: dict[str, Any]) -> None:
     schema["enum"] = list(KINDS)
 
 
+Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda"]
+
+
 class AdapterConfig(Section):
     """The parameterisation of the update."""
 
@@ -71,6 +74,20 @@ class AdapterConfig(Section):
     )
     max_r: int = Field(default=64, ge=1, description="r auto: largest rank.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
+    rslora: bool = Field(default=False, description="The update is scaled by alpha / √r instead.")
+    init: Init = Field(
+        default="default",
+        description="How a stage's pair begins. A drawn, B zero: default (Kaiming-uniform), gaussian (N(0, 1/r²)); "
+        "both drawn, B A zero: orthogonal. A part of the weight, which gives it up: olora (QR), pissa (its leading "
+        "singular directions), corda (of W·C, C the inputs' covariance). eva: A the leading directions of the inputs.",
+    )
+    corda: Literal["ipm", "kpm"] | None = Field(
+        default=None,
+        description="init corda: the largest components (ipm, instruction-previewed) or the smallest (kpm, "
+        "knowledge-preserved).",
+    )
+    init_rows: int = Field(default=256, ge=1, description="init eva, corda: rows of the stage that inputs are read of.")
+    lr_ratio_B: float = Field(default=1.0, gt=0, description="LoRA+: learning rate of B over A's, training.lr.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     dropout_past: bool = Field(
         default=False,
@@ -100,6 +117,20 @@ class AdapterConfig(Section):
     def largest(self) -> int:
         """The rank, or the largest that may be chosen."""
         return self.max_r if self.r == "auto" else self.r
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether a pair begins from what the target layers read."""
+        return self.init in ("eva", "corda")
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a pair begins with a part of the weight, which the weight is then without."""
+        return self.init in ("olora", "pissa", "corda")
+
+    def scale(self, rank: int) -> float:
+        """s of a pair of that rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 class MethodConfig(BaseModel):

@@ -12,6 +12,7 @@ from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method
+from cl_runner.methods.shared.limits import refuse_borrowing
 from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class PEGO(Method):
         return (("A",), ("B",))
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_borrowing(config, "pego takes B_i A_i for the updates of a group")
         if config.adapter.r == "auto" or config.adapter.r % self.config.group:
             raise UserError(
                 f"method.group: {self.config.group} LoRAs of equal rank need an adapter.r that is a multiple of "

@@ -155,7 +155,7 @@ class Stage(Protocol):
 
     @property
     def scale(self) -> float:
-        """s of the stage's pair, alpha / r."""
+        """s of the stage's pair, alpha / r (``adapter.rslora``: alpha / √r)."""
 
     def factors(self) -> list[FactorGroup]:
         """The live pair and past ones in groups of equal shape."""

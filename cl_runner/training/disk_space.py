@@ -44,8 +44,9 @@ def bytes_to_write(plan: Plan, room: Room, done: int) -> int:
 def _adapter(plan: Plan, room: Room, index: int) -> int:
     """Bytes of an adapter's folder: it has what earlier stages learned in it, where that is folded."""
     alone = plan.method.past_as == "none" or plan.stages[index].start == "base"
-    pairs = 1 if alone else index + 1
-    return room.adapters.folder_bytes(pairs, plan.config.adapter.largest, plan.method.dense, alone)
+    pairs, adapter = 1 if alone else index + 1, plan.config.adapter
+    rank = adapter.largest * (2 if adapter.borrows else 1)  # with what it began with
+    return room.adapters.folder_bytes(pairs, rank, plan.method.dense, alone)
 
 
 def _state(plan: Plan, room: Room, trained: int, index: int) -> int:

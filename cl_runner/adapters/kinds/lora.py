@@ -25,10 +25,12 @@ class Lora(Kind):
     folds = ("factors", "dense", "keep", "replace")
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A Kaiming-uniform as PEFT's, B zero."""
+        """As ``adapter.init`` draws it; of what is made of the weight, or of inputs, as it is until then."""
+        from cl_runner.adapters.initialise import gaussian, orthogonal
         from cl_runner.adapters.pairs import fresh_pair
 
-        return fresh_pair(m, n, rank, generator)
+        draw = {"gaussian": gaussian, "orthogonal": orthogonal}.get(self.config.init, fresh_pair)
+        return draw(m, n, rank, generator)
 
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
         from cl_runner.adapters.targets import default_targets, target_shapes

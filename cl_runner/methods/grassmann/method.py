@@ -61,6 +61,11 @@ class Grassmann(Method):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.stiefel and self.config.reorthogonalise:
             raise UserError("method.reorthogonalise: method.stiefel=true puts A back after each step; leave one out")
+        if self.config.stiefel and (config.adapter.borrows or config.adapter.init == "orthogonal"):
+            raise UserError(
+                f"adapter.init={config.adapter.init}: method.stiefel=true turns A before the first step, and beside "
+                "a B that is not zero the model would answer otherwise; leave one out"
+            )
         n = min((n for _, n in shapes or ()), default=config.adapter.largest)
         if config.adapter.largest >= n and shapes:
             raise UserError(

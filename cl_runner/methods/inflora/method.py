@@ -65,6 +65,10 @@ class InfLoRA(Method):
         self.memories: dict[str, Memory] = {}  # by the first of the targets that share the input
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if config.adapter.init != "default":
+            raise UserError(
+                f"adapter.init={config.adapter.init}: inflora makes A itself, and B begins at zero; leave it out"
+            )
         if self.config.last_threshold < self.config.threshold:
             raise UserError(
                 f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "

@@ -49,6 +49,11 @@ class Reorthogonalisation(Option):
             return
         if method.full:
             raise UserError("method.reorthogonalise: there are no factors under full fine-tuning; leave it out")
+        if config.adapter.borrows and not settings.rescale:
+            raise UserError(
+                f"method.reorthogonalise: with adapter.init={config.adapter.init} the pair holds a part of the weight, "
+                "which a factor that is turned alone would change; set rescale: true, or leave one out"
+            )
         r = config.adapter.largest
         sides = [
             n if factor == "A" else m for m, n in shapes or () for factor in "AB" if settings.on in (factor, "both")

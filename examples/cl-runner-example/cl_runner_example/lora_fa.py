@@ -27,6 +27,7 @@ class LoraFA(Lora):
     paper = "2308.03303"
     offers = Lora.offers - {"A"}
     trains = ("B",)
+    ignores = frozenset({"init", "corda", "init_rows"})  # A is drawn here
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         import torch
