@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.saved import Sized
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Sized):
     """One stage's factors: for every target layer ``A`` (r, n) and ``B`` (m, r), fp32 on the CPU.
 
-    The update is ``s·B A``. Of a pair that was let go of, both are empty.
+    The update is ``s·B A``; ``ranks`` and ``scales`` are of the targets with another r or s. Of a pair that was let go
+    of, A and B are empty.
     """
 
     stage: str
@@ -24,6 +26,8 @@ class Pair:
     scale: float
     A: dict[str, Tensor]
     B: dict[str, Tensor]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def held(self) -> bool:
@@ -31,20 +35,20 @@ class Pair:
         return bool(self.A)
 
     def let_go(self) -> Pair:
-        """The same pair by name, rank and scale alone."""
+        """The same pair by name, ranks and scales alone."""
         return replace(self, A={}, B={})
 
     def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
         """ΔW of a target, (m, n) fp32, computed on ``device``."""
-        return (self.scale * self.B[target].to(device)) @ self.A[target].to(device)
+        return (self.scale_of(target) * self.B[target].to(device)) @ self.A[target].to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class PastFactors:
     """The folded pairs of L target layers of equal shape: constants of a stage, made once, when first asked for.
 
-    ``rank`` is R, the sum of the ranks. The scale s is in none of them. ``grams`` are sums over pairs that were let go
-    of, all of them before those that are held.
+    ``ranks`` are those of the pairs at these layers, ``rank`` is R, their sum. The scale s is in none of them.
+    ``grams`` are sums over pairs that were let go of, all of them before those that are held.
     """
 
     targets: tuple[str, ...]
@@ -53,8 +57,12 @@ class PastFactors:
     grams: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def ranks(self) -> list[int]:
+        return [pair.rank_of(self.targets[0]) for pair in self.pairs]
+
+    @property
     def rank(self) -> int:
-        return sum(pair.rank for pair in self.pairs)
+        return sum(self.ranks)
 
     def rows(self, factor: str) -> Tensor:
         """What the pairs span in the input (A) or the output (B): every A_i (L, R, n), or B_iᵀ (L, R, m), stacked."""
@@ -67,7 +75,7 @@ class PastFactors:
     @cached_property
     def row_weights(self) -> Tensor:
         """``1 / r_i`` of each of the R rows: every pair counts alike, whatever its rank."""
-        ranks = torch.tensor([pair.rank for pair in self.pairs], device=self.device)
+        ranks = torch.tensor(self.ranks, device=self.device)
         return (1 / ranks).repeat_interleave(ranks)
 
     @cached_property
@@ -98,7 +106,7 @@ class PastFactors:
         total = self.grams[factor].clone() if factor in self.grams else None
         for pair in held:
             rows = self._rows_of(pair, factor)
-            mean = rows.mT @ rows / pair.rank
+            mean = rows.mT @ rows / rows.shape[1]
             total = mean if total is None else total.add_(mean)
         assert total is not None, "there are no past pairs"
         return total

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters.kind import OFFERS, Opening, lacking
-from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.kinds.lora import Lora
+from cl_runner.adapters.layers import Layers
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method
 from cl_runner.methods.coso.dense import Dense

@@ -679,7 +679,7 @@ def test_the_penalty_carries_over_sizes() -> None:
             LiveRound.fresh(8, 64, tasks, 4, 1.0, torch.Generator().manual_seed(layer)) for layer in range(layers)
         ]
         terms = {str(i): SimpleNamespace(of={"r": each}) for i, each in enumerate(rounds)}
-        stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, pair_rank=4, index=0)
+        stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, index=0)
         found = CoLoRA(CoLoRA.Config()).penalty(stage)
         assert found is not None
         return float(found.detach())
@@ -692,5 +692,5 @@ def test_no_weights_no_penalty() -> None:
     config = CoLoRA.Config(lambda1=0, lambda2=0)
     rounds = LiveRound.fresh(4, 6, 2, 2, 1.0, torch.Generator())
     terms = {"x": SimpleNamespace(of={"r": rounds})}
-    stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, pair_rank=2)
+    stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms)
     assert CoLoRA(config).penalty(stage) is None
