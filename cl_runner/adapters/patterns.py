@@ -24,6 +24,11 @@ def alphas(config: AdapterConfig, targets: Sequence[str]) -> dict[str, float]:
     return {target: alpha for target, alpha in found.items() if alpha != config.alpha}
 
 
+def exact(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Target → value as patterns that match no other layer: PEFT sorts those that it writes, so that none is first."""
+    return {"^" + re.escape(target) + "$": value for target, value in values.items()}
+
+
 def decided(setting: str, patterns: Mapping[str, Value], targets: Sequence[str]) -> dict[str, Value]:
     """Target → value of the first pattern that matches its name, or an end of it after a dot: PEFT's rule.
 

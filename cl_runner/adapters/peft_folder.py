@@ -7,7 +7,6 @@ so that ``PeftModel.from_pretrained(base, folder)`` needs nothing of ours.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import PairOnDisk, Saved
@@ -150,12 +150,12 @@ def _write_config(folder: Path, layers: Beside, alphas: Mapping[str, tuple[int, 
     from peft import LoraConfig
 
     common, _ = Counter(alphas.values()).most_common(1)[0]
-    other = {"^" + re.escape(target) + "$": found for target, found in alphas.items() if found != common}
+    other = {target: found for target, found in alphas.items() if found != common}
     config = LoraConfig(
         r=common[0],
         lora_alpha=_number(common[1]),
-        rank_pattern={pattern: rank for pattern, (rank, _) in other.items()},
-        alpha_pattern={pattern: _number(alpha) for pattern, (_, alpha) in other.items()},
+        rank_pattern=patterns.exact({target: rank for target, (rank, _) in other.items()}),
+        alpha_pattern=patterns.exact({target: _number(alpha) for target, (_, alpha) in other.items()}),
         target_modules=layers.target_modules,
         lora_dropout=0.0,
         bias="none",
