@@ -90,11 +90,12 @@ class Beside(Adapters):
         """
         if self._reads_all_past():
             return
-        pairs, rank = self.folded, sum(pair.rank for pair in self.folded)
-        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target in self.layers):
+        pairs = self.folded
+        ranks = {target: sum(pair.rank_of(target) for pair in pairs) for target in self.layers}
+        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target, rank in ranks.items()):
             return
         side = max(max(past.base.shape) for past in self.past.values())
-        if "rows" in reads.values() or (reads and rank <= side):
+        if "rows" in reads.values() or (reads and min(ranks.values()) <= side):
             return
         for targets in _by_shape(self._factors()):
             past = self._past(targets)
@@ -140,8 +141,9 @@ class Beside(Adapters):
         total = 0
         for target, past in self.past.items():
             m, n = past.base.shape
-            whole = dense or self.stored_whole(target, pairs * rank, pairs)
-            total += (n + rank if whole else pairs * rank) * (m + n)  # an identity and the sum, its own pair beside it
+            own = self.ranks.get(target, rank)
+            whole = dense or self.stored_whole(target, pairs * own, pairs)
+            total += (n + own if whole else pairs * own) * (m + n)  # an identity and the sum, its own pair beside it
         return 4 * total
 
     def _pairs_changed(self) -> None:

@@ -58,6 +58,27 @@ class Opening:
     folder: ModelFolder | None = None
 
 
+class Shape(tuple[int, int]):
+    """(m, n), out by in, of a target layer whose pair has a rank of its own (``adapter.rank_pattern``)."""
+
+    rank: int
+
+    def __new__(cls, m: int, n: int, rank: int) -> Shape:
+        made = super().__new__(cls, (m, n))
+        made.rank = rank
+        return made
+
+
+def shapes_with_ranks(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> list[tuple[int, int]]:
+    """(m, n) of every target, that of one with a rank of its own as a ``Shape``."""
+    return [Shape(*shape, ranks[target]) if target in ranks else shape for target, shape in shapes.items()]
+
+
+def rank_at(config: AdapterConfig, shape: tuple[int, int]) -> int:
+    """The rank of the pair at a layer, or the largest that may be chosen."""
+    return shape.rank if isinstance(shape, Shape) else config.largest
+
+
 class Kind:
     """An adapter kind. Class attributes are what ``cl-runner list adapters`` and ``list compatibility`` print."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.beside import Beside
 from cl_runner.adapters.kind import NAME, Opening
@@ -48,7 +49,7 @@ class Tuned(Beside):
         self.kind = kind
         self.name_or_path, self.revision = opening.name_or_path, opening.revision
         self.task_type = "SEQ_2_SEQ_LM" if opening.encoder_decoder else "CAUSAL_LM"
-        self.target_modules = list(kind.config.target_modules or kind.default_targets(opening.model))
+        self.target_modules = kind.targets(opening.model)
         kind.shapes(opening.model)
         with quiet():
             self.peft_config = kind.peft_config(target_modules=list(self.target_modules), task_type=self.task_type)
@@ -78,11 +79,14 @@ class Tuned(Beside):
             for layer in layers.values():
                 _compute_in_fp32(layer)
         self._stand_beside(layers, compute)
-        self.rank = kind.config.largest
+        self.rank, self.ranks = kind.config.largest, patterns.ranks(kind.config, list(layers))
 
     @property
     def scale(self) -> float:
         return self.kind.scale
+
+    def scale_of(self, target: str) -> float:
+        return self.kind.scale_at(self.layers[target])
 
     def _named(self, name: str) -> str:
         """Our name of a tensor: without PEFT's own parts, and of what is shared its last part alone."""
@@ -186,7 +190,10 @@ class Tuned(Beside):
         assert stage is not None, "nothing is live"
         A = {target: _copy(pair[0]) for target, pair in factors.items()}
         B = {target: _copy(pair[1]) for target, pair in factors.items()}
-        return Pair(stage, len(next(iter(A.values()))), self.scale, A, B)
+        rank = len(next(iter(A.values())))
+        ranks = {target: len(rows) for target, rows in A.items() if len(rows) != rank}
+        scales = {target: s for target in A if (s := self.scale_of(target)) != self.scale}
+        return Pair(stage, rank, self.scale, A, B, ranks, scales)
 
     # What answers, and what becomes of it.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import peft_folder
+from cl_runner.adapters import patterns, peft_folder
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import Saved
@@ -51,6 +51,9 @@ def _write_native(where: Path, adapters: Tuned, values: Values) -> None:
     config = copy.deepcopy(adapters.peft_config)
     config.base_model_name_or_path, config.revision = adapters.name_or_path, adapters.revision
     config.inference_mode = True
+    if adapters.kind.config.patterns:
+        config.rank_pattern = patterns.exact(adapters.ranks)
+        config.alpha_pattern = patterns.exact(patterns.alphas(adapters.kind.config, list(adapters.layers)))
     config.target_modules = sorted(adapters.target_modules)  # PEFT's set has another order in every process
     config.save_pretrained(str(where))
 

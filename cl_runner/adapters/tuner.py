@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_runner.adapters.kind import NAME, Fold, Kind, Opening
+from cl_runner.adapters.kind import NAME, Fold, Kind, Opening, shapes_with_ranks
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ class Tuner(Kind):
     offers = frozenset({"update"})
     folds: ClassVar[tuple[Fold, ...]] = ("dense", "keep", "replace")
     ignores = frozenset(
-        {"energy", "max_r", "dropout_past", "rslora", "init", "corda", "init_rows", "lr_ratio_B"}
+        {
+            "energy", "max_r", "dropout_past", "rslora", "init", "corda", "init_rows", "lr_ratio_B", "rank_pattern",
+            "alpha_pattern",
+        }
     )  # fmt: skip
 
     roles: ClassVar[Mapping[str, str]]
@@ -69,6 +72,12 @@ class Tuner(Kind):
 
         return default_targets(model)
 
+    def targets(self, model: nn.Module) -> list[str]:
+        """The layers it adapts, by the endings of their names. Raises UserError."""
+        from cl_runner.adapters.target_sets import chosen_targets
+
+        return chosen_targets(model, self.config.target_modules, self.default_targets)
+
     def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
         """ΔW (m, n) of PEFT's layer, fp32, in the graph of its parameters; ``weight`` is W (m, n) fp32."""
         delta: Tensor = layer.get_delta_weight(NAME)
@@ -82,6 +91,10 @@ class Tuner(Kind):
     def scale(self) -> float:
         """s of the factors."""
         return 1.0
+
+    def scale_at(self, layer: Any) -> float:
+        """s of the factors in one of PEFT's layers."""
+        return self.scale
 
     def learning_rates(self) -> Mapping[str, float]:
         """Role → its learning rate over ``training.lr``, where that is not 1."""
@@ -106,13 +119,15 @@ class Tuner(Kind):
             refuse_conv1d(model, targets, self.name)
 
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
+        from cl_runner.adapters import patterns
         from cl_runner.adapters.targets import target_shapes
 
-        targets = self.config.target_modules or self.default_targets(model)
+        targets = self.targets(model)
         found = target_shapes(model, targets)
         self.check_model(model, targets)
         self.check(found)
-        return list(found.values())
+        patterns.alphas(self.config, list(found))
+        return shapes_with_ranks(found, patterns.ranks(self.config, list(found)))
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.tuned import Tuned

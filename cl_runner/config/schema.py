@@ -6,7 +6,9 @@ This file says what there is; ``settings/`` says where a value comes from (prese
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from math import inf
 from typing import Any, Literal
 
 from pydantic import (
@@ -15,6 +17,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
 )
@@ -23,6 +26,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES
 
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
+TARGET_SETS = ("qv", "attention", "mlp", "all-linear")  # names that stand for layers in ``adapter.target_modules``
 
 
 class Section(BaseModel):
@@ -55,6 +59,11 @@ def _kinds(schema: dict[str, Any]) -> None:
 
 
 Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda"]
+
+
+def _one_or_many(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``adapter.target_modules``: one name is a list of one."""
+    schema["anyOf"].append({"type": "string"})
 
 
 class AdapterConfig(Section):
@@ -96,7 +105,17 @@ class AdapterConfig(Section):
     )
     target_modules: list[str] | None = Field(
         default=None,
-        description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
+        description="Names (endings) of the linear layers to adapt, sets of them (qv, attention, mlp, all-linear), or "
+        "both; default: query and value of the model, as PEFT has them.",
+        json_schema_extra=_one_or_many,
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="Layers with another rank than r, {name, ending or regular expression: rank}: the first that a "
+        "layer's name matches counts, as in PEFT.",
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Layers with another alpha, likewise; their update is scaled by it / rank."
     )
 
     @field_validator("r", mode="before")
@@ -113,9 +132,33 @@ class AdapterConfig(Section):
         ignored = KINDS.get(self.kind).ignores if self.kind != LORA else ()
         return {name: value for name, value in values.items() if name not in ignored}
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any, info: ValidationInfo) -> Any:
+        ranks = info.field_name == "rank_pattern"
+        kinds, what = ((int,), "a whole number, 1 or more") if ranks else ((int, float), "a number over 0")
+        for key, number in value.items() if isinstance(value, Mapping) else ():
+            if type(number) not in kinds or not 0 < number < inf:
+                raise ValueError(f"must be {what}, at '{key}'")
+            try:
+                re.compile(str(key))
+            except re.error as error:
+                raise ValueError(f"is no regular expression, at '{key}': {error}") from None
+        return value
+
+    @property
+    def patterns(self) -> list[str]:
+        """The settings that give some layers a rank or an alpha of their own, as far as they are set."""
+        return [name for name in ("rank_pattern", "alpha_pattern") if getattr(self, name)]
+
     @property
     def largest(self) -> int:
-        """The rank, or the largest that may be chosen."""
+        """The rank where no pattern says another, or the largest that may be chosen."""
         return self.max_r if self.r == "auto" else self.r
 
     @property
@@ -128,9 +171,9 @@ class AdapterConfig(Section):
         """Whether a pair begins with a part of the weight, which the weight is then without."""
         return self.init in ("olora", "pissa", "corda")
 
-    def scale(self, rank: int) -> float:
-        """s of a pair of that rank."""
-        return self.alpha / (rank**0.5 if self.rslora else rank)
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """s of a pair of that rank; ``alpha``: another than the setting."""
+        return (self.alpha if alpha is None else alpha) / (rank**0.5 if self.rslora else rank)
 
 
 class MethodConfig(BaseModel):
@@ -199,6 +242,10 @@ class DataConfig(Section):
     )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
+    chat_template: bool = Field(
+        default=False,
+        description="The input is what the user says in the model's own chat template, and the label the model's turn.",
+    )
     truncate: Literal["text", "tail", "reference"] = Field(
         default="text",
         description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "

@@ -139,6 +139,8 @@ def check_override(config: type[Section], key: str, sections: tuple[str, ...], w
         return f"{section} settings are not set by {whose}; only {', '.join(sections)} settings are"
     if key == "method.name":
         return "the method is one for the whole order"
+    if key == "data.chat_template":
+        return "the chat template is for the whole order, or not at all"
     kind = section_of(config, section)
     assert kind is not None
     first, _, inner = name.partition(".")

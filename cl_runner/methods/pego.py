@@ -47,11 +47,18 @@ class PEGO(Method):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "pego takes B_i A_i for the updates of a group")
-        if config.adapter.r == "auto" or config.adapter.r % self.config.group:
+        group, adapter = self.config.group, config.adapter
+        if adapter.r == "auto" or adapter.r % group:
             raise UserError(
-                f"method.group: {self.config.group} LoRAs of equal rank need an adapter.r that is a multiple of "
-                f"{self.config.group}, not {config.adapter.r}"
+                f"method.group: {group} LoRAs of equal rank need an adapter.r that is a multiple of {group}, not "
+                f"{adapter.r}"
             )
+        for key, rank in adapter.rank_pattern.items():
+            if rank % group:
+                raise UserError(
+                    f"adapter.rank_pattern: {group} LoRAs of equal rank (method.group) need a multiple of {group}, not "
+                    f"'{key}: {rank}'"
+                )
 
     def reads_past(self) -> Mapping[str, str]:
         return {}

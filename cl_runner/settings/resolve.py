@@ -336,7 +336,12 @@ def differing(a: RunConfig, b: RunConfig) -> list[Key]:
     absent = object()
     ours, theirs = dict(settings_of(a)), dict(settings_of(b))
     paths = [*ours, *(path for path in theirs if path not in ours)]
-    return [path for path in paths if ours.get(path, absent) != theirs.get(path, absent)]
+    return [path for path in paths if _ordered(ours.get(path, absent)) != _ordered(theirs.get(path, absent))]
+
+
+def _ordered(value: Any) -> Any:
+    """A value to compare: of a mapping the order counts too, as of patterns the first one does."""
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def difference(a: RunConfig, b: RunConfig) -> list[str]:

@@ -29,6 +29,7 @@ class Dora(Tuner):
     equation = "ΔW = m ∘ (W + s·B A) / ‖W + s·B A‖_row − W, s = alpha / r"
     paper = "2402.09353"
     offers = frozenset({"A", "B", "pair", "factors", "update"})
+    ignores = Tuner.ignores - {"rank_pattern", "alpha_pattern"}
     roles: ClassVar = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector.weight": "magnitude"}
     trains = ("A", "B", "magnitude")
     takes_conv1d = True
@@ -38,11 +39,15 @@ class Dora(Tuner):
         from peft import LoraConfig
 
         own = self.config
-        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, use_dora=True, **common)
+        patterns = {"rank_pattern": dict(own.rank_pattern), "alpha_pattern": dict(own.alpha_pattern)}
+        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, use_dora=True, **patterns, **common)
 
     @property
     def scale(self) -> float:
         return float(self.config.alpha / self.config.r)
+
+    def scale_at(self, layer: Any) -> float:
+        return float(layer.scaling[NAME])
 
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
@@ -58,7 +63,7 @@ class Dora(Tuner):
 
         A, B = self.factors(layer)
         W = weight()
-        direction = W + self.scale * (B @ A)
+        direction = W + self.scale_at(layer) * (B @ A)
         length = torch.linalg.vector_norm(direction, dim=1).detach()
         magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
         delta: Tensor = (magnitude / length)[:, None] * direction - W
@@ -70,4 +75,7 @@ class Dora(Tuner):
         return A, B
 
     def trained_count(self, layers: Shapes) -> int:
-        return sum(self.config.r * (m + n) + m for m, n in layers.values())
+        from cl_runner.adapters import patterns
+
+        ranks = patterns.ranks(self.config, list(layers))
+        return sum(ranks.get(target, self.config.r) * (m + n) + m for target, (m, n) in layers.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, shapes_with_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,13 @@ class Lora(Kind):
         return draw(m, n, rank, generator)
 
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        from cl_runner.adapters.targets import default_targets, target_shapes
+        from cl_runner.adapters import patterns
+        from cl_runner.adapters.target_sets import chosen_targets
+        from cl_runner.adapters.targets import target_shapes
 
-        return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
+        found = target_shapes(model, chosen_targets(model, self.config.target_modules))
+        patterns.alphas(self.config, list(found))
+        return shapes_with_ranks(found, patterns.ranks(self.config, list(found)))
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

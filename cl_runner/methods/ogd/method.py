@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
@@ -110,4 +111,4 @@ class OGD(Sequential):
 
 def pair_parameters(config: RunConfig, shapes: Sequence[tuple[int, int]]) -> int:
     """Parameters of the pairs (at most, where their rank is chosen)."""
-    return sum(config.adapter.largest * (m + n) for m, n in shapes)
+    return sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)

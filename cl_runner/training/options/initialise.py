@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import AdapterConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
@@ -54,12 +55,12 @@ class Initialisation(Option):
                 if getattr(adapter, name) != AdapterConfig.model_fields[name].default:
                     raise UserError(f"adapter.{name}: {method.name} trains {trains}; leave it out")
         _check_settings(adapter)
-        if shapes and self.wanted(config, method) and adapter.r != "auto":
-            least = min(min(shape) if adapter.borrows else shape[1] for shape in shapes)
-            if adapter.r > least:
+        for shape in (shapes or ()) if self.wanted(config, method) and adapter.r != "auto" else ():
+            r, most = rank_at(adapter, shape), min(shape) if adapter.borrows else shape[1]
+            if r > most:
                 raise UserError(
-                    f"adapter.r: adapter.init={adapter.init} takes {adapter.r} directions of each layer, and one has "
-                    f"{least}; set it to that or less"
+                    f"adapter.r: adapter.init={adapter.init} takes {r} directions of each layer, and one has {most}; "
+                    "set it to that or less"
                 )
 
     def notes(self, stages: Sequence[tuple[RunConfig, Method, int]]) -> list[str]:
@@ -126,10 +127,11 @@ def _check_settings(adapter: AdapterConfig) -> None:
         raise UserError("adapter.init=corda: set adapter.corda to ipm (the largest components) or kpm (the smallest)")
     if adapter.init != "corda" and adapter.corda is not None:
         raise UserError(f"adapter.corda: adapter.init is {adapter.init}; leave it out, or set adapter.init=corda")
-    if adapter.init == "orthogonal" and (adapter.r == "auto" or adapter.r % 2):
-        raise UserError(
-            f"adapter.init=orthogonal: half of the rank is A's, half B's, and adapter.r is {adapter.r}; set an even one"
-        )
+    for name, r in (("adapter.r", adapter.r), *(("adapter.rank_pattern", r) for r in adapter.rank_pattern.values())):
+        if adapter.init == "orthogonal" and (r == "auto" or r % 2):
+            raise UserError(
+                f"adapter.init=orthogonal: half of the rank is A's, half B's, and {name} is {r}; set an even one"
+            )
 
 
 def _ranks(stage: StageRun) -> dict[str, int]:
@@ -166,10 +168,10 @@ def _of_weight(
     """Each target with the A (r, n) and B (m, r) that it takes of its weight. *Collective*."""
     from cl_runner.adapters.initialise import context_part, qr_part, singular_part
 
-    adapter, scale = stage.config.adapter, stage.scale
+    adapter = stage.config.adapter
     of_target = {target: moment for targets, moment in moments.items() for target in targets}
     for target, rank in _ranks(stage).items():
-        W = stage.whole_weight(target)
+        W, scale = stage.whole_weight(target), stage.scale_of(target)
         if adapter.init == "olora":
             A, B = qr_part(W, rank)
         elif adapter.init == "pissa":
