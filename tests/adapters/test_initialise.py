@@ -186,7 +186,9 @@ def test_rslora_answers_and_lies_on_disk_with_its_scale(family: str, tmp_path: P
 def borrow(adapters: Layers, stage: str = "one", seed: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A new pair that holds a large part of each weight: of all that is in it, its leading singular directions."""
     adapters.begin(stage, torch.Generator().manual_seed(seed))
-    pairs = {t: singular_part(past.whole, adapters.rank, adapters.scale) for t, past in adapters.past.items()}
+    pairs = {
+        t: singular_part(past.whole, adapters.rank_of(t), adapters.scale_of(t)) for t, past in adapters.past.items()
+    }
     A, B = ({t: factors[i] for t, factors in pairs.items()} for i in (0, 1))
     adapters.begin_from_weight(A, B)
     return A, B
@@ -199,6 +201,9 @@ def move(adapters: Layers, seed: int = 5) -> None:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=dice)
 
 
+PATTERNS: dict[str, Any] = {"ranks": {"q(_proj)?": 3}, "alphas": {"v(_proj)?": 5.0}}
+
+
 def zero(adapters: Layers) -> Pair:
     return random_pair(adapters, "zero", size=0.1)
 
@@ -207,7 +212,7 @@ def learned(adapters: Layers, A0: dict[str, Tensor], B0: dict[str, Tensor]) -> d
     """s (B A − B0 A0) by the definition, fp64."""
     now = adapters.parameters()
     return {
-        t: adapters.scale
+        t: adapters.scale_of(t)
         * (now[f"{t}.lora_B"].double() @ now[f"{t}.lora_A"].double() - B0[t].double() @ A0[t].double()).detach()
         for t in A0
     }
@@ -227,7 +232,7 @@ def test_base_and_pair_answer_as_before_and_what_changes_is_the_update(family: s
     assert off(logits(adapters.model), before) < 1e-5
     assert adapters.update_norm() == pytest.approx(0, abs=1e-6)
     for target, accumulator in adapters.past.items():
-        kept = accumulator.whole - adapters.scale * B0[target] @ A0[target]
+        kept = accumulator.whole - adapters.scale_of(target) * B0[target] @ A0[target]
         assert off(accumulator.base.float() + accumulator.applied(), kept) < 1e-6  # the weight is without it
         assert off(kept, accumulator.whole) > 0.1
         assert (accumulator.sum is None) == (not past)  # and it is no past update
@@ -258,9 +263,9 @@ def test_base_and_pair_answer_as_before_and_what_changes_is_the_update(family: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_disk_it_is_a_plain_pair_beside_the_weight_as_it_was(family: str, tmp_path: Path) -> None:
     """Kept and folded, alone and after another; a second stage begins rightly from either."""
-    base = base_model(family)
+    base, more = base_model(family), PATTERNS if family in ("t5", "llama") else {}
     for past in (False, True):
-        adapters = adapters_of(copy.deepcopy(base), family)
+        adapters = adapters_of(copy.deepcopy(base), family, **more)
         if past:
             adapters.fold(zero(adapters))
         borrow(adapters)
@@ -274,7 +279,7 @@ def test_on_disk_it_is_a_plain_pair_beside_the_weight_as_it_was(family: str, tmp
         own = own_pair(tmp_path / f"kept{past}", "one", kept, tensors)
         for ours, theirs in ((own.A, live.A), (own.B, live.B), (own.A0, live.A0), (own.B0, live.B0)):
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[t], theirs[t]) for t in ours)
-        again = adapters_of(copy.deepcopy(base), family)
+        again = adapters_of(copy.deepcopy(base), family, **more)
         held = load_adapter(
             tmp_path / f"kept{past}",
             "one",
@@ -306,13 +311,20 @@ def test_on_disk_it_is_a_plain_pair_beside_the_weight_as_it_was(family: str, tmp
 
 
 def test_a_pair_is_repaid_and_borrows_again_to_the_bit() -> None:
-    adapters = adapters_of(base_model("t5"), r=3)
+    adapters = adapters_of(base_model("t5"), **PATTERNS)
     borrow(adapters)
     move(adapters)
     pair = adapters.pair()
     whole = pair.repaid()
-    assert whole.rank == 6 and whole.repaid() is whole and not whole.A0
+    assert (
+        whole.rank == 4
+        and set(whole.ranks.values()) == {6}
+        and whole.scales == pair.scales
+        and whole.repaid() is whole
+        and not whole.A0
+    )
     again = whole.borrowing()
+    assert (again.rank, again.scale, again.ranks, again.scales) == (pair.rank, pair.scale, pair.ranks, pair.scales)
     for name in ("A", "B", "A0", "B0"):
         assert all(torch.equal(getattr(again, name)[t], tensor) for t, tensor in getattr(pair, name).items())
     assert all(torch.equal(pair.update(t), whole.update(t)) for t in pair.A)

@@ -78,13 +78,18 @@ def naive(init: dict[str, Any], W: Any, C: Any, r: int, s: float) -> Any:
     return (U[:, chosen] * sigma[chosen]) @ Vh[chosen] @ np.linalg.inv(turn)
 
 
+PATTERNS = {"rank_pattern": {r"v(_proj)?": 4}, "alpha_pattern": {r"v(_proj)?": 6.0}, "rslora": True}
+
+
 def _taken(place: Place, kind: Kind, init: dict[str, Any]) -> dict[str, Tensor]:
-    stage = begun(place, init, kind)
+    stage = begun(place, {**init, **PATTERNS}, kind)
+    assert {stage.rank_of(t) for t in stage.named("A")} == {2, 4}
+    assert {stage.scale_of(t) for t in stage.named("A")} == {4 / 2**0.5, 6 / 2}
     pair, moments = stage.adapters.pair(), {}
     if init["init"] == "corda":
         moments = {t: C.numpy() for t, C in moments_by_hand(stage.room, kind, rows_of(stage.plan).examples).items()}
     for target, past in stage.adapters.past.items():
-        wanted = naive(init, past.base, moments.get(target), stage.pair_rank, stage.scale)
+        wanted = naive(init, past.base, moments.get(target), stage.rank_of(target), stage.scale_of(target))
         found = pair.lent(target)
         assert found is not None and np.linalg.norm(found.double().numpy() - wanted) < 1e-4 * np.linalg.norm(wanted)
         assert off(past.weight, past.base - found) < 1e-6
@@ -198,7 +203,7 @@ def test_lora_plus_trains_b_at_a_rate_of_its_own(optimizer: str) -> None:
 def _rslora(place: Place) -> None:
     room, config = order_room(place, "inclora", adapter__rslora=True, adapter__r=4)
     hand = ByHand(room)
-    assert hand.scale == room.adapters.scale == 2.0  # 4 / √4
+    assert room.adapters.scale == 2.0  # 4 / √4
     hand.begin(room, config, 0)
     learn(room, config, 0)
     hand.train(config, 0, rows_of(room.order[0]))
@@ -338,6 +343,7 @@ REFUSED = [
     ("inclora", "corda=ipm", "adapter.corda: adapter.init is default; leave it out, or set adapter.init=corda"),
     ("inclora", "init=orthogonal r=3", EVEN.format(3)),
     ("inclora", "init=orthogonal r=auto", EVEN.format("auto")),
+    ("inclora", 'init=orthogonal r=4 rank_pattern={"q":3}', "adapter.rank_pattern is 3; set an even one"),
     (
         "inclora",
         "init=pissa r=200",
