@@ -9,7 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_runner.adapters.kind import NAME, Fold, Kind, Opening
+from pydantic import Field, field_validator
+
+from cl_runner.adapters.kind import NAME, Fold, Kind, Opening, Shapes
+from cl_runner.config.schema import AdapterConfig
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +22,10 @@ if TYPE_CHECKING:
     from cl_runner.adapters.base import Adapters
     from cl_runner.adapters.folding import Accumulator
 
-Shapes = Mapping[str, tuple[int, int]]  # target → (m, n), out by in
+
+def rate(ratio: float, published: str) -> Any:
+    """The setting ``lr_ratio`` of a kind; ``published``: where its default is from."""
+    return Field(default=ratio, gt=0, description=f"Learning rate over training.lr, which is LoRA's ({published}).")
 
 
 class Tuner(Kind):
@@ -28,9 +34,23 @@ class Tuner(Kind):
     ``roles``: PEFT's name of a parameter in a layer → what it is there; those that train.
     """
 
+    class Config(AdapterConfig):
+        """Settings of every such kind."""
+
+        unused: ClassVar = frozenset({"energy", "max_r", "dropout_past"})
+        r: int = Field(default=8, description="Rank.")
+        lr_ratio: float = rate(1.0, "no other is published")
+
+        @field_validator("r", mode="before")
+        @classmethod
+        def _rank(cls, value: Any) -> Any:
+            if type(value) is not int or value < 1:
+                raise ValueError("must be a whole number, 1 or more")
+            return value
+
+    by_shape = True
     offers = frozenset({"update"})
     folds: ClassVar[tuple[Fold, ...]] = ("dense", "keep", "replace")
-    ignores = frozenset({"energy", "max_r", "dropout_past"})
 
     roles: ClassVar[Mapping[str, str]]
     shared: ClassVar[Mapping[str, str]] = {}  # the same, of parameters that belong to no layer alone
@@ -82,11 +102,10 @@ class Tuner(Kind):
         return 1.0
 
     def learning_rates(self) -> Mapping[str, float]:
-        """Role → its learning rate over ``training.lr``, where that is not 1."""
+        """Role → its learning rate over the other roles', where that is not 1."""
         return {}
 
     def trained_count(self, layers: Shapes) -> int:
-        """How many numbers train, of target layers with their (m, n)."""
         raise NotImplementedError
 
     def stored_count(self, layers: Shapes) -> float:
@@ -103,14 +122,14 @@ class Tuner(Kind):
         if not self.takes_conv1d:
             refuse_conv1d(model, targets, self.name)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
+    def layers(self, model: nn.Module) -> Shapes:
         from cl_runner.adapters.targets import target_shapes
 
         targets = self.config.target_modules or self.default_targets(model)
         found = target_shapes(model, targets)
         self.check_model(model, targets)
         self.check(found)
-        return list(found.values())
+        return found
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.tuned import Tuned

@@ -7,9 +7,17 @@ This file says what there is; ``settings/`` says where a value comes from (prese
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES
@@ -49,6 +57,8 @@ def _kinds(schema: dict[str, Any]) -> None:
 class AdapterConfig(Section):
     """The parameterisation of the update."""
 
+    unused: ClassVar[frozenset[str]] = frozenset()  # those of these that a kind has no use for: refused, never shown
+
     kind: str = Field(
         default="lora",
         description="Adapter kind, which may have settings of its own beside these (cl-runner list adapters).",
@@ -81,10 +91,19 @@ class AdapterConfig(Section):
             raise ValueError("must be a whole number, 1 or more, or auto")
         return value
 
+    @model_serializer(mode="wrap")
+    def _used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in whole(self).items() if name not in self.unused}
+
     @property
     def largest(self) -> int:
         """The rank, or the largest that may be chosen."""
         return self.max_r if self.r == "auto" else self.r
+
+
+def settings_of_kind(kind: str) -> type[AdapterConfig]:
+    """The settings of an adapter kind. Raises UserError where there is none of that name."""
+    return AdapterConfig if kind == LORA else KINDS.get(kind).Config
 
 
 class MethodConfig(BaseModel):
@@ -296,10 +315,10 @@ class RunConfig(Section):
         if not isinstance(value, Mapping) or value.get("kind", LORA) == LORA:
             return value
         try:
-            found = KINDS.get(str(value["kind"]))
+            found = settings_of_kind(str(value["kind"]))
         except UserError as error:
             raise ValueError(str(error)) from None
-        return found.Config.model_validate(value)
+        return found.model_validate(value)
 
     def at(self, position: int, task: str | None) -> RunConfig:
         """The config of one stage: ours with what is set for its task, then for its position (from 1)."""

@@ -73,14 +73,16 @@ class Plan:
         """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
         stages = [(config, make_method(config)) for config in self._configs()]
         options = [option for option in make_options() if option.by_shape]
-        if not any(method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages):
+        wanted = any(method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages)
+        if not (wanted or self.kind.by_shape):
             return
         from cl_runner.models.base import outline
 
         model = outline(self.config.model)
         if model is not None:
             shapes = self.kind.shapes(model)
-            check_method(self.config, self.stages, shapes)
+            self.method.trained = self.kind.trained_count(self.kind.layers(model))
+            check_method(self.config, self.stages, shapes, self.method.trained)
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters.kind import OFFERS, Opening, lacking
-from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.kinds.lora import Lora
+from cl_runner.adapters.layers import Layers
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method
 from cl_runner.methods.coso.dense import Dense
@@ -29,7 +29,7 @@ class FrozenA(Lora):
 
     name = "frozen-a"
     title = "a pair whose A is frozen"
-    offers = frozenset({"B", "factors", "update", "terms"})
+    offers = Lora.offers - {"A"}
     trains = ("B",)
 
 
@@ -172,6 +172,8 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
             chosen = method.kind(tiny_config(method__name=name))
             if kind in ("lora", chosen):  # the setting's default, or what the method chooses itself
                 assert fitting_kind(config, method).name == chosen
+            elif table[name][kind] == "yes" and kind != "full" and chosen == "lora":
+                assert fitting_kind(config, method).name == kind
             else:
                 with pytest.raises(UserError, match=r"^adapter\.kind: "):
                     fitting_kind(config, method)
@@ -182,12 +184,26 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
     assert call("list", "compatibility", "--json", cwd=tmp_path).json["compatibility"] == list(table.values())
 
 
+TUNED = [name for name in KINDS.ours if name not in ("lora", "full", "prompts")]
+ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd"}
+FACTORS_THAT_TRAIN = {"olora", "nlora", "sparse-orth", "grassmann", "clora", "pego"}
+PAIR = {"migu", "inflora", "hard-orth", "soft-orth"}
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_each_kind_goes_with_what_it_can_do(kind: str) -> None:
+    """Penalties on factors only where these train; rules on rows of A and B only where a pair is one's own."""
+    fits = {row["method"] for row in compatibility() if row[kind] == "yes"} & set(METHODS.ours)
+    more = {"dora": FACTORS_THAT_TRAIN | PAIR, "vblora": FACTORS_THAT_TRAIN, "tied-lora": FACTORS_THAT_TRAIN}
+    assert fits == ANY_UPDATE | more.get(kind, set())
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (
             ("olora", "adapter.kind=prompts"),
-            "olora needs a factor A that trains, which prompts does not offer; lora would",
+            "olora needs a factor A that trains, which prompts does not offer; lora, dora, vblora, tied-lora would do",
         ),
         (("l2p", "adapter.kind=full"), "full, and l2p trains vectors before the input"),
         (("ewc", "adapter.kind=full"), "full is what method.train=full chooses; set that for ewc"),

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +16,10 @@ if TYPE_CHECKING:
 class Dora(Tuner):
     """Lengths by output row, as PEFT has them (the paper prints columns); their norm is constant in the gradient."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of dora."""
 
-        r: int = Field(default=8, ge=1, description="Rank of the pair.")
+        lr_ratio: float = rate(1.0, "published: 2e-4, LoRA 2e-4")
 
     name = "dora"
     title = "a low-rank pair for the direction of each row, a vector for its length"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import Shapes
+from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 class LoKr(Tuner):
     """Each factor is whole where that is smaller than a low-rank product, PEFT's rule."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of lokr."""
 
-        r: int = Field(default=8, ge=1, description="Rank of a factor that is a low-rank product.")
+        unused: ClassVar = Tuner.Config.unused | {"dropout"}
+        r: int = Field(default=8, description="Rank of a factor that is a low-rank product.")
         alpha: float = Field(default=8.0, gt=0, description="The update is scaled by alpha / r.")
         decompose_both: bool = Field(default=False, description="The small factor may be a low-rank product too.")
         factor: int = Field(
             default=-1, ge=-1, description="Width of the small factor; -1: as near as can be to square."
         )
+        lr_ratio: float = rate(1.0, "PEFT's comparison of methods: 1e-4, LoRA 1e-4; with factor 4 3e-3")
 
     name = "lokr"
     title = "a Kronecker product of a small matrix and a low-rank one"
     equation = "ΔW = s·C ⊗ (B A), s = alpha / r"
     paper = "2212.10650"
-    ignores = Tuner.ignores | {"dropout"}
     roles: ClassVar = {
         "lokr_w1": "C", "lokr_w1_a": "C_B", "lokr_w1_b": "C_A", "lokr_w2": "D", "lokr_w2_a": "B", "lokr_w2_b": "A"
     }  # fmt: skip

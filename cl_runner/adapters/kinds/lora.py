@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,15 @@ class Lora(Kind):
 
         return fresh_pair(m, n, rank, generator)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
+    def layers(self, model: nn.Module) -> Shapes:
         from cl_runner.adapters.targets import default_targets, target_shapes
 
-        return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
+        return target_shapes(model, self.config.target_modules or default_targets(model))
+
+    def trained_count(self, layers: Shapes) -> int:
+        """Of the largest rank, where it is chosen."""
+        sides = sum(("A" in self.trains) * n + ("B" in self.trains) * m for m, n in layers.values())
+        return int(self.config.largest) * sides
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

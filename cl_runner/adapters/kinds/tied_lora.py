@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, kaiming_uniform
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +18,6 @@ class TiedLora(Tuner):
 
     That is the published form where query, key and value are one fused layer whose B has three parts.
     """
-
-    class Config(AdapterConfig):
-        """Settings of tied-lora."""
-
-        r: int = Field(default=8, ge=1, description="Rank of the shared pair.")
 
     name = "tied-lora"
     title = "a low-rank pair that layers share, scaled by two vectors a layer"

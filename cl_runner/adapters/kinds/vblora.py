@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, divides
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, divides, rate
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +18,19 @@ if TYPE_CHECKING:
 class VBLoRA(Tuner):
     """A new bank at each stage. The folder has the k best of each piece and only answers; the logits are carried."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of vblora."""
 
-        r: int = Field(default=4, ge=1, description="Rank of the pair that the pieces make.")
+        unused: ClassVar = Tuner.Config.unused | {"alpha"}
+        r: int = Field(default=4, description="Rank of the pair that the pieces make.")
         vectors: int = Field(default=256, ge=2, description="Vectors in the bank, h.")
         vector_length: int = Field(default=256, ge=1, description="Length of a vector, b; divides the layers' widths.")
         topk: int = Field(default=2, ge=1, description="Vectors that a piece is a mixture of, k.")
         bank_bound: float = Field(default=0.02, gt=0, description="The bank is drawn within this of 0.")
         logits_std: float = Field(default=0.1, gt=0, description="Standard deviation of the first logits.")
+        lr_ratio: float = rate(2.5, "published: 1e-3 for the bank, LoRA 4e-4")
         lr_ratio_logits: float = Field(
-            default=10.0, gt=0, description="Learning rate of the logits over training.lr (published: 1e-2 and 1e-3)."
+            default=10.0, gt=0, description="Learning rate of the logits over the bank's (published: 1e-2 and 1e-3)."
         )
 
         @model_validator(mode="after")
@@ -44,7 +45,6 @@ class VBLoRA(Tuner):
     paper = "2405.15179"
     offers = frozenset({"A", "B", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
-    ignores = Tuner.ignores | {"alpha"}
     roles: ClassVar = {"vblora_logits_A": "logits", "vblora_logits_B": "logits_B"}
     shared: ClassVar = {"vblora_vector_bank": "bank"}
     trains = ("logits", "logits_B", "bank")
