@@ -45,7 +45,8 @@ CASES = [(kind, family) for kind in SETTINGS for family in TARGETS if family != 
 def tuner(kind: str, family: str = "t5", **settings: Any) -> Tuner:
     """The kind with small settings, and those given."""
     cls = KINDS.get(kind)
-    values = {"target_modules": TARGETS[family], "dropout": 0.0, **SETTINGS[kind], **settings}
+    dropout = {} if "dropout" in cls.Config.unused else {"dropout": 0.0}
+    values = {"target_modules": TARGETS[family], **dropout, **SETTINGS[kind], **settings}
     made = cls(cls.Config.model_validate({"kind": kind, **values}))
     assert isinstance(made, Tuner)
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cl_runner.adapters.kind import NAME, Shapes
 from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
@@ -25,8 +25,15 @@ class HRA(Tuner):
         """Settings of hra."""
 
         unused: ClassVar = Tuner.Config.unused | {"alpha", "dropout"}
-        r: int = Field(default=8, multiple_of=2, description="Householder reflections, an even number.")
+        r: int = Field(default=8, description="Householder reflections, an even number.")
         lr_ratio: float = rate(1.0, "PEFT's comparison of methods: 1e-4, LoRA 1e-4")
+
+        @field_validator("r")
+        @classmethod
+        def _in_pairs(cls, r: int) -> int:
+            if r % 2:
+                raise ValueError("must be an even number")
+            return r
 
     name = "hra"
     title = "Householder reflections of the input"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from cl_runner.adapters.kind import NAME, Shapes
 from cl_runner.adapters.tuner import Tuner, divides, rate
@@ -33,11 +33,12 @@ class VBLoRA(Tuner):
             default=10.0, gt=0, description="Learning rate of the logits over the bank's (published: 1e-2 and 1e-3)."
         )
 
-        @model_validator(mode="after")
-        def _of_them(self) -> VBLoRA.Config:
-            if self.topk > self.vectors:
-                raise ValueError(f"topk is {self.topk}, and there are {self.vectors} vectors")
-            return self
+        @field_validator("topk")
+        @classmethod
+        def _of_the_bank(cls, topk: int, others: ValidationInfo) -> int:
+            if topk > others.data.get("vectors", topk):
+                raise ValueError(f"is more than the {others.data['vectors']} vectors there are")
+            return topk
 
     name = "vblora"
     title = "factors whose pieces are mixtures of a shared bank's vectors"
