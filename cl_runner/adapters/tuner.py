@@ -89,6 +89,9 @@ class Tuner(Kind):
 
     def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
         """ΔW (m, n) of PEFT's layer, fp32, in the graph of its parameters; ``weight`` is W (m, n) fp32."""
+        factors = self.factors(layer)
+        if factors is not None:
+            return (self.scale * factors[1]) @ factors[0]
         delta: Tensor = layer.get_delta_weight(NAME)
         return delta
 
@@ -98,8 +101,8 @@ class Tuner(Kind):
 
     @property
     def scale(self) -> float:
-        """s of the factors."""
-        return 1.0
+        """s: alpha / r, of kinds that have it."""
+        return 1.0 if "alpha" in self.config.unused else float(self.config.alpha / self.config.r)
 
     def learning_rates(self) -> Mapping[str, float]:
         """Role → its learning rate over the other roles', where that is not 1."""
@@ -135,6 +138,21 @@ class Tuner(Kind):
         from cl_runner.adapters.tuned import Tuned
 
         return Tuned(opening, self)
+
+
+class InLora(Tuner):
+    """A kind that stands in PEFT's LoRA layers, where A and B are, or has other things in their places."""
+
+    takes_conv1d = True
+
+    def peft_config(self, **common: Any) -> Any:
+        from peft import LoraConfig
+
+        own = self.config
+        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, **common)
+
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
 
 
 def divides(size: int, widths: Iterable[int], setting: str) -> None:

@@ -113,6 +113,24 @@ def test_every_parameter_trains_and_nothing_else(kind: str, family: str) -> None
     assert {id(p) for p in adapters.model.parameters() if p.requires_grad} == trained
 
 
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_forward_with_other_values_leaves_the_parameters_where_they_are(kind: str) -> None:
+    """As methods ask what the model answered before: torch swaps the parameters, shared ones at every place."""
+    adapters = moved(begun(opened(kind, base_model("t5", layers=1))))
+    own, before = adapters.parameters(), logits(adapters.model)
+    full = {id(parameter): name for name, parameter in adapters.model.named_parameters()}
+    other = {name: parameter.detach() + 0.1 for name, parameter in own.items()}
+    rows = {"input_ids": ids(), "decoder_input_ids": ids()[:, :4].flip(1), "use_cache": False}
+    named = {full[id(own[name])]: value for name, value in other.items()}
+    for _ in range(2):
+        with torch.no_grad():
+            swapped = torch.func.functional_call(adapters.model, named, (), rows).logits
+        assert {id(parameter) for parameter in adapters.model.parameters()} == set(full)
+        assert torch.equal(logits(adapters.model), before)
+    adapters.put(other)
+    assert torch.equal(logits(adapters.model), swapped) and off(swapped, before) > 1e-3
+
+
 def test_every_role_of_a_kind_is_one_that_trains() -> None:
     """In one kind of layers or another: LoKr's factors are whole or products by their size."""
     for kind in SETTINGS:

@@ -294,6 +294,7 @@ def test_lora_xs_stands_between_the_leading_singular_vectors_of_the_weight_as_it
             A, B = layer.lora_A["default"].basis.double().numpy(), layer.lora_B["default"].basis.double().numpy()
             U, S, Vh = np.linalg.svd(adapters.past[target].whole.double().numpy())
             assert np.allclose(B.T @ B, np.eye(3), atol=1e-5)
+            assert all(column[np.abs(column).argmax()] > 0 for column in B.T)  # signs that are nobody's choice
             assert np.allclose(A @ A.T, np.diag(S[:3] ** 2), rtol=1e-4, atol=1e-4)
             best = U[:, :3] * S[:3] @ Vh[:3]  # whatever the signs of the vectors
             assert np.linalg.norm(B @ A - best) < 1e-4 * np.linalg.norm(best)

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl_runner.adapters.kind import NAME, Shapes
-from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
+from cl_runner.adapters.tuner import InLora, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-class Dora(Tuner):
+class Dora(InLora):
     """Lengths by output row, as PEFT has them (the paper prints columns); their norm is constant in the gradient."""
 
-    class Config(Tuner.Config):
+    class Config(InLora.Config):
         """Settings of dora."""
 
         lr_ratio: float = rate(1.0, "published: 2e-4, LoRA 2e-4")
@@ -28,18 +28,10 @@ class Dora(Tuner):
     offers = frozenset({"A", "B", "pair", "factors", "update"})
     roles: ClassVar = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector.weight": "magnitude"}
     trains = ("A", "B", "magnitude")
-    takes_conv1d = True
     reads_weight = True
 
     def peft_config(self, **common: Any) -> Any:
-        from peft import LoraConfig
-
-        own = self.config
-        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, use_dora=True, **common)
-
-    @property
-    def scale(self) -> float:
-        return float(self.config.alpha / self.config.r)
+        return super().peft_config(use_dora=True, **common)
 
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
@@ -60,11 +52,6 @@ class Dora(Tuner):
         magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
         delta: Tensor = (magnitude / length)[:, None] * direction - W
         return delta
-
-    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
-        A: Tensor = layer.lora_A[NAME].weight
-        B: Tensor = layer.lora_B[NAME].weight
-        return A, B
 
     def trained_count(self, layers: Shapes) -> int:
         return sum(self.config.r * (m + n) + m for m, n in layers.values())

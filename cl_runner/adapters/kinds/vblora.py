@@ -12,7 +12,7 @@ from cl_runner.adapters.tuner import Tuner, divides, rate
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class VBLoRA(Tuner):
@@ -61,6 +61,14 @@ class VBLoRA(Tuner):
             vblora_dropout=own.dropout, save_only_topk_weights=True, **common,
         )  # fmt: skip
 
+    def inject(self, model: nn.Module, config: Any) -> Any:
+        wrapped = super().inject(model, config)
+        for layer in wrapped.modules():
+            if "vblora_logits_A" in getattr(layer, "_modules", ()):
+                # One bank in one place of the tree: torch.func would put back what it swaps once for each.
+                layer.__dict__["vblora_vector_bank"] = layer._modules.pop("vblora_vector_bank")
+        return wrapped
+
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
 
@@ -68,10 +76,6 @@ class VBLoRA(Tuner):
         if role == "bank":
             return drawn.uniform_(-self.config.bank_bound, self.config.bank_bound, generator=generator)
         return drawn.normal_(0, self.config.logits_std, generator=generator)
-
-    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        A, B = self.factors(layer)
-        return B @ A
 
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         A, B = layer._get_lora_matrices(NAME)

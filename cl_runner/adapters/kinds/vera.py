@@ -51,10 +51,6 @@ class Vera(Tuner):
 
         return torch.full(like.shape, self.config.d_initial if role == "d" else 0.0)
 
-    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        A, B = self.factors(layer)
-        return B @ A
-
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         A, B = layer.vera_A[NAME][:, : layer.in_features], layer.vera_B[NAME][: layer.out_features]
         d, b = layer.vera_lambda_d[NAME], layer.vera_lambda_b[NAME]
