@@ -61,14 +61,15 @@ class Preset:
         return layer
 
 
-def for_kind(layer: Layer, kind: str) -> Layer:
-    """A preset's settings, for an adapter kind that may be another than the preset's.
+def for_kind(layer: Layer, kind: str | None = None) -> Layer:
+    """A preset's settings, for its own adapter kind or another.
 
-    What it has no use for is left out, and what it has another default of: the rank of LoRA's pair is none of VeRA's.
+    What that has no use for is left out, and what it has another default of: the rank of LoRA's pair is none of VeRA's.
     """
     named = layer.get(("adapter", "kind"))
+    own = str(named.value) if named else LORA
     try:
-        theirs, ours = (settings_of_kind(str(one)) for one in (named.value if named else LORA, kind))
+        theirs, ours = settings_of_kind(own), settings_of_kind(kind or own)
     except UserError:
         return dict(layer)  # refused where the kind is named
 
@@ -78,9 +79,7 @@ def for_kind(layer: Layer, kind: str) -> Layer:
         return name not in theirs.model_fields or theirs.model_fields[name].default == ours.model_fields[name].default
 
     return {
-        path: value
-        for path, value in layer.items()
-        if ours is theirs or path[0] != "adapter" or path[1] == "kind" or fits(str(path[1]))
+        path: value for path, value in layer.items() if path[0] != "adapter" or path[1] == "kind" or fits(str(path[1]))
     }
 
 

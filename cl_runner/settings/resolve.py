@@ -130,7 +130,7 @@ def resolve(
     if loaded is not None:
         names = list(loaded.names)
         _check_positions(merged, loaded, len(stage_names(config, names) if stage_names else names), method)
-    baseline = merge(weakest, loaded)
+    baseline = for_kind(merge(weakest, loaded))
     baseline[("method", "name")] = Given(method, "", "--preset", "--preset")
     return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
 
