@@ -195,8 +195,8 @@ class Adapters:
         """All that is held now. ``copied``: what is folded, shown or trained later does not change it."""
         raise NotImplementedError
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
-        """About how large a stage's folder is with so many pairs of that rank in it; ``alone``: nothing is folded."""
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        """About how large a stage's folder is with so many pairs of that rank in it."""
         return 0
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:

@@ -137,7 +137,7 @@ class Beside(Adapters):
         sums = {target: accumulator.sum for target, accumulator in self.past.items()}
         return Held(tuple(self.folded), tuple(self.dense), dict(self.kept), self.live, self.shown(), sums)
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
         total = 0
         for target, past in self.past.items():
             m, n = past.base.shape

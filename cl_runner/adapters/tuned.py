@@ -79,7 +79,8 @@ class Tuned(Beside):
             for layer in layers.values():
                 _compute_in_fp32(layer)
         self._stand_beside(layers, compute)
-        self.rank, self.ranks = kind.config.largest, patterns.ranks(kind.config, list(layers))
+        self.rank = kind.config.r if "factors" in kind.offers else 0
+        self.ranks = patterns.ranks(kind.config, list(layers))
 
     @property
     def scale(self) -> float:
@@ -122,7 +123,7 @@ class Tuned(Beside):
         self.train(True)
 
     def rename(self, stage: str) -> None:
-        self._start = self.values()
+        self._start, self.start = self.values(), self.pair(stage)
         self.kept.pop(self.live or "", None)
         self._live(stage)
         self.train(True)
@@ -150,9 +151,9 @@ class Tuned(Beside):
             tensor.data.copy_(value)
 
     def learning_rates(self) -> dict[str, float]:
-        ratios = self.kind.learning_rates()
+        ratios, ratio = self.kind.learning_rates(), float(self.kind.config.lr_ratio)
         of_role = {name: role for name, (_, role) in self.roles().items()} | dict(self.kind.shared)
-        return {name: ratios[of_role[name]] for name in self._own if of_role.get(name) in ratios}
+        return {name: ratio * ratios.get(of_role[name], 1.0) for name in self._own}
 
     # What it makes of the model.
 
@@ -165,6 +166,17 @@ class Tuned(Beside):
     @torch.no_grad()
     def live_update(self) -> dict[str, Tensor]:
         return {target: self._update(target) for target in self.layers}
+
+    @torch.no_grad()
+    def update_of(self, values: Values, sums: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Target → ΔW (m, n) fp32 of a parameter set beside these sums of past updates, whatever is folded now."""
+
+        def weight(target: str) -> Tensor:
+            base, total = self.past[target].base.float(), sums[target]
+            return base if total is None else base + total.to(base)
+
+        with self.holding(values):
+            return {target: self.kind.update(layer, partial(weight, target)) for target, layer in self.layers.items()}
 
     @torch.no_grad()
     def update_norm(self) -> float | None:
@@ -235,12 +247,10 @@ class Tuned(Beside):
 
     # To disk and back.
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
-        if not alone:
-            return super().folder_bytes(pairs, rank, dense or "factors" not in self.kind.folds, alone)
-        own: int = sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
-        folders = 1 if self.kind.on_disk == "exact" else 2  # and beside it what trains on
-        return 4 * own * folders
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        own: int = 4 * sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
+        folded = dense or "factors" in self.kind.folds
+        return own + (super().folder_bytes(pairs, self.rank, dense) if folded else 0)
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
         from cl_runner.adapters import tuned_folder

@@ -105,7 +105,7 @@ class FullWeights(Adapters):
         shown = Stored(self._own.stage, self._copy()) if copied and self._own is not None else self._own
         return Held(kept=dict(self.kept), live=self.live, shown=shown)
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
         return 4 * sum(parameter.numel() for parameter in self._parameters.values())
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:

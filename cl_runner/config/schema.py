@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import inf
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -68,6 +68,8 @@ def _one_or_many(schema: dict[str, Any]) -> None:
 
 class AdapterConfig(Section):
     """The parameterisation of the update."""
+
+    unused: ClassVar[frozenset[str]] = frozenset()  # those of these that a kind has no use for: refused, never shown
 
     kind: str = Field(
         default="lora",
@@ -128,9 +130,7 @@ class AdapterConfig(Section):
     @model_serializer(mode="wrap")
     def _used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the settings that the kind has no use for."""
-        values: dict[str, Any] = whole(self)
-        ignored = KINDS.get(self.kind).ignores if self.kind != LORA else ()
-        return {name: value for name, value in values.items() if name not in ignored}
+        return {name: value for name, value in whole(self).items() if name not in self.unused}
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -174,6 +174,11 @@ class AdapterConfig(Section):
     def scale(self, rank: int, alpha: float | None = None) -> float:
         """s of a pair of that rank; ``alpha``: another than the setting."""
         return (self.alpha if alpha is None else alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def settings_of_kind(kind: str) -> type[AdapterConfig]:
+    """The settings of an adapter kind. Raises UserError where there is none of that name."""
+    return AdapterConfig if kind == LORA else KINDS.get(kind).Config
 
 
 class MethodConfig(BaseModel):
@@ -389,10 +394,10 @@ class RunConfig(Section):
         if not isinstance(value, Mapping) or value.get("kind", LORA) == LORA:
             return value
         try:
-            found = KINDS.get(str(value["kind"]))
+            found = settings_of_kind(str(value["kind"]))
         except UserError as error:
             raise ValueError(str(error)) from None
-        return found.Config.model_validate(value)
+        return found.model_validate(value)
 
     def at(self, position: int, task: str | None) -> RunConfig:
         """The config of one stage: ours with what is set for its task, then for its position (from 1)."""

@@ -331,6 +331,7 @@ class Method:
     def __init__(self, config: Section) -> None:
         self.config: Any = config
         self.stages = 1  # of the plan, once ``plan`` has made it
+        self.trained: int | None = None  # how many numbers train, in ``check`` and ``grows``, once the layers are known
 
     @property
     def full(self) -> bool:

@@ -70,14 +70,21 @@ def compatibility() -> list[dict[str, str]]:
 
 
 def check_method(
-    config: RunConfig, stages: Sequence[StagePlan], shapes: Sequence[tuple[int, int]] | None = None
+    config: RunConfig,
+    stages: Sequence[StagePlan],
+    shapes: Sequence[tuple[int, int]] | None = None,
+    trained: int | None = None,
 ) -> None:
-    """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError."""
+    """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError.
+
+    shapes, trained: of the layers, and how many numbers train, once they are known.
+    """
     order = list(dict.fromkeys(task for plan in stages for task in plan.tasks))
     for index, plan in enumerate(stages):
         of_stage = stage_config(config, index, plan)
         method = make_method(of_stage)
         method.plan(order)
+        method.trained = trained
         check_options(of_stage, method, shapes)
         _check_patterns(of_stage, method)
         if of_stage.adapter.dropout_past and method.past_as == "other":

@@ -156,7 +156,7 @@ def test_the_folder_answers_in_plain_peft_and_reads_back_to_the_bit(tmp_path: Pa
         assert saved.own == "adapter"
         read = load_pairs(tmp_path / "a", saved)
         assert all(same_pair(a, b) for a, b in zip(read, [*pairs, *([pair] if pair else [])], strict=True))
-    told = adapters.folder_bytes(2 + live, 2, dense=False, alone=False)
+    told = adapters.folder_bytes(2 + live, 2, dense=False)
     size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert told >= size - 4000 and (live or whole or told <= size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening, shapes_with_ranks
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,19 @@ class Lora(Kind):
         draw = {"gaussian": gaussian, "orthogonal": orthogonal}.get(self.config.init, fresh_pair)
         return draw(m, n, rank, generator)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        from cl_runner.adapters import patterns
+    def layers(self, model: nn.Module) -> Shapes:
         from cl_runner.adapters.target_sets import chosen_targets
         from cl_runner.adapters.targets import target_shapes
 
-        found = target_shapes(model, chosen_targets(model, self.config.target_modules))
-        patterns.alphas(self.config, list(found))
-        return shapes_with_ranks(found, patterns.ranks(self.config, list(found)))
+        return target_shapes(model, chosen_targets(model, self.config.target_modules))
+
+    def trained_count(self, layers: Shapes) -> int:
+        """Of the largest rank, where it is chosen."""
+        from cl_runner.adapters import patterns
+
+        ranks, trains = patterns.ranks(self.config, list(layers)), self.trains
+        sides = {target: ("A" in trains) * n + ("B" in trains) * m for target, (m, n) in layers.items()}
+        return sum(ranks.get(target, self.config.largest) * side for target, side in sides.items())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

@@ -52,7 +52,7 @@ class Grassmann(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",),)
+        return (("A",), ("pair",)) if self.config.stiefel else (("A",),)
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
