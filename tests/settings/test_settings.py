@@ -404,7 +404,7 @@ def test_published_refuses_where_nothing_was(method: str, model: str | None, ord
             "training.schedule must be one of constant, linear, cosine; did you mean",
         ),
         ("adapter: {dropout: 1}", "adapter.dropout must be less than 1"),
-        ("adapter: {target_modules: q}", "adapter.target_modules must be a list"),
+        ("adapter: {target_modules: {q: 1}}", "adapter.target_modules must be a list"),
         ("adapter: {target_modules: [q, 1]}", "adapter.target_modules.1 must be text"),
         ("eval: {future: maybe}", "c.yaml:1:16: eval.future must be true or false"),
         ("model: {name: [x]}", "c.yaml:1:15: model.name must be text"),
