@@ -176,7 +176,7 @@ METHOD: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*TINY, "ewc", "--set", "method.online=2"), ("method.online", "at most 1")),
     ((*TINY, "migu", "--set", "method.quantile=1"), ("method.quantile", "less than 1")),
     ((*TINY, "olora", "--set", "method.train=full"), ("method.train", "not a setting of olora", "lambda1")),
-    ((*TINY, "seqft", "--set", "adapter.kind=dora"), ("adapter.kind", "lora")),
+    ((*TINY, "seqft", "--set", "adapter.kind=dora"), ("adapter.kind: dora", "leave it out")),
     ((*TINY, "l2p", "--set", "method.top=20"), ("method.top", "pool of 10")),
     ((*TINY, "progprompt", "--set", "training.optimizer=muon"), ("muon", "progprompt", "adamw")),
 ]
