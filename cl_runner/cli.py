@@ -288,9 +288,10 @@ def new_order(
 
 def main() -> None:
     """Run the command line; the exit code says how it ended (0 done, 1 training failed, 2 input, 130 stopped)."""
-    # Before torch: its threads on the CPU wait for each other without spinning, which costs a step four times its time
-    # where something else wants a core too (benchmarks/README.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch: its threads on the CPU spin only shortly while they wait for each other. By default they do so for
+    # long, which costs a step four times its time where something else wants a core too (benchmarks/README.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     code = outcome(sys.argv[1:])
     if "torch" not in sys.modules:
         sys.exit(code)

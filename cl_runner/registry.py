@@ -39,10 +39,16 @@ class Entry:
 
 
 class Registry(Generic[T]):
-    """All of one sort. ``base`` is the class that each of them is made of, as ``module:Class``."""
+    """All of one sort. ``base`` is the class that each of them is made of, as ``module:Class``.
 
-    def __init__(self, noun: str, group: str, base: str, ours: Mapping[str, str]) -> None:
+    elsewhere: names that people know from other places and ask for → what there is instead, or why not.
+    """
+
+    def __init__(
+        self, noun: str, group: str, base: str, ours: Mapping[str, str], elsewhere: Mapping[str, str] | None = None
+    ) -> None:
         self.noun = noun
+        self.elsewhere = dict(elsewhere or {})
         self.group = group
         self.base = base
         self.ours = dict(ours)
@@ -102,7 +108,8 @@ class Registry(Generic[T]):
     def _named(self, name: str) -> list[Entry]:
         entries = self._entries()
         if name not in entries:
-            hint = did_you_mean(name, entries) or f" (there are {', '.join(entries)})"
+            known = f": {self.elsewhere[name]}" if name in self.elsewhere else ""
+            hint = known or did_you_mean(name, entries) or f" (there are {', '.join(entries)})"
             raise UserError(f"there is no {self.noun} '{name}'{hint}")
         return entries[name]
 
@@ -282,16 +289,23 @@ KINDS: Registry[Kind] = Registry(
         "full": "cl_runner.adapters.kinds.full:Full",
         "prompts": "cl_runner.adapters.kinds.prompts:SoftPrompts",
     },
+    elsewhere={
+        "osf": "it is a method here, --method osft",
+        "qlora": "it is LoRA on a base in 4 bits, model.quantize=nf4",
+        "adalora": "it prunes singular values by every step's gradient, which is not built; adapter.r=auto chooses "
+        "each stage's rank by its task's gradient",
+    },
 )
 
-# In this order at every hook: the rank decides what there is to train, factors are turned in what a step made of it,
-# and the slow copy follows what is then there; those of others come after.
+# In this order at every hook: the rank decides what there is to train, and how that begins is decided then; factors are
+# turned in what a step made of it, and the slow copy follows what is then there; those of others come after.
 OPTIONS: Registry[Option] = Registry(
     "option",
     "cl_runner.options",
     "cl_runner.training.options.protocol:Option",
     {
         "auto-rank": "cl_runner.training.options.auto_rank:AutoRank",
+        "initialise": "cl_runner.training.options.initialise:Initialisation",
         "reorthogonalise": "cl_runner.training.options.reorthogonalise:Reorthogonalisation",
         "slow-copy": "cl_runner.training.options.slow_copy:SlowCopy",
     },

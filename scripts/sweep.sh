@@ -2,19 +2,34 @@
 # Orders × methods × seeds over this box's GPUs (or CPU slots), one run each. Safe to start again: finished runs are
 # skipped, unfinished ones go on. Failed runs are listed at the end (exit code 1).
 #
-#   scripts/sweep.sh --orders "order1 order2" --methods "seqlora olora" --seeds "1 2 3" [--slots N] [-- TRAIN FLAGS]
+#   scripts/sweep.sh --orders "order1 order2" --methods "seqlora olora" --seeds "1 2 3" [--slots N]
+#                    [--vary "KEY=VALUE VALUE …"]… [--results FILE] [-- TRAIN FLAGS]
 #
-# Everything behind -- goes to every `cl-runner train`, for example:
+# --vary adds a dimension: a setting and its values, which hold no spaces; it may be given again. --results appends a line
+# to FILE as each run ends (JSON: the cell, and what `cl-runner report --json` says), and skips the cells that have one:
+# the run folders may be gone by then. Everything behind -- goes to every `cl-runner train`, for example:
 #   scripts/sweep.sh --orders order1 --methods "inclora olora" --seeds "1 2 3" -- --preset tiny --output-dir runs
 set -uo pipefail
 
-orders="order1" methods="olora" seeds="42" slots=""
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+orders="order1" methods="olora" seeds="42" slots="" results=""
+varied=("")  # a cell's `--set KEY=VALUE …`, of every combination
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+
+vary() {
+  local key=${1%%=*} values=${1#*=} before=("${varied[@]}") cell value
+  case "$1" in [a-z]*.*=?*) ;; *) echo "sweep.sh: --vary wants \"section.key=VALUE VALUE …\", not \"$1\"" >&2; exit 2 ;; esac
+  varied=()
+  for cell in "${before[@]}"; do
+    for value in $values; do varied+=("$cell${cell:+ }$key=$value"); done
+  done
+}
 while [ $# -gt 0 ]; do
   case "$1" in
     --orders) orders=${2:?--orders needs names} && shift 2 ;;
     --methods) methods=${2:?--methods needs names} && shift 2 ;;
     --seeds) seeds=${2:?--seeds needs numbers} && shift 2 ;;
+    --vary) vary "${2:?--vary needs a setting and its values}" && shift 2 ;;
+    --results) results=${2:?--results needs a file} && shift 2 ;;
     --slots) slots=${2:?--slots needs a number} && shift 2 ;;
     --) shift && break ;;
     -h | --help) usage && exit 0 ;;
@@ -46,26 +61,37 @@ trap 'exit 130' INT TERM HUP
 mkfifo "$work/slots" && exec 9<>"$work/slots"
 for ((slot = 0; slot < slots; slot++)); do echo "$slot" >&9; done
 
-total=0
+total=0 there=0
 for order in $orders; do
   for method in $methods; do
-    for seed in $seeds; do
-      total=$((total + 1))
-      read -r -u 9 slot
-      (
-        label="$order $method seed $seed"
-        log="$work/$total.log"
-        [ ${#gpus[@]} -gt 0 ] && export CUDA_VISIBLE_DEVICES=${gpus[$((slot % ${#gpus[@]}))]}
-        echo "start  $label"
-        # Standard output only ends the run's report; the screen lines stand in its run.log too.
-        if "$runner" train --order "$order" --method "$method" --seed "$seed" "$@" >"$log" 2>&1 </dev/null 9<&-; then
-          echo "done   $label"
-        else
-          code=$?
-          echo "FAILED $label (exit code $code): $(tail -n 1 "$log")" | tee -a "$work/failed"
+    for cell in "${varied[@]}"; do
+      for seed in $seeds; do
+        total=$((total + 1))
+        label="$order $method${cell:+ $cell} seed $seed"
+        if [ -n "$results" ] && grep -qF "{\"cell\": \"$label\"," "$results" 2>/dev/null; then
+          there=$((there + 1))
+          continue
         fi
-        echo "$slot" >&9
-      ) &
+        sets=()
+        for setting in $cell; do sets+=(--set "$setting"); done
+        read -r -u 9 slot
+        (
+          log="$work/$total.log" out="$work/$total.json"
+          [ ${#gpus[@]} -gt 0 ] && export CUDA_VISIBLE_DEVICES=${gpus[$((slot % ${#gpus[@]}))]}
+          [ -n "$results" ] && sets+=(--json)
+          echo "start  $label"
+          # Standard output only ends the run's report; the screen lines stand in its run.log too.
+          if "$runner" train --order "$order" --method "$method" --seed "$seed" "${sets[@]}" "$@" \
+            >"$out" 2>"$log" </dev/null 9<&-; then
+            [ -z "$results" ] || echo "{\"cell\": \"$label\", \"report\": $(tr -s ' \n' ' ' <"$out")}" >>"$results"
+            echo "done   $label"
+          else
+            code=$?
+            echo "FAILED $label (exit code $code): $(tail -n 1 "$log")" | tee -a "$work/failed"
+          fi
+          echo "$slot" >&9
+        ) &
+      done
     done
   done
 done
@@ -73,5 +99,7 @@ wait
 
 failed=0
 [ -f "$work/failed" ] && failed=$(wc -l <"$work/failed")
-echo "sweep: $total runs, $((total - failed)) done, $failed failed"
+skipped=""
+[ "$there" -eq 0 ] || skipped=", $there of them before"
+echo "sweep: $total runs, $((total - failed)) done$skipped, $failed failed"
 [ "$failed" -eq 0 ] || { cat "$work/failed" >&2; exit 1; }

@@ -245,3 +245,9 @@ def test_what_the_docs_have_as_plugins_works(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"agnews-train.txt: No such file or directory; give its folder"):
         load_rows(task, data, "train")
     assert lines.title.startswith("one row a line") and len(blocks) == 2
+
+
+@pytest.mark.parametrize(("name", "instead"), [("osf", "--method osft"), ("qlora", "quantize"), ("adalora", "r=auto")])
+def test_a_name_known_from_elsewhere_says_what_there_is_instead(name: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"there is no adapter kind '{name}': .*{instead}"):
+        KINDS.get(name)

@@ -156,8 +156,11 @@ def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: 
     left = restore_stage(rundir, stage, index)
     answers = room.adapters.kept.get(left.answers.live or "")
     room.method.build(stage)
-    if left.next and answers:  # values of their own answer, and ``build`` may have begun anew
+    # ``build`` may have begun anew, which of some kinds is not quite nothing.
+    if left.next and answers:
         room.adapters.show(answers)
+    elif left.answers.live is None and left.answers.saved.own in ("adapter", "state"):
+        room.adapters.show(None)
     tests = {task: tokens.test[task] for task in tasks}
     screen.begin([ShownStage("", 0, sum(len(test.rows) for test in tests.values()))])
     try:

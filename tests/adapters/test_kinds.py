@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters.kind import OFFERS, Opening, lacking
-from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.kinds.lora import Lora
+from cl_runner.adapters.layers import Layers
+from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method
 from cl_runner.methods.coso.dense import Dense
@@ -29,7 +30,7 @@ class FrozenA(Lora):
 
     name = "frozen-a"
     title = "a pair whose A is frozen"
-    offers = frozenset({"B", "factors", "update", "terms"})
+    offers = Lora.offers - {"A"}
     trains = ("B",)
 
 
@@ -167,19 +168,36 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
     assert set(table) >= set(METHODS.ours)
     for name in METHODS.ours:
         for kind in KINDS.ours:
-            config: Any = tiny_config(method__name=name, adapter__kind=kind)
+            config: Any = RunConfig.model_validate({"method": {"name": name}, "adapter": {"kind": kind}})
             method = make_method(config)
             chosen = method.kind(tiny_config(method__name=name))
-            if kind in ("lora", chosen):  # the setting's default, or what the method chooses itself
-                assert fitting_kind(config, method).name == chosen
+            fits = table[name][kind] == "yes" and kind not in ("full", "prompts")  # these are the methods' to choose
+            if fits or kind in ("lora", chosen):  # or the setting's default
+                assert fitting_kind(config, method).name == (kind if fits else chosen)
             else:
                 with pytest.raises(UserError, match=r"^adapter\.kind: "):
                     fitting_kind(config, method)
             if kind == chosen:
                 assert table[name][kind] == "yes"
     assert table["olora"]["lora"] == "yes" and table["olora"]["full"] == "no: a factor A that trains"
-    assert table["hard-orth"]["full"].endswith("a factor A that trains")
+    assert table["hard-orth"]["full"].endswith("to be written, a factor A that trains")
+    assert (table["olora"]["dora"], table["seqlora"]["oft"], table["pego"]["tied-lora"]) == ("yes",) * 3
+    assert table["inflora"]["vblora"] == "no: factors A and B that are parameters, to be written"
     assert call("list", "compatibility", "--json", cwd=tmp_path).json["compatibility"] == list(table.values())
+
+
+TUNED = [name for name in KINDS.ours if name not in ("lora", "full", "prompts")]
+ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd"}
+FACTORS_THAT_TRAIN = {"olora", "nlora", "sparse-orth", "grassmann", "clora", "pego"}
+PAIR = {"migu", "inflora", "hard-orth", "soft-orth"}
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_each_kind_goes_with_what_it_can_do(kind: str) -> None:
+    """Penalties on factors only where these train; rules on rows of A and B only where a pair is one's own."""
+    fits = {row["method"] for row in compatibility() if row[kind] == "yes"} & set(METHODS.ours)
+    more = {"dora": FACTORS_THAT_TRAIN | PAIR, "vblora": FACTORS_THAT_TRAIN, "tied-lora": FACTORS_THAT_TRAIN}
+    assert fits == ANY_UPDATE | more.get(kind, set())
 
 
 @pytest.mark.parametrize(
@@ -187,11 +205,11 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
     [
         (
             ("olora", "adapter.kind=prompts"),
-            "olora needs a factor A that trains, which prompts does not offer; lora would",
+            "olora needs a factor A that trains, which prompts does not offer; lora, dora, vblora, tied-lora would do",
         ),
         (("l2p", "adapter.kind=full"), "full, and l2p trains vectors before the input"),
         (("ewc", "adapter.kind=full"), "full is what method.train=full chooses; set that for ewc"),
-        (("olora", "adapter.kind=lorra"), "there is no adapter kind 'lorra'; did you mean 'lora'?"),
+        (("olora", "adapter.kind=lorra"), "there is no adapter kind 'lorra'; did you mean"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(

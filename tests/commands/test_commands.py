@@ -349,15 +349,19 @@ def test_version(tmp_path: Path) -> None:
     assert call("--version", cwd=tmp_path).out == f"cl-runner {__version__}\n"
 
 
-@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
-def test_threads_wait_without_spinning_unless_told(given: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "None 10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"), ({"GOMP_SPINCOUNT": "7"}, "None 7")],
+)
+def test_threads_spin_shortly_unless_told(given: dict[str, str], wanted: str) -> None:
     """It has to be in the environment before torch is there, which reads it once."""
     asked = (
         "import os, sys; from cl_runner import cli; before = 'torch' in sys.modules;"
-        "cli.outcome = lambda _: print(before, os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
+        "found = lambda: [os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')];"
+        "cli.outcome = lambda _: print(before, *found()) or 0; cli.main()"
     )
     env = {**environment(), **given}
-    if not given:
-        env.pop("OMP_WAIT_POLICY", None)
+    for name in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - set(given):
+        env.pop(name, None)
     said = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["False", given.get("OMP_WAIT_POLICY", "PASSIVE")]
+    assert said.split() == ["False", *wanted.split()]

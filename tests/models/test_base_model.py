@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cl_runner.adapters.layers import Layers
-from cl_runner.adapters.targets import target_shapes
+from cl_runner.adapters.targets import default_targets, target_shapes
 from cl_runner.config.schema import AdapterConfig, ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.models.base import Base, load_base, outline, tokenizer_of
@@ -50,7 +50,7 @@ def test_the_outline_has_the_shapes_of_what_is_loaded_and_no_weights(
     assert found is not None and all(p.is_meta for p in found.parameters())
     base = load(folder)
     adapters = Layers(base.model, settings, name_or_path="x", encoder_decoder=base.encoder_decoder)
-    assert target_shapes(found, settings) == adapters.shapes()
+    assert target_shapes(found, default_targets(found)) == adapters.targets()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2", "qwen2"])

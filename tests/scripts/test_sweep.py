@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -13,12 +14,14 @@ case "$*" in *"--seed 13"*) echo "cl-runner: it went wrong" >&2; exit 2 ;; esac
 """
 
 
-def sweep(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    runner = tmp_path / "runner"
-    runner.write_text(RUNNER)
-    runner.chmod(0o755)
-    env = {**os.environ, "CL_RUNNER": str(runner), "CALLS": str(tmp_path / "calls"), **environment}
-    return subprocess.run([SWEEP, *arguments], env=env, capture_output=True, text=True, timeout=60)
+def sweep(
+    tmp_path: Path, *arguments: str, runner: str = RUNNER, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "runner"
+    file.write_text(runner)
+    file.chmod(0o755)
+    env = {**os.environ, "CL_RUNNER": str(file), "CALLS": str(tmp_path / "calls"), **environment}
+    return subprocess.run([SWEEP, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -59,3 +62,25 @@ def test_wrong_flag_is_refused(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert "unknown flag --method" in found.stderr
     assert not (tmp_path / "calls").exists()
+
+
+def test_settings_vary_and_each_finished_cell_leaves_a_line(tmp_path: Path) -> None:
+    """Started again after a failure, only what has no line runs."""
+    given = ["--seeds", "1 13", "--vary", "adapter.r=2 8", "--vary", "training.epochs=1", "--results", "found.jsonl"]
+    runner = RUNNER + 'echo "{ \\"AA\\":\n  50 }"\n'
+    found = sweep(tmp_path, *given, runner=runner, cwd=tmp_path)
+    assert found.returncode == 1 and "4 runs, 2 done, 2 failed" in found.stdout
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert sorted(line["cell"] for line in lines) == [
+        f"order1 olora adapter.r={r} training.epochs=1 seed 1" for r in (2, 8)
+    ]
+    assert all(line["report"] == {"AA": 50} for line in lines)
+    assert any("--set adapter.r=8 --set training.epochs=1 --json" in call for call in calls(tmp_path))
+    again = sweep(tmp_path, *given, runner=runner.replace("--seed 13", "--seed none"), cwd=tmp_path)
+    assert again.returncode == 0 and "4 runs, 4 done, 2 of them before, 0 failed" in again.stdout
+    assert len(calls(tmp_path)) == 6 and len((tmp_path / "found.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_setting_to_vary_is_named_with_its_section(tmp_path: Path) -> None:
+    found = sweep(tmp_path, "--vary", "r=2 8")
+    assert found.returncode == 2 and 'not "r=2 8"' in found.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +25,26 @@ class Lora(Kind):
     folds = ("factors", "dense", "keep", "replace")
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A Kaiming-uniform as PEFT's, B zero."""
+        """As ``adapter.init`` draws it; of what is made of the weight, or of inputs, as it is until then."""
+        from cl_runner.adapters.initialise import gaussian, orthogonal
         from cl_runner.adapters.pairs import fresh_pair
 
-        return fresh_pair(m, n, rank, generator)
+        draw = {"gaussian": gaussian, "orthogonal": orthogonal}.get(self.config.init, fresh_pair)
+        return draw(m, n, rank, generator)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        from cl_runner.adapters.targets import default_targets, target_shapes
+    def layers(self, model: nn.Module) -> Shapes:
+        from cl_runner.adapters.target_sets import chosen_targets
+        from cl_runner.adapters.targets import target_shapes
 
-        return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
+        return target_shapes(model, chosen_targets(model, self.config.target_modules))
+
+    def trained_count(self, layers: Shapes) -> int:
+        """Of the largest rank, where it is chosen."""
+        from cl_runner.adapters import patterns
+
+        ranks, trains = patterns.ranks(self.config, list(layers)), self.trains
+        sides = {target: ("A" in trains) * n + ("B" in trains) * m for target, (m, n) in layers.items()}
+        return sum(ranks.get(target, self.config.largest) * side for target, side in sides.items())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

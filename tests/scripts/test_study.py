@@ -1,0 +1,29 @@
+"""The study script: cells over seeds as a table, and a figure that is drawn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+STUDY = Path(__file__).parents[2] / "scripts" / "study.py"
+
+
+def line(r: int, seed: int, forgetting: float) -> str:
+    report = {"synthetic": True, "average_accuracy": 50.0, "learning_accuracy": 60.0 + seed, "forgetting": forgetting}
+    return json.dumps({"cell": f"order1 olora adapter.r={r} training.epochs=1 seed {seed}", "report": report})
+
+
+def test_table_and_figure(tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl"
+    file.write_text("\n".join([line(2, 1, 10.0), line(8, 1, 20.0), line(2, 2, 14.0)]) + "\n")
+    words = [sys.executable, str(STUDY), str(file), "--figure", str(tmp_path / "f.png")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        "| adapter.r | AA (synthetic) | learned (synthetic) | forgetting (synthetic) | seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| 2 | 50.0 ± 0.0 | 61.5 ± 0.7 | 12.0 ± 2.8 | 2 |",
+        "| 8 | 50.0 | 61.0 | 20.0 | 1 |",
+    ]
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
