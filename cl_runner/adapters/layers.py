@@ -245,8 +245,11 @@ class Layers(Beside):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._silent:
                 return output
-            addition: Tensor = term(inputs[0], self.condition)
-            return output + addition.to(output.dtype)
+            x = inputs[0]
+            if x.dim() == 2 and self.condition:  # all tokens end to end, as OPT's MLP reads them
+                x = x.reshape(len(next(iter(self.condition.values()))), -1, x.shape[-1])
+            addition: Tensor = term(x, self.condition)
+            return output + addition.to(output.dtype).reshape(output.shape)
 
         return hook
 

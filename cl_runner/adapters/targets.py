@@ -32,7 +32,7 @@ def refuse_conv1d(model: nn.Module, targets: Iterable[str], kind: str) -> None:
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Query and value of the model's attention, as PEFT knows them; GPT-2's ``c_attn`` holds both."""
+    """What PEFT adapts of the model's family: query and value, or the one layer that holds both; of Phi the MLP too."""
     with light_imports():
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
@@ -40,9 +40,10 @@ def default_targets(model: nn.Module) -> list[str]:
     if isinstance(known.get(family), list):  # a regular expression names no layers
         return list(known[family])
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"], ["c_attn"], ["query_key_value"]):
-        if set(pair) <= names:
-            return pair
+    fused = (["c_attn"], ["query_key_value"], ["qkv_proj"])  # the last is Phi-3's, of which PEFT knows nothing
+    for layers in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"], *fused):
+        if set(layers) <= names:
+            return layers
     raise UserError(f"adapter.target_modules: cannot tell query and value of a {family or 'model'}; name the layers")
 
 

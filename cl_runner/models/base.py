@@ -44,7 +44,7 @@ class Layout:
     end_ids: tuple[int, ...]  # every id that ends an answer, eos_id first
     decoder_start_id: int | None  # encoder-decoder only
     vocab_size: int  # rows of the embedding
-    max_positions: int | None = None  # only where positions are a learned table
+    max_positions: int | None = None  # where positions end, or from where on a row is read as the longest beside it
 
 
 @dataclass
@@ -248,19 +248,27 @@ def _layout(
         if start_id is None:
             raise UserError(f"model {where}: config.json has no decoder_start_token_id")
     return Layout(
-        encoder_decoder, pad_id, ends[0], tuple(dict.fromkeys(ends)), start_id, vocab_size, _learned_positions(network)
+        encoder_decoder, pad_id, ends[0], tuple(dict.fromkeys(ends)), start_id, vocab_size, _most_positions(network)
     )
 
 
-def _learned_positions(network: PreTrainedModel) -> int | None:
-    """Longest input of a model whose positions are a learned table (GPT-2, OPT, BART); None for the others."""
+def _most_positions(network: PreTrainedModel) -> int | None:
+    """Longest input of a model whose positions are a learned table (GPT-2, OPT, BART); None for most others.
+
+    Also of one whose rotary frequencies beyond it are those of the longest row of a batch (Phi-3 of 128k, and all with
+    dynamic ones): a row would be read by what stands beside it, and its cache by what it will grow to.
+    """
+    config: Any = network.config
     names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
     has_table = any(
         isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in names
         for name, module in network.named_modules()
     )
-    limit = getattr(network.config, "max_position_embeddings", None)
-    return int(limit) if has_table and limit else None
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return int(limit) if limit and (has_table or rope.get("rope_type") == "dynamic") else None
 
 
 def _some(names: list[str]) -> str:

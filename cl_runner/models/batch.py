@@ -13,6 +13,7 @@ from torch.nn import functional
 from cl_runner.models.base import Layout
 
 IGNORE = -100  # label of a position that is no label token
+PREFIX = "prefix"  # the name of soft prompts among a batch's condition
 OF_ROWS = ("tasks", "heads", "lengths")  # what a batch has of each row beside its tensors
 
 
@@ -63,6 +64,15 @@ class Batch:
     def label_tokens(self) -> int:
         """Label tokens of weight other than 0. Waits for the device: plan steps with ``len(example.target)``."""
         return int((self.token_weights != 0).sum())
+
+    def by_row(self, tokens: Tensor) -> Tensor:
+        """Of all tokens end to end, (b·s, d), as OPT's MLP reads them: row by row, (b, s, d). Others as they are."""
+        if tokens.dim() != 2 or tokens.shape[0] % self.size:
+            return tokens
+        s, width = self.attention_mask.shape[1], tokens.shape[0] // self.size
+        before = self.condition[PREFIX].shape[1] if PREFIX in self.condition else 0
+        known = width in (s + before, self.labels.shape[1])
+        return tokens.reshape(self.size, width, -1) if known else tokens
 
     def slice(self, rows: slice | Tensor | list[int]) -> Batch:
         """The given rows, padding unchanged."""

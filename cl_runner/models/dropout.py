@@ -30,8 +30,9 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 class RowDropout:
     """Takes the place of ``torch.nn.functional.dropout`` inside ``installed``.
 
-    Follows hidden states (b, t, d) and attention weights (b, heads, t, s), whatever module they are in. All else, and
-    every forward without a batch to tell rows apart, is dropped as torch does it.
+    Follows hidden states (b, t, d), those of all tokens end to end too, and attention weights (b, heads, t, s),
+    whatever module they are in. All else, and every forward without a batch to tell rows apart, is dropped as torch
+    does it.
     """
 
     def __init__(self) -> None:
@@ -82,19 +83,20 @@ class RowDropout:
 
     def __call__(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         batch = self._batch
-        if not training or p == 0.0 or batch is None or not _of_rows(input, batch):
+        rows = input if batch is None or not training else batch.by_row(input)
+        if not training or p == 0.0 or batch is None or not _of_rows(rows, batch):
             return self._torchs(input, p, training, inplace)
         self._call += 1
-        keys = self._hashed(batch, input.shape[-2])
-        if input.dim() == 4:
-            heads = _columns(input.shape[1], input.device)[:, None, None]
+        keys = self._hashed(batch, rows.shape[-2])
+        if rows.dim() == 4:
+            heads = _columns(rows.shape[1], rows.device)[:, None, None]
             keys = keys[:, None, :, None] + heads
-            seen = _hash(_positions(batch, input.shape[3]) * _POSITION).to(torch.int32)
+            seen = _hash(_positions(batch, rows.shape[3]) * _POSITION).to(torch.int32)
             keys = _mixed(keys + seen[:, None, None, :])
         else:
-            keys = _mixed(keys[..., None] + _columns(input.shape[2], input.device))
+            keys = _mixed(keys[..., None] + _columns(rows.shape[2], rows.device))
         least = int(-(2**31) + p * 2**32)
-        return (input * (1.0 / (1.0 - p))).masked_fill(keys < least, 0.0)
+        return (input * (1.0 / (1.0 - p))).masked_fill((keys < least).view_as(input), 0.0)
 
     def _hashed(self, batch: Batch, width: int) -> Tensor:
         """A random int32 of each row and position, (b, width), for this dropout alone."""
@@ -105,26 +107,38 @@ class RowDropout:
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether any module of a model drops something while it trains, its attention aside."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    """Whether any module of a model drops something while it trains."""
+    return any(share > 0 for share, _ in _dropouts(model))
 
 
 def attention_dropout(model: nn.Module) -> str:
     """A line where a model drops inside a fused attention, which no row can follow; empty elsewhere."""
     how = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
-    shares = {
-        float(value)
-        for module in model.modules()
-        if not type(module).__module__.startswith("cl_runner.")  # a method's own terms drop as all else does
-        for name, value in vars(module).items()
-        if "dropout" in name and isinstance(value, float) and value > 0
-    }
+    shares = {share for share, inside in _dropouts(model) if share > 0 and inside}
     if how == "eager" or not shares:
         return ""
     return (
         f"dropout of {'/'.join(map(str, sorted(shares)))} inside the attention ({how}) falls by micro-batch, not by "
         "row: other numbers of processes give other numbers; model.attention=eager lets it follow"
     )
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[float, bool]]:
+    """The share of every dropout of a model, and whether a fused attention would take it for its own.
+
+    Some are modules, some numbers that a module hands on: of its attention (which OPT, BART and T5 call ``dropout`` in
+    the attention's own module, and of which GPT-2 has a module only for its share), or of what is around that.
+    """
+    for module in model.modules():
+        kind = type(module)
+        own = kind.__module__.startswith("cl_runner.")  # a method's own terms drop as all else does
+        attention = "attention" in kind.__name__.lower()
+        for name, value in vars(module).items():
+            if not own and isinstance(value, float) and "dropout" in name:
+                yield value, "att" in name or (attention and name == "dropout")
+        for name, part in module.named_children():
+            if isinstance(part, nn.Dropout):
+                yield part.p, attention and "att" in name
 
 
 def _of_rows(input: Tensor, batch: Batch) -> bool:

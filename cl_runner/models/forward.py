@@ -19,10 +19,8 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from cl_runner.models.base import Layout, neutral_generation
-from cl_runner.models.batch import IGNORE, Batch
+from cl_runner.models.batch import IGNORE, PREFIX, Batch
 from cl_runner.models.dropout import Contexts
-
-PREFIX = "prefix"  # the name of soft prompts among a batch's condition
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

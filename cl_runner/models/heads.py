@@ -22,7 +22,7 @@ from cl_runner.models.forward import evaluating, unwrapped
 # second call saves (``benchmarks/packing.py``).
 PACKED = 1.3
 # The families that are known, and tested, to keep to a mask of every two tokens.
-MASKED = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
+MASKED = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3")
 
 Show = Callable[[Batch], None]  # told the batch, or the part of one, that the next call of the model is about
 

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cl_runner.errors import UserError
+
+FILE = "tokenizer.json"
+# Figures, signs, contractions, spaces, line ends, composed and wide letters: what rules differ in.
+_PROBES = (
+    "I'll say 12345 or 1,000.5 (don't)!?\r\n\tA_b",
+    " a  b\n c Zürich ＡＢ naïve ﬁne 日本 {x} ",
+    "red blue yes no",
+)
 
 
 def load_tokenizer(
@@ -19,19 +28,47 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, cutting at the right and with no length limit of its own. Raises UserError.
 
+    Its tokenizer.json is what counts, whatever class is named beside it.
+
     A folder with only spiece.model or tokenizer.model is converted by transformers; the result is compared with what
     sentencepiece itself says, because a conversion that loses the first space gives other ids without a word.
     """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-            if not (folder / "tokenizer.json").exists():
+            if (folder / FILE).exists():
+                tokenizer = _as_the_file_has_it(tokenizer, folder)
+            else:
                 tokenizer = _as_sentencepiece_has_it(tokenizer, folder, encoder_decoder)
     except Exception as error:  # each tokenizer class fails in its own way
         raise UserError(f"model {where}: its tokenizer cannot be loaded ({first_line(error)})") from error
     tokenizer.truncation_side = "right"
     tokenizer.model_max_length = int(1e30)  # lengths are ours to check; else every long text prints a warning
     return tokenizer
+
+
+def _as_the_file_has_it(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer itself if it cuts texts as tokenizer.json does, else the file under no family's class.
+
+    Classes of transformers 5 take a file's vocabulary and put the rules of their family's first model around it. A
+    Qwen 2 model with another tokenizer then gets other ids, or none, without a word.
+    """
+    if type(tokenizer) is PreTrainedTokenizerFast or not type(tokenizer).__module__.startswith("transformers."):
+        return tokenizer  # the file as it is; code of the model's own
+    file = Tokenizer.from_file(str(folder / FILE))
+
+    def agrees(one: PreTrainedTokenizerBase) -> bool:
+        return all(
+            one(probe, add_special_tokens=False)["input_ids"] == file.encode(probe, add_special_tokens=False).ids
+            for probe in _PROBES
+        )
+
+    if agrees(tokenizer):
+        return tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")  # where tokenizer_config.json leaves them to the class
+    named = {name: token for name in names if (token := getattr(tokenizer, name)) is not None}
+    plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder), **named)
+    return plain if agrees(plain) else tokenizer
 
 
 def _as_sentencepiece_has_it(

@@ -310,6 +310,8 @@ class StageRun:
                 return
             for what, see in self._observers:
                 rows = (inputs[0] if what == "inputs" else output).detach()
+                if self._batch is not None:
+                    rows = self._batch.by_row(rows)
                 see(target, rows, self._mask(target, rows))
 
         return hook

@@ -16,12 +16,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cl_runner.adapters.layers import Layers
-from cl_runner.adapters.targets import target_shapes
+from cl_runner.adapters.targets import default_targets, target_shapes
 from cl_runner.config.schema import AdapterConfig, ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models.base import Base, load_base, outline
+from cl_runner.models.base import Base, load_base, outline, tokenizer_of
 from cl_runner.models.encoding import Encoder
+from cl_runner.models.tokenizer import load_tokenizer
 from cl_runner.tasks.task import Prompt
+from tests.families import FAMILIES
 from tests.models.tiny_models import LINES
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def test_the_outline_has_the_shapes_of_what_is_loaded_and_no_weights(
     assert found is not None and all(p.is_meta for p in found.parameters())
     base = load(folder)
     adapters = Layers(base.model, settings, name_or_path="x", encoder_decoder=base.encoder_decoder)
-    assert target_shapes(found, settings) == adapters.shapes()
+    assert target_shapes(found, default_targets(found)) == adapters.targets()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2", "qwen2"])
@@ -167,6 +169,23 @@ def test_all_end_tokens_end(copy: Callable[[str], Path]) -> None:
     assert base.eos_id == 0 and base.layout.end_ids == (0, 7)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_tokenizer_alone_is_loaded_as_with_its_model(
+    saved: Callable[[str], Path], family: str, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def spied(*given: Any) -> Any:
+        asked.append(given)
+        return load_tokenizer(*given)
+
+    monkeypatch.setattr("cl_runner.models.base.load_tokenizer", spied)
+    load(saved(family), trust_remote_code=trusted)
+    tokenizer_of(ModelConfig(name=str(saved(family)), trust_remote_code=trusted))
+    assert asked[0] == asked[1] and asked[0][2:] == (family == "t5", trusted)
+
+
 def sentencepiece_model(**options: Any) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -236,3 +255,25 @@ def test_a_broken_tokenizer(copy: Callable[[str], Path]) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer cannot be loaded"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "most"),
+    [
+        ("Phi-3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}, 16),
+        ("LLaMA 2", {"rope_type": "dynamic", "factor": 4.0}, 64),
+    ],
+)
+def test_positions_end_where_the_longest_row_would_change_the_others(
+    tmp_path: Path, kind: str, rope: dict[str, Any], most: int
+) -> None:
+    more = {"original_max_position_embeddings": 16} if "short_factor" in rope else {}
+    model = FAMILIES[kind].model(rope_parameters={"rope_theta": 1e4, **rope, **more}, **more)
+    model.save_pretrained(tmp_path)
+    FAMILIES[kind].special.tokenizer().save_pretrained(tmp_path)
+    base = load(tmp_path)
+    assert base.layout.max_positions == most
+    with torch.no_grad():
+        alone, short, long = (base.model(torch.arange(n)[None] % 20 + 4).logits[0, :8] for n in (8, most, most + 1))
+    torch.testing.assert_close(short, alone, rtol=0, atol=1e-4)
+    assert float((long - alone).abs().max()) > 1e-3

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from cl_runner.models.batch import Batch, collate
-from cl_runner.models.dropout import RowDropout, attention_dropout
+from cl_runner.models.batch import IGNORE, Batch, Example, collate
+from cl_runner.models.dropout import RowDropout, attention_dropout, drops
+from cl_runner.models.forward import logits
+from tests.families import FAMILIES
 from tests.stages import LAYOUTS, Kind, some_rows, tiny_model
 
 ROWS = some_rows(8).examples
@@ -172,3 +174,49 @@ def test_a_fused_attention_that_drops_is_said(kind: Kind, how: str, share: float
     assert bool(line) is said
     if said:
         assert line.startswith("dropout of 0.1 inside the attention (sdpa) falls by micro-batch")
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "setting", "inside"),
+    [
+        ("T5", "dropout_rate", True),
+        ("GPT-2", "attn_pdrop", True),
+        ("GPT-2", "resid_pdrop", False),
+        ("OPT", "attention_dropout", True),
+        ("OPT", "dropout", False),
+        ("GPT-NeoX", "attention_dropout", True),
+        ("GPT-NeoX", "hidden_dropout", False),
+        ("Phi", "resid_pdrop", False),
+        ("BLOOM", "hidden_dropout", False),
+        ("BLOOM", "attention_dropout", False),
+        ("Qwen 3", "attention_dropout", True),
+    ],
+)
+def test_said_exactly_where_rows_fall_otherwise_by_themselves(
+    family: str, setting: str, inside: bool, how: str
+) -> None:
+    """Whatever a family calls its dropout, and wherever it keeps the share."""
+    told = FAMILIES[family]
+    model = told.model(**{setting: 0.3})
+    assert drops(model) and not drops(told.model())
+    if family != "BLOOM":  # whose attention is its own
+        model.set_attn_implementation(how)
+    layout = LAYOUTS["t5" if told.encoder_decoder else "llama"]
+    examples = [Example([4 + i % 9 for i in range(n)], [5, 6, 7][: n - 2]) for n in (3, 5, 4)]
+    whole = replace(collate(examples, layout), places=torch.arange(3))
+
+    def scores(batch: Batch) -> Tensor:
+        dropout = RowDropout()
+        dropout.draw(1)
+        dropout.see(batch)
+        torch.manual_seed(1)
+        with dropout.installed(), torch.no_grad():
+            return logits(model, batch)
+
+    model.train()
+    together, alone = scores(whole), torch.cat([scores(whole.slice([row])) for row in range(3)])
+    real = whole.labels != IGNORE
+    same = torch.allclose(together[real], alone[real], rtol=1e-4, atol=1e-4)
+    assert same == (not attention_dropout(model)) == (how == "eager" or not inside)
+    assert not torch.allclose(scores(whole)[real], logits(model.eval(), whole)[real], atol=0.1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_runner.models.base import Layout, neutral_generation
 from cl_runner.models.batch import Batch, Example, collate, collate_prompts
-from cl_runner.models.forward import logits, token_loss
+from cl_runner.models.forward import accepted, logits, token_loss
 from cl_runner.models.heads import (
     NEEDED,
     PACKED,
@@ -25,42 +25,25 @@ from cl_runner.models.heads import (
     most_packed,
 )
 from cl_runner.models.verify import answers
+from tests.families import FAMILIES
 
-PAD, END, VOCABULARY = 0, 1, 48
-LAYOUT = Layout(False, PAD, END, (END,), None, VOCABULARY)
+LAYOUT = Layout(False, 0, 1, (1,), None, 30)
+END = LAYOUT.eos_id
 HEAD = [5, 6, 7, 8, 9]
 EXAMPLES = [
     Example([*HEAD, 20], [11, END]),
     Example([*HEAD, 21, 22, 23, 24], [12, 13, 14, END]),
     Example([*HEAD, 25, 26], [END]),
 ]
-COMMON = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 2}
-SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {**SIZES, "num_key_value_heads": 2}),
-    "qwen2": ("Qwen2", {**SIZES, "num_key_value_heads": 2}),
-    "gemma": ("Gemma", {**SIZES, "num_key_value_heads": 1, "head_dim": 6}),
-    "gpt2": ("GPT2", {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt-neox": ("GPTNeoX", {**SIZES, "max_position_embeddings": 64}),
-    "qwen3": ("Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 6}),
-    "mistral": ("Mistral", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
-    "phi": ("Phi", {**SIZES, "num_attention_heads": 3, "max_position_embeddings": 64}),
-    "opt": ("OPT", {"hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                    "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0}),
-}  # fmt: skip
+SHARING = [name for name, family in FAMILIES.items() if not family.encoder_decoder and not family.whole]
+NO_WINDOW = ("Mistral", {"sliding_window": None})
 
 
 def model_of(family: str, **more: Any) -> Any:
     """A random model of a family; everything trains, so that every gradient shows."""
-    name, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**COMMON, **{**settings, **more})
-    made = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    model: Any = getattr(transformers, made)(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
+    model = FAMILIES[family].model(**more).requires_grad_(True)
     model.generation_config = neutral_generation(LAYOUT)
-    return model.eval()
+    return model
 
 
 def known(batch: Batch) -> Batch:
@@ -79,10 +62,12 @@ def gradients(model: Any, scores: Tensor, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("extra", [0, 3], ids=["as-wide-as-its-rows", "wider"])
 @pytest.mark.parametrize("way", [logits_behind_head, logits_in_one_row])
-@pytest.mark.parametrize("family", [*FAMILIES, "llama eager"])
-def test_logits_and_gradients(family: str, way: Any, extra: int) -> None:
-    model = model_of(family.split()[0], **({"attn_implementation": "eager"} if "eager" in family else {}))
-    assert most_packed(model) == int(PACKED * 24)
+@pytest.mark.parametrize(
+    ("family", "more"), [*((name, {}) for name in SHARING), NO_WINDOW, ("LLaMA 3", {"attn_implementation": "eager"})]
+)
+def test_logits_and_gradients(family: str, more: dict[str, Any], way: Any, extra: int) -> None:
+    model = model_of(family, **more)
+    assert most_packed(model) == int(PACKED * 32)
     batch = known(collate(EXAMPLES, LAYOUT))
     if extra:  # a part of a batch is padded as the whole was
         pad = torch.nn.functional.pad
@@ -108,9 +93,9 @@ def test_logits_and_gradients(family: str, way: Any, extra: int) -> None:
         assert row.input_ids.shape == row.places.shape == (1, tokens)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers(family: str) -> None:
-    model = model_of(family)
+@pytest.mark.parametrize(("family", "more"), [*((name, {}) for name in SHARING), NO_WINDOW])
+def test_answers(family: str, more: dict[str, Any]) -> None:
+    model = model_of(family, **more)
     prompts = known(collate_prompts(EXAMPLES, LAYOUT))
     said = answers(model, prompts, [[END]] * 3, LAYOUT, 5)[0]
     for targets in ([[END]] * 3, [[*said[0], END], [3, END], [*said[2], END]], [[*ids, END] for ids in said]):
@@ -123,32 +108,26 @@ def test_answers(family: str) -> None:
 
 
 def test_a_window_that_slides_has_no_head() -> None:
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(**COMMON, **SIZES, num_key_value_heads=2, sliding_window=4)
-    model: Any = transformers.MistralForCausalLM(config).eval()
+    model = model_of("Mistral")
     assert Head.read(model, head_of(torch.tensor([HEAD]))) is None
-    assert not goes_on(model) and goes_on(model_of("llama"))
+    assert not goes_on(model) and goes_on(model_of("Mistral", sliding_window=None))
 
 
 def test_models_that_mask_by_themselves_are_not_packed() -> None:
+    sizes = {"vocab_size": 30, "hidden_size": 24, "bos_token_id": 2, "eos_token_id": END}
     neo = transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(
-            **COMMON, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-        )
+        transformers.GPTNeoConfig(**sizes, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
     )
     assert not most_packed(neo) and not goes_on(neo)
     falcon = transformers.FalconForCausalLM(
-        transformers.FalconConfig(**COMMON, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+        transformers.FalconConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, alibi=True)
     )
     assert not most_packed(falcon)
 
 
 def test_a_model_that_takes_no_positions_is_told_by_its_forward() -> None:
-    from cl_runner.models.forward import accepted
-
-    assert all(accepted(model_of(family)) >= NEEDED for family in FAMILIES)
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(**COMMON, hidden_size=24, n_layer=1, n_head=4))
-    assert not accepted(bloom) >= NEEDED
+    assert all(accepted(model_of(family)) >= NEEDED for family in SHARING)
+    assert not accepted(model_of("BLOOM")) >= NEEDED
 
 
 def test_common_head() -> None:
