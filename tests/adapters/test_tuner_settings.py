@@ -34,7 +34,10 @@ def room(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (("kind=vblora", "vector_length=256"), "adapter.vector_length: 256 does not divide the layers' widths (192); 64, 96, 192 would"),
+        (
+            ("kind=vblora", "vector_length=256"),
+            "adapter.vector_length: 256 does not divide the layers' widths (192); 64, 96, 192 would",
+        ),
         (("kind=vblora", "vector_length=7"), "adapter.vector_length: 7 does not divide"),
         (("kind=vblora", "vector_length=48", "target_modules=[wi]"), ""),
         (("kind=vblora", "vector_length=64", "target_modules=[wi]"), "widths (96, 192); 32, 48, 96 would"),
