@@ -142,12 +142,12 @@ def _refused(trial: Trial) -> str:
 
 
 def _evaluated() -> str:
-    """Scored again, both stages, as they committed."""
-    for stage in ("1", "2"):
-        code, out, said = run("eval", "run", "--stage", stage, "--json")
+    """Scored again, every stage, as it committed."""
+    for stage, folder in enumerate(_stages("run"), 1):
+        code, out, said = run("eval", "run", "--stage", str(stage), "--json")
         if code:
             return f"eval --stage {stage}: exit code {code}: {_last(said)}"
-        committed = json.loads(_stages("run")[int(stage) - 1].joinpath("metrics.json").read_text())["scores"]
+        committed = json.loads((folder / "metrics.json").read_text())["scores"]
         again = json.loads(out)
         if again["scores"] != committed or any(again["differing_rows"].values()):
             return f"eval --stage {stage}: {again['scores']} ({again['differing_rows']}), committed {committed}"
