@@ -105,10 +105,11 @@ def test_every_parameter_trains_and_nothing_else(kind: str, family: str) -> None
     assert set(roles) | set(adapters.kind.shared) == set(own)
     for role in {role for _, role in roles.values()}:
         assert adapters.named(role) == {target: name for name, (target, what) in roles.items() if what == role}
+    shown = adapters.shown()
     adapters.train(False)
-    assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
-    adapters.show(None)
-    adapters.show(adapters.shown())
+    for what in (shown, None, shown):
+        adapters.show(what)
+        assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
     adapters.train(True)
     assert {id(p) for p in adapters.model.parameters() if p.requires_grad} == trained
 

@@ -168,3 +168,15 @@ def test_a_slow_copy_answers_and_the_fast_one_goes_on(kind: str, tmp_path: Path)
         fast = (plain / "stages" / "02-agnews" / "adapter" / name).read_bytes()
         assert (stage / "next" / name).read_bytes() == fast
         assert name.endswith("json") or (stage / "adapter" / name).read_bytes() != fast
+
+
+def test_room_on_disk_is_asked_for_what_is_folded_and_not_for_what_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folded update of DoRA is a matrix a layer at every stage; one set for all tasks is a pair and a vector."""
+    (tmp_path / "two.yaml").write_text(ORDER)
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 2 * 2**20))
+    refused = call(*words("dora", "inclora"), cwd=tmp_path)
+    assert refused.code == 2 and "2.0 MB free on this disk, and the stages to come need about" in refused.err
+    assert call(*words("dora", "seqlora"), cwd=tmp_path).code == 0
