@@ -89,6 +89,14 @@ class Adapters:
         """(m, n), out by in, of every target layer."""
         return list(self.targets().values())
 
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """What the kind counts by (``Kind.trained_count``): its target layers, or whatever trains itself."""
+        return self.targets()
+
+    def set_size(self) -> int:
+        """How many numbers the live parameter set has, those that stand still too."""
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
     def train(self, on: bool) -> None:
         """Whether the parameters ask for gradients."""
         for parameter in self.parameters().values():

@@ -33,6 +33,7 @@ OFFERS: Mapping[Offer, str] = {
 NAME = "default"  # PEFT's, of the one adapter of a model
 Need = tuple[Offer, ...]  # any of these will do
 Fold = Literal["factors", "dense", "keep", "replace"]
+Shapes = Mapping[str, tuple[int, int]]  # target layer → (m, n), out by in
 
 
 class ModelFolder(Protocol):
@@ -84,6 +85,14 @@ class Kind:
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
         """(m, n), out by in, of every layer it adapts, of a model that may be on the meta device. Raises UserError."""
         return []
+
+    def trained_count(self, layers: Shapes) -> int | None:
+        """How many numbers train beside these layers; None where only the opened adapters can tell."""
+        return None
+
+    def stored_count(self, layers: Shapes) -> float | None:
+        """How many fp32 numbers a stage's own set takes on disk, as its paper counts them; None as above."""
+        return self.trained_count(layers)
 
     def open(self, opening: Opening) -> Adapters:
         """Put what trains beside, or into, a model. Raises UserError where the model cannot take it."""

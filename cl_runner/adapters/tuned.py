@@ -95,6 +95,9 @@ class Tuned(Beside):
         """Name → parameter: ``<target>.<PEFT's name>``, and what is shared by its name alone."""
         return dict(self._own)
 
+    def set_size(self) -> int:
+        return sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
+
     def roles(self) -> dict[str, tuple[str, str]]:
         found = {}
         for name in self._own:
@@ -231,9 +234,8 @@ class Tuned(Beside):
     def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
         if not alone:
             return super().folder_bytes(pairs, rank, dense or "factors" not in self.kind.folds, alone)
-        own: int = sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
         folders = 1 if self.kind.on_disk == "exact" else 2  # and beside it what trains on
-        return 4 * own * folders
+        return 4 * self.set_size() * folders
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
         from cl_runner.adapters import tuned_folder

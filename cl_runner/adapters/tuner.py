@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cl_runner.adapters.kind import NAME, Fold, Kind, Opening
+from cl_runner.adapters.kind import Shapes as Shapes
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from cl_runner.adapters.base import Adapters
     from cl_runner.adapters.folding import Accumulator
-
-Shapes = Mapping[str, tuple[int, int]]  # target → (m, n), out by in
 
 
 class Tuner(Kind):
@@ -84,14 +83,6 @@ class Tuner(Kind):
     def learning_rates(self) -> Mapping[str, float]:
         """Role → its learning rate over ``training.lr``, where that is not 1."""
         return {}
-
-    def trained_count(self, layers: Shapes) -> int:
-        """How many numbers train, of target layers with their (m, n)."""
-        raise NotImplementedError
-
-    def stored_count(self, layers: Shapes) -> float:
-        """How many fp32 numbers a stage's own set takes on disk, as its paper counts them."""
-        return self.trained_count(layers)
 
     def check(self, layers: Shapes) -> None:
         """Refuse layers that cannot be adapted with these settings. Raises UserError."""

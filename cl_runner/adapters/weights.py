@@ -60,6 +60,11 @@ class FullWeights(Adapters):
     def targets(self) -> dict[str, tuple[int, int]]:
         return dict(zip(self.layers, linear_shapes(self.model), strict=True))
 
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """Name → every parameter's shape; a vector is (1, n), and what has more sides than two is folded to two."""
+        last = {name: p.shape[-1] if p.dim() else 1 for name, p in self._parameters.items()}
+        return {name: (p.numel() // last[name], last[name]) for name, p in self._parameters.items()}
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → every parameter of the model, fp32."""
         return dict(self._parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,10 @@ class Full(Kind):
         from cl_runner.adapters.weights import linear_shapes
 
         return linear_shapes(model)
+
+    def trained_count(self, layers: Shapes) -> int:
+        """Of every parameter of the model, a vector as (1, n) (``Adapters.counted``)."""
+        return sum(m * n for m, n in layers.values())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.weights import FullWeights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,15 @@ class Lora(Kind):
         from cl_runner.adapters.targets import default_targets, target_shapes
 
         return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
+
+    def trained_count(self, layers: Shapes) -> int:
+        """Of the largest rank, where it is chosen."""
+        sides = sum(("A" in self.trains) * n + ("B" in self.trains) * m for m, n in layers.values())
+        return int(self.config.largest) * sides
+
+    def stored_count(self, layers: Shapes) -> float:
+        """Both factors, one that does not train too."""
+        return int(self.config.largest) * sum(m + n for m, n in layers.values())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers
