@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo demo-real test lint bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,25 @@ demo: setup
 	$(BIN)/cl-runner train --order order1 --method seqlora --preset tiny --data synthetic
 	$(BIN)/cl-runner train --order order1 --method olora --preset tiny --data synthetic
 	$(BIN)/cl-runner report runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42
+
+# The same on a small real model and real rows, which are yours to bring: asked for before anything is fetched.
+DATA ?= $(CL_RUNNER_DATA)
+REAL := --order order1-three --preset smollm2-q4 --data-dir "$(DATA)"
+
+ifneq ($(filter demo-real,$(MAKECMDGOALS)),)
+ifneq ($(shell test -f "$(DATA)/TC/dbpedia/train.json" && echo there),there)
+$(error demo-real: $(if $(DATA),$(DATA) holds no TC/dbpedia/train.json; )say make demo-real DATA=FOLDER, the benchmark's \
+folder of TC/dbpedia, SC/amazon and TC/agnews (docs/data.md): CL_Benchmark in https://github.com/cmnfriend/O-LoRA)
+endif
+endif
+
+demo-real: setup smollm2
+	$(BIN)/cl-runner train $(REAL) --method seqlora
+	$(BIN)/cl-runner train $(REAL) --method olora
+	$(BIN)/cl-runner report runs/order1-three-seqlora-smollm2-s42 runs/order1-three-olora-smollm2-s42
+
+smollm2: | setup
+	PYTHON=$(BIN)/python scripts/get_smollm2.sh $@
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

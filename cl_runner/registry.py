@@ -297,14 +297,15 @@ KINDS: Registry[Kind] = Registry(
     },
 )
 
-# In this order at every hook: the rank decides what there is to train, factors are turned in what a step made of it,
-# and the slow copy follows what is then there; those of others come after.
+# In this order at every hook: the rank decides what there is to train, and how that begins is decided then; factors are
+# turned in what a step made of it, and the slow copy follows what is then there; those of others come after.
 OPTIONS: Registry[Option] = Registry(
     "option",
     "cl_runner.options",
     "cl_runner.training.options.protocol:Option",
     {
         "auto-rank": "cl_runner.training.options.auto_rank:AutoRank",
+        "initialise": "cl_runner.training.options.initialise:Initialisation",
         "reorthogonalise": "cl_runner.training.options.reorthogonalise:Reorthogonalisation",
         "slow-copy": "cl_runner.training.options.slow_copy:SlowCopy",
     },

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.kind import shapes_with_ranks
 from cl_runner.adapters.pairs import FactorGroup, Pair
 from cl_runner.adapters.saved import Saved
 from cl_runner.adapters.terms import Term, Terms
@@ -55,13 +56,22 @@ class Adapters:
     terms: Terms | None = None  # what stands in layers in the place of the pair
     condition: Mapping[str, Tensor] = MappingProxyType({})  # a method's own rows of the batch that is being computed
     rank: int = 0  # of the live pair
+    ranks: Mapping[str, int] = MappingProxyType({})  # of it at targets with another one
     start: Pair | None = None  # as its stage began, where a pair trains on
     single: Tensor | None = None  # the one prompt (p, d) that answers, where there is one
 
     @property
     def scale(self) -> float:
-        """s of the live pair, alpha / r."""
+        """s of the live pair."""
         return 1.0
+
+    def rank_of(self, target: str) -> int:
+        """r of the live pair at a target."""
+        return self.ranks.get(target, self.rank)
+
+    def scale_of(self, target: str) -> float:
+        """s of the live pair at a target."""
+        return self.scale
 
     # What trains.
 
@@ -87,10 +97,10 @@ class Adapters:
 
     def shapes(self) -> list[tuple[int, int]]:
         """(m, n), out by in, of every target layer."""
-        return list(self.targets().values())
+        return shapes_with_ranks(self.targets(), self.ranks)
 
     def counted(self) -> dict[str, tuple[int, int]]:
-        """What the kind counts by (``Kind.trained_count``): its target layers, or whatever trains itself."""
+        """What the kind counts by, as ``Kind.layers`` has it."""
         return self.targets()
 
     def set_size(self) -> int:
@@ -107,6 +117,11 @@ class Adapters:
 
         ``rank``: another than the last one's.
         """
+        raise NotImplementedError
+
+    def begin_from_weight(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+        """Of a pair that was begun: A (r, n) and B (m, r) by target, and s·B A taken off the weight, which answers as
+        before with it."""
         raise NotImplementedError
 
     def rename(self, stage: str) -> None:
@@ -188,8 +203,8 @@ class Adapters:
         """All that is held now. ``copied``: what is folded, shown or trained later does not change it."""
         raise NotImplementedError
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
-        """About how large a stage's folder is with so many pairs of that rank in it; ``alone``: nothing is folded."""
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        """About how large a stage's folder is with so many pairs of that rank in it."""
         return 0
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:

@@ -46,7 +46,11 @@ class Beside(Adapters):
 
     @torch.no_grad()
     def fold(self, pair: Pair) -> None:
-        """Add a pair to the sum of past updates of every target, in the order of the calls."""
+        """Add a pair to the sum of past updates of every target, in the order of the calls.
+
+        What it began with of the weight is part of it from now on: a pair of twice the rank.
+        """
+        pair = pair.repaid()
         for target, accumulator in self.past.items():
             if target in pair.A:
                 accumulator.add(pair.update(target, accumulator.weight.device))
@@ -86,11 +90,12 @@ class Beside(Adapters):
         """
         if self._reads_all_past():
             return
-        pairs, rank = self.folded, sum(pair.rank for pair in self.folded)
-        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target in self.layers):
+        pairs = self.folded
+        ranks = {target: sum(pair.rank_of(target) for pair in pairs) for target in self.layers}
+        if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target, rank in ranks.items()):
             return
         side = max(max(past.base.shape) for past in self.past.values())
-        if "rows" in reads.values() or (reads and rank <= side):
+        if "rows" in reads.values() or (reads and min(ranks.values()) <= side):
             return
         for targets in _by_shape(self._factors()):
             past = self._past(targets)
@@ -132,12 +137,13 @@ class Beside(Adapters):
         sums = {target: accumulator.sum for target, accumulator in self.past.items()}
         return Held(tuple(self.folded), tuple(self.dense), dict(self.kept), self.live, self.shown(), sums)
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
         total = 0
         for target, past in self.past.items():
             m, n = past.base.shape
-            whole = dense or self.stored_whole(target, pairs * rank, pairs)
-            total += (n + rank if whole else pairs * rank) * (m + n)  # an identity and the sum, its own pair beside it
+            own = self.ranks.get(target, rank)
+            whole = dense or self.stored_whole(target, pairs * own, pairs)
+            total += (n + own if whole else pairs * own) * (m + n)  # an identity and the sum, its own pair beside it
         return 4 * total
 
     def _pairs_changed(self) -> None:

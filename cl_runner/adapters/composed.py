@@ -67,13 +67,6 @@ class Fixed(Composed):
         return self.basis
 
 
-def lora_config(rank: int, alpha: float, dropout: float, **common: Any) -> Any:
-    """PEFT's config of the layers that will hold them."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **common)
-
-
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and layer of every LoRA layer, its own factors frozen: they are to be replaced."""
     with light_imports():

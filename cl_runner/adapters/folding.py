@@ -5,10 +5,14 @@ to bf16 would lose 1 % of the update's norm or more (it does for any update unde
 update stand side by side as one matrix of twice the width, and the input goes in twice: ``[W0 | ΔW] [x; x]``. One
 product adds both up in fp32 and rounds once. A second product added to the first would not do: the sum of two bf16
 outputs loses what a rounded weight loses.
+
+A pair may borrow a part of the weight (``initialise.py``), which is computed with less that part until it is given
+back. It is folded as updates are, but is none: the weight is rounded as one where that keeps the smaller of both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +24,10 @@ ROUNDING_LOSS = 0.01
 class Accumulator:
     """The fp32 sum of past updates of one target layer, and the weight that carries it.
 
-    ``sum`` is (m, n), out by in, or None while nothing was folded. ``transposed`` layers (GPT-2's Conv1D) keep their
-    weight in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's.
-    Read W0 here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
+    ``sum`` is (m, n), out by in, or None while nothing was folded; ``lends`` says whether a pair holds a part of the
+    weight now. ``transposed`` layers (GPT-2's Conv1D) keep their weight in by out. ``compute`` is the precision of the
+    forward where autocast makes it another than the weight's. Read W0 here, as ``base``: the layer's own ``weight`` has
+    the update in it, or beside it.
     """
 
     def __init__(self, layer: nn.Module, transposed: bool, compute: torch.dtype | None = None) -> None:
@@ -30,6 +35,7 @@ class Accumulator:
         self.transposed = transposed
         self.compute = compute or self.weight.dtype
         self.sum: Tensor | None = None
+        self.lends = False
         self._base: Tensor | None = None  # W0 where the weight holds the sum, in the weight's own layout
         self._doubling: torch.utils.hooks.RemovableHandle | None = None  # there while the update stands beside W0
 
@@ -65,15 +71,32 @@ class Accumulator:
 
     @torch.no_grad()
     def set(self, total: Tensor | None) -> None:
-        """Replace the sum of past updates; None is the untouched base."""
-        self._unfold()
+        """Replace the sum of past updates; None is the untouched base. What was lent is given back."""
         self.sum = total
-        if total is None:
+        self._fold([] if total is None else [total])
+        self.lends = False
+
+    @torch.no_grad()
+    def lend(self, part: Tensor) -> None:
+        """Compute without ``part`` (m, n) fp32 from now on, until it is given back."""
+        self._fold([-part] if self.sum is None else [self.sum, -part])
+        self.lends = True
+
+    def give_back(self) -> None:
+        """Compute with the whole weight again."""
+        if self.lends:
+            self.set(self.sum)
+
+    def _fold(self, parts: Sequence[Tensor]) -> None:
+        """Put into the weight, or beside it, what it is to be computed with beside W0."""
+        self._unfold()
+        if not parts:
             return
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         update = total.T if self.transposed else total
         weight = self.weight.data
         summed = (weight.float() + update).to(weight.dtype)
-        if self._keeps(weight, summed, update):
+        if self._keeps(weight, summed, update, parts):
             self._base = weight.clone()
             weight.copy_(summed)
         else:
@@ -81,13 +104,13 @@ class Accumulator:
             self.weight.data = side_by_side
             self._doubling = self.layer.register_forward_pre_hook(_twice)
 
-    def _keeps(self, weight: Tensor, summed: Tensor, update: Tensor) -> bool:
-        """Whether the difference of the weights, as computed with, still is the update."""
+    def _keeps(self, weight: Tensor, summed: Tensor, update: Tensor, parts: Sequence[Tensor]) -> bool:
+        """Whether the difference of the weights, as computed with, still is the update, and every part of it."""
         if self.compute == torch.float32:
             return True
         moved = summed.to(self.compute).float() - weight.to(self.compute).float()
         lost = torch.linalg.vector_norm(moved - update)
-        return bool(lost <= ROUNDING_LOSS * torch.linalg.vector_norm(update))
+        return bool(lost <= ROUNDING_LOSS * min(torch.linalg.vector_norm(part) for part in parts))
 
     def _unfold(self) -> None:
         """The layer as it was."""
@@ -106,7 +129,7 @@ class Accumulator:
         return base, update
 
     def applied(self) -> Tensor:
-        """The update that the forward really applies, (m, n) fp32: what tests compare with ``sum``."""
+        """The update that the forward really applies, (m, n) fp32: ``sum`` less what is lent, but for rounding."""
         if self.beside is not None:
             return self.beside.to(self.compute).float()
         weight = self.weight.data.T if self.transposed else self.weight.data

@@ -59,6 +59,27 @@ class Opening:
     folder: ModelFolder | None = None
 
 
+class Shape(tuple[int, int]):
+    """(m, n), out by in, of a target layer whose pair has a rank of its own (``adapter.rank_pattern``)."""
+
+    rank: int
+
+    def __new__(cls, m: int, n: int, rank: int) -> Shape:
+        made = super().__new__(cls, (m, n))
+        made.rank = rank
+        return made
+
+
+def shapes_with_ranks(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> list[tuple[int, int]]:
+    """(m, n) of every target, that of one with a rank of its own as a ``Shape``."""
+    return [Shape(*shape, ranks[target]) if target in ranks else shape for target, shape in shapes.items()]
+
+
+def rank_at(config: AdapterConfig, shape: tuple[int, int]) -> int:
+    """The rank of the pair at a layer, or the largest that may be chosen."""
+    return shape.rank if isinstance(shape, Shape) else config.largest
+
+
 class Kind:
     """An adapter kind. Class attributes are what ``cl-runner list adapters`` and ``list compatibility`` print."""
 
@@ -70,10 +91,10 @@ class Kind:
     trains: ClassVar[tuple[str, ...]] = ()  # the roles of parameters that receive gradient
     folds: ClassVar[tuple[Fold, ...]] = ()  # what may become of a stage's update
     folder: ClassVar[str] = "adapter"  # of a stage's folder: where it lies on disk
-    ignores: ClassVar[frozenset[str]] = frozenset()  # of the settings that all kinds know, those it has no use for
+    by_shape: ClassVar[bool] = False  # whether it refuses layers by their shapes
 
     class Config(AdapterConfig):
-        """The kind's settings: those of ``adapter`` that all kinds know, and its own."""
+        """The kind's settings: those of ``adapter`` that all kinds know, but for ``unused`` ones, and its own."""
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config: Any = config
@@ -82,9 +103,21 @@ class Kind:
         """A (rank, n) and B (m, rank) as a stage begins, fp32 on the CPU, of a kind with factors."""
         raise NotImplementedError
 
+    def layers(self, model: nn.Module) -> Shapes:
+        """The layers it adapts, or the weights that train, of a model that may be on the meta device; none of prompts.
+
+        Raises:
+            UserError: a layer is not there, or cannot be adapted.
+        """
+        return {}
+
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        """(m, n), out by in, of every layer it adapts, of a model that may be on the meta device. Raises UserError."""
-        return []
+        """(m, n), out by in, of every layer it adapts. Raises UserError as ``layers``, and for patterns of no layer."""
+        from cl_runner.adapters import patterns
+
+        found = self.layers(model)
+        patterns.alphas(self.config, list(found))
+        return shapes_with_ranks(found, patterns.ranks(self.config, list(found)))
 
     def trained_count(self, layers: Shapes) -> int | None:
         """How many numbers train beside these layers; None where only the opened adapters can tell."""

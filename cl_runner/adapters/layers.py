@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.beside import Beside
 from cl_runner.adapters.kind import NAME
 from cl_runner.adapters.pairs import Fresh, Pair, fresh_pair
 from cl_runner.adapters.past_dropout import PastDropout
 from cl_runner.adapters.saved import Saved
-from cl_runner.adapters.targets import check_targets, default_targets, is_target, is_transposed
+from cl_runner.adapters.target_sets import chosen_targets
+from cl_runner.adapters.targets import is_target, is_transposed, target_shapes
 from cl_runner.adapters.terms import Term, Terms
 from cl_runner.config.schema import AdapterConfig
 from cl_runner.imports import light_imports
@@ -38,10 +40,12 @@ class Layers(Beside):
         fresh, trains: how the kind begins a pair, and which of its factors train.
 
     Raises:
-        UserError: a target that the model does not have, that is no linear layer, or that shares its weight.
+        UserError: a target that the model does not have, that is no linear layer, or that shares its weight; a pattern
+            that decides for no target.
     """
 
     past_dropout: PastDropout | None = None  # where past pairs read the dropped-out input too
+    began: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # A0, B0 by target: what the live pair has of the weight
     _hooks: Sequence[Any] = ()  # of the terms
     _silent = False  # whether they add nothing
 
@@ -64,13 +68,17 @@ class Layers(Beside):
         self._fresh, self._trains = fresh, tuple(trains)
         self.name_or_path, self.revision = name_or_path, revision
         self.task_type = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
-        targets = config.target_modules or default_targets(model)
-        check_targets(model, targets)
+        targets = chosen_targets(model, config.target_modules)
+        names = list(target_shapes(model, targets))
         self.target_modules = list(targets)
-        self.rank, self._alpha = config.largest, config.alpha  # of the live pair; a stage may begin with another rank
+        self.rank, self._config = config.largest, config  # of the live pair; a stage may begin with another rank
+        self.ranks, self._alphas = patterns.ranks(config, names), patterns.alphas(config, names)
         peft_config = LoraConfig(
             r=config.largest,
             lora_alpha=config.alpha,
+            use_rslora=config.rslora,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
             lora_dropout=config.dropout,
             target_modules=list(targets),
             task_type=self.task_type,
@@ -96,19 +104,26 @@ class Layers(Beside):
         if config.dropout_past and config.dropout:
             self.past_dropout = PastDropout(self.layers, NAME, compute or torch.float32)
         self._stand_beside(self.layers, compute)
+        self._borrow({}, {})
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     @property
     def scale(self) -> float:
-        """s of the live pair, alpha / r."""
-        return self._alpha / self.rank
+        """s of the live pair, alpha / r, or alpha / √r."""
+        return self._config.scale(self.rank)
+
+    def scale_of(self, target: str) -> float:
+        return self._config.scale(self.rank_of(target), self._alphas.get(target))
 
     # The live pair.
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter of the live pair, ``<target>.lora_A`` and ``<target>.lora_B``, fp32; and of the terms."""
         return {**(self.terms.parameters() if self.terms else {}), **self._of_pair()}
+
+    def set_size(self) -> int:
+        return super().set_size() + sum(part.numel() for of_targets in self.began for part in of_targets.values())
 
     def _paired(self) -> list[str]:
         """The targets with the pair in them."""
@@ -130,13 +145,35 @@ class Layers(Beside):
     def begin(self, stage: str, generator: torch.Generator | None = None, rank: int | None = None) -> None:
         """A new pair for ``stage``, as its kind begins one."""
         self.start = None
+        self._borrow({}, {})
         self._resize(rank or self.rank)
-        for layer in self.layers.values():
+        for target, layer in self.layers.items():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            fresh_A, fresh_B = self._fresh(B.shape[0], A.shape[1], self.rank, generator)
+            fresh_A, fresh_B = self._fresh(B.shape[0], A.shape[1], self.rank_of(target), generator)
             A.data, B.data = fresh_A.to(A.device), fresh_B.to(B.device)
         self._live(stage)
         self.train(True)
+
+    @torch.no_grad()
+    def begin_from_weight(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+        for target, layer in self.layers.items():
+            layer.lora_A[NAME].weight.data.copy_(A[target])
+            layer.lora_B[NAME].weight.data.copy_(B[target])
+        self._borrow({target: _copy(A[target]) for target in A}, {target: _copy(B[target]) for target in B})
+
+    @torch.no_grad()
+    def _borrow(self, A0: Mapping[str, Tensor], B0: Mapping[str, Tensor]) -> None:
+        """From now on the weight is without s·B0 A0, which the live pair has in its place; without nothing where both
+        are empty."""
+        self.began = A0, B0
+        scales = {target: self.scale_of(target) for target in A0}
+        lender = Pair("", self.rank, self.scale, {}, {}, scales=scales, A0=A0, B0=B0)
+        for target, past in self.past.items():
+            part = lender.lent(target, past.weight.device)
+            if part is None:
+                past.give_back()
+            else:
+                past.lend(part)
 
     def train(self, on: bool) -> None:
         """Whether the parameters ask for gradients, but for those that the kind freezes."""
@@ -147,15 +184,16 @@ class Layers(Beside):
             parameter.requires_grad_(on and not frozen)
 
     def _resize(self, rank: int) -> None:
-        """Give the live pair another rank, its values are undefined then."""
+        """Give the live pair another rank, where no pattern says it; its values are undefined then."""
         if rank == self.rank:
             return
         self.rank = rank
-        for layer in self.layers.values():
+        for target, layer in self.layers.items():
+            own = self.rank_of(target)
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            A.data, B.data = A.data.new_empty(rank, A.shape[1]), B.data.new_empty(B.shape[0], rank)
+            A.data, B.data = A.data.new_empty(own, A.shape[1]), B.data.new_empty(B.shape[0], own)
             A.grad = B.grad = None
-            layer.r[NAME], layer.scaling[NAME] = rank, self.scale
+            layer.r[NAME], layer.scaling[NAME] = own, self.scale_of(target)
 
     def rename(self, stage: str) -> None:
         """Go on training the live pair, as the pair of ``stage``."""
@@ -230,23 +268,31 @@ class Layers(Beside):
             found.update({f"{target}.{name}": (target, name) for name, _ in term.named_parameters()})
         return {name: found[name] for name in self.parameters() if name in found}
 
+    def learning_rates(self) -> dict[str, float]:
+        ratio = self._config.lr_ratio_B
+        return dict.fromkeys(self.named("B").values(), ratio) if ratio != 1 else {}
+
     def pair(self, stage: str | None = None) -> Pair:
-        """A copy of the live pair, or of the factors of terms that all have some of one rank."""
+        """A copy of the live pair, or of the factors of terms that all have some."""
         stage = stage or self.live
         assert stage is not None, "nothing is live"
         if self.terms and not self.terms.pair:
             found = {target: term.factors() for target, term in self.terms.of.items()}
             A = {target: _copy(factors[0]) for target, factors in found.items() if factors}
             B = {target: _copy(factors[1]) for target, factors in found.items() if factors}
-            [rank] = {len(rows) for rows in A.values()}
             assert len(A) == len(found), "a term without factors has no pair"
-            return Pair(stage, rank, 1.0, A, B)
+            rank = len(next(iter(A.values())))
+            return Pair(stage, rank, 1.0, A, B, {t: len(rows) for t, rows in A.items() if len(rows) != rank})
+        paired = self._paired()
         return Pair(
             stage,
             self.rank,
             self.scale,
-            {target: _copy(self.layers[target].lora_A[NAME].weight) for target in self._paired()},
-            {target: _copy(self.layers[target].lora_B[NAME].weight) for target in self._paired()},
+            {target: _copy(self.layers[target].lora_A[NAME].weight) for target in paired},
+            {target: _copy(self.layers[target].lora_B[NAME].weight) for target in paired},
+            {target: rank for target, rank in self.ranks.items() if target in paired},
+            {target: s for target in paired if (s := self.scale_of(target)) != self.scale},
+            *self.began,
         )
 
     def live_update(self) -> dict[str, Tensor]:
@@ -267,7 +313,8 @@ class Layers(Beside):
     def update_norm(self) -> float | None:
         """‖ΔW‖_F of what the stage has learned, over all targets, of a pair from r × r Gram matrices.
 
-        Of a pair that trains on it is what changed since the stage began. None where nothing is live.
+        Of a pair that trains on, or that began with a part of the weight, it is what changed since the stage began.
+        None where nothing is live.
         """
         if self.live is None:
             return None
@@ -275,12 +322,13 @@ class Layers(Beside):
         if not self._paired():
             return math.sqrt(of_terms)
         square = 0.0
+        A0, B0 = (self.start.A, self.start.B) if self.start else self.began
         for target in self._paired():
             A, B = self.layers[target].lora_A[NAME].weight, self.layers[target].lora_B[NAME].weight
-            if self.start is not None:
-                A = torch.cat([A, self.start.A[target].to(A)])
-                B = torch.cat([B, -self.start.B[target].to(B)], dim=1)
-            square += float(norm((A, B))) ** 2
+            if target in A0:
+                A = torch.cat([A, A0[target].to(A)])
+                B = torch.cat([B, -B0[target].to(B)], dim=1)
+            square += (self.scale_of(target) / self.scale) ** 2 * float(norm((A, B))) ** 2
         if not of_terms:
             return self.scale * math.sqrt(square)
         return math.sqrt(self.scale**2 * square + of_terms)
@@ -290,8 +338,10 @@ class Layers(Beside):
         """Put a pair or terms into the layers to answer with; None answers without any."""
         terms = pair if isinstance(pair, Terms) else None
         values = terms.pair if terms else pair
+        self._borrow({}, {})
         if isinstance(values, Pair):
             self._resize(values.rank)
+            self._borrow(values.A0, values.B0)
         for target, layer in self.layers.items():
             A, B = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             if isinstance(values, Pair) and target in values.A:

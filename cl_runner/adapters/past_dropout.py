@@ -59,7 +59,7 @@ class PastDropout:
         """Every A_i one under the other, (R, n), and every s_i B_i side by side, (m, R): made once a stage."""
         if target not in self._stacked:
             A = torch.cat([pair.A[target] for pair in self._pairs])
-            B = torch.cat([pair.scale * pair.B[target] for pair in self._pairs], dim=1)
+            B = torch.cat([pair.scale_of(target) * pair.B[target] for pair in self._pairs], dim=1)
             device = self._layers[target].lora_A[self._name].weight.device
             self._stacked[target] = A.to(device, self._dtype), B.to(device, self._dtype)
         return self._stacked[target]

@@ -2,12 +2,12 @@
 
 Pairs stand one under the other (rank R = sum of ranks) while that is smaller than the matrix they add up to; else, and
 after any update without factors, A = I and B = ΔW. Either way every scaling is one number in ``adapter_config.json``,
-so that ``PeftModel.from_pretrained(base, folder)`` needs nothing of ours.
+so that ``PeftModel.from_pretrained(base, folder)`` needs nothing of ours. A pair that borrows from the weight stands
+there with what it began with, as a pair of twice the rank beside the weight as it was.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import PairOnDisk, Saved
@@ -40,23 +41,23 @@ def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
     folder.mkdir(parents=True)
     terms = held.shown if isinstance(held.shown, Terms) else None
     live = held.kept.get(held.live or "") if terms is None else None
-    pairs = [*held.folded, *([live] if live else [])]
-    rank = sum(pair.rank for pair in pairs)
-    scale = pairs[0].scale if pairs else 1.0
+    pairs = [*held.folded, *([live.repaid()] if live else [])]
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, tuple[int, float]] = {}  # target → rank, alpha
     dense: list[str] = []
     exact = True
     for target, accumulator in layers.past.items():
-        n = accumulator.base.shape[1]
+        n, rank = accumulator.base.shape[1], sum(pair.rank_of(target) for pair in pairs)
         if factors := _factors_of_term(layers, held, target):
             A, B = factors
             alphas[target] = A.shape[0], float(A.shape[0])
         elif not terms and not layers.stored_whole(target, rank, len(pairs)):
+            scale = pairs[0].scale_of(target)
+            ratios = [pair.scale_of(target) / scale for pair in pairs]
             A = torch.cat([pair.A[target] for pair in pairs], dim=0)
-            B = torch.cat([pair.B[target] * (pair.scale / scale) for pair in pairs], dim=1)
+            B = torch.cat([pair.B[target] * ratio for pair, ratio in zip(pairs, ratios, strict=True)], dim=1)
             alphas[target] = rank, scale * rank
-            exact = exact and all(_reads_back(pair.B[target], pair.scale / scale) for pair in pairs)
+            exact = exact and all(_reads_back(pair.B[target], of) for pair, of in zip(pairs, ratios, strict=True))
         else:
             A, B = torch.eye(n), _total(layers, held, live, target)
             alphas[target] = n, float(n)
@@ -64,9 +65,13 @@ def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
         tensors[_PREFIX + target + _A], tensors[_PREFIX + target + _B] = A.contiguous(), B.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _write_config(folder, layers, alphas)
+    borrows = bool(live and live.A0)
     return Saved(
         "terms" if terms else "adapter" if exact and not dense else "state",
-        tuple(PairOnDisk(pair.stage, pair.rank, pair.scale) for pair in pairs),
+        tuple(
+            PairOnDisk(pair.stage, pair.rank, pair.scale, pair.ranks, pair.scales, borrows and pair is pairs[-1])
+            for pair in pairs
+        ),
         tuple(dense),
         held.dense,
     )
@@ -150,12 +155,12 @@ def _write_config(folder: Path, layers: Beside, alphas: Mapping[str, tuple[int, 
     from peft import LoraConfig
 
     common, _ = Counter(alphas.values()).most_common(1)[0]
-    other = {"^" + re.escape(target) + "$": found for target, found in alphas.items() if found != common}
+    other = {target: found for target, found in alphas.items() if found != common}
     config = LoraConfig(
         r=common[0],
         lora_alpha=_number(common[1]),
-        rank_pattern={pattern: rank for pattern, (rank, _) in other.items()},
-        alpha_pattern={pattern: _number(alpha) for pattern, (_, alpha) in other.items()},
+        rank_pattern=patterns.exact({target: rank for target, (rank, _) in other.items()}),
+        alpha_pattern=patterns.exact({target: _number(alpha) for target, (_, alpha) in other.items()}),
         target_modules=layers.target_modules,
         lora_dropout=0.0,
         bias="none",
@@ -178,16 +183,17 @@ def load_pairs(folder: Path, saved: Saved) -> list[Pair]:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
-    pairs: list[Pair] = []
-    start = 0
-    for about in saved.pairs:
-        rows = slice(start, start + about.rank)
-        ratio = about.scale / saved.pairs[0].scale
-        A = {target: _aligned(tensors[_PREFIX + target + _A][rows]) for target in _targets(tensors)}
-        B = {target: _aligned(tensors[_PREFIX + target + _B][:, rows]) / ratio for target in A}
-        pairs.append(Pair(about.stage, about.rank, about.scale, A, B))
-        start += about.rank
-    return pairs
+    A: list[dict[str, Tensor]] = [{} for _ in saved.pairs]
+    B: list[dict[str, Tensor]] = [{} for _ in saved.pairs]
+    for target in _targets(tensors):
+        start = 0
+        for about, of_A, of_B in zip(saved.pairs, A, B, strict=True):
+            rows = slice(start, start + about.rank_of(target))
+            ratio = about.scale_of(target) / saved.pairs[0].scale_of(target)
+            of_A[target] = _aligned(tensors[_PREFIX + target + _A][rows])
+            of_B[target] = _aligned(tensors[_PREFIX + target + _B][:, rows]) / ratio
+            start = rows.stop
+    return [_pair(about, *factors) for about, *factors in zip(saved.pairs, A, B, strict=True)]
 
 
 def load_sums(folder: Path, dense: Sequence[str]) -> dict[str, Tensor]:
@@ -200,6 +206,7 @@ def load_sums(folder: Path, dense: Sequence[str]) -> dict[str, Tensor]:
 
 def own_pair_tensors(pair: Pair) -> dict[str, Tensor]:
     """A pair as flat tensors, for the state of a stage from whose adapter it cannot be read back."""
+    pair = pair.repaid()
     named = {f"own.{target}.A": tensor for target, tensor in pair.A.items()}
     named.update({f"own.{target}.B": tensor for target, tensor in pair.B.items()})
     return named
@@ -210,7 +217,12 @@ def load_own_pair(tensors: Mapping[str, Tensor], about: PairOnDisk) -> Pair:
     targets = [name[4:-2] for name in tensors if name.startswith("own.") and name.endswith(".A")]
     A = {target: _aligned(tensors[f"own.{target}.A"]) for target in targets}
     B = {target: _aligned(tensors[f"own.{target}.B"]) for target in targets}
-    return Pair(about.stage, about.rank, about.scale, A, B)
+    return _pair(about, A, B)
+
+
+def _pair(about: PairOnDisk, A: dict[str, Tensor], B: dict[str, Tensor]) -> Pair:
+    pair = Pair(about.stage, about.rank, about.scale, A, B, about.ranks, about.scales)
+    return pair.borrowing() if about.borrows else pair
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Where the stage's own factors, or weights, are to be read: side by side in the ``adapter``, in its ``state`` file, in
@@ -11,13 +11,47 @@ from typing import Any, Literal
 Own = Literal["adapter", "state", "terms", "prompts", "model"]
 
 
+class Sized:
+    """What a pair's update is made with: r and s, and those of the targets that have others."""
+
+    rank: int
+    scale: float
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+
+    def rank_of(self, target: str) -> int:
+        """r at a target."""
+        return self.ranks.get(target, self.rank)
+
+    def scale_of(self, target: str) -> float:
+        """s at a target."""
+        return self.scales.get(target, self.scale)
+
+
 @dataclass(frozen=True)
-class PairOnDisk:
-    """A pair in the sum: of which stage, its rank, its scale."""
+class PairOnDisk(Sized):
+    """A pair in the sum: of which stage, its rank, its scale.
+
+    borrows: the second half of its rows is what the pair began with, and the weight is without where it answers.
+    """
 
     stage: str
     rank: int
     scale: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    borrows: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of ``state.json``: of what most pairs have not, only what there is."""
+        other = {"ranks": dict(self.ranks), "scales": dict(self.scales), "borrows": self.borrows}
+        return {"stage": self.stage, "rank": self.rank, "scale": self.scale, **{k: v for k, v in other.items() if v}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PairOnDisk:
+        """The inverse of ``to_json``."""
+        other = values.get("ranks", {}), values.get("scales", {}), values.get("borrows", False)
+        return cls(values["stage"], values["rank"], values["scale"], *other)
 
 
 @dataclass(frozen=True)
@@ -36,7 +70,7 @@ class Saved:
     def to_json(self) -> dict[str, Any]:
         """Its part of ``state.json``."""
         return {
-            "pairs": [asdict(pair) for pair in self.pairs],
+            "pairs": [pair.to_json() for pair in self.pairs],
             "dense": list(self.dense),
             "dense_stages": list(self.dense_stages),
             "own": self.own,
@@ -45,5 +79,5 @@ class Saved:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Saved:
         """The inverse of ``to_json``."""
-        pairs = tuple(PairOnDisk(pair["stage"], pair["rank"], pair["scale"]) for pair in values["pairs"])
+        pairs = tuple(map(PairOnDisk.from_json, values["pairs"]))
         return cls(values["own"], pairs, tuple(values["dense"]), tuple(values["dense_stages"]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cl_runner.config.schema import TARGET_SETS
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.imports import light_imports
 
@@ -36,7 +37,7 @@ def default_targets(model: nn.Module) -> list[str]:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
     family = getattr(getattr(model, "config", None), "model_type", "")
-    if family in known:
+    if isinstance(known.get(family), list):  # a regular expression names no layers
         return list(known[family])
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"], ["c_attn"], ["query_key_value"]):
@@ -53,13 +54,12 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
     """
     modules = dict(model.named_modules())
     endings = {name.rsplit(".", 1)[-1] for name, m in modules.items() if is_linear(m)}
-    owners: dict[int, set[str]] = {}  # of each weight, tied ones counted at every place
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    owners = weight_owners(model)
     for target in targets:
         found = {name: module for name, module in modules.items() if is_target(name, [target])}
         if not found:
-            hint = did_you_mean(target, endings) or f" (there are {', '.join(sorted(endings))})"
+            there = f" (there are {', '.join(sorted(endings))}, and the sets {', '.join(TARGET_SETS)})"
+            hint = did_you_mean(target, [*endings, *TARGET_SETS]) or there
             raise UserError(f"adapter.target_modules: the model has no layer '{target}'{hint}")
         if not all(is_linear(module) for module in found.values()):
             raise UserError(f"adapter.target_modules: '{target}' is no linear layer")
@@ -69,6 +69,14 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
                     f"adapter.target_modules: '{target}' shares its weight with {other}, which a folded update would "
                     "change too; leave it out"
                 )
+
+
+def weight_owners(model: nn.Module) -> dict[int, set[str]]:
+    """The id of each parameter → the modules that hold it: of tied ones several."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    return owners
 
 
 def is_target(name: str, targets: Iterable[str]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.beside import Beside
 from cl_runner.adapters.kind import NAME, Opening
@@ -48,7 +49,7 @@ class Tuned(Beside):
         self.kind = kind
         self.name_or_path, self.revision = opening.name_or_path, opening.revision
         self.task_type = "SEQ_2_SEQ_LM" if opening.encoder_decoder else "CAUSAL_LM"
-        self.target_modules = list(kind.config.target_modules or kind.default_targets(opening.model))
+        self.target_modules = kind.targets(opening.model)
         kind.shapes(opening.model)
         with quiet():
             self.peft_config = kind.peft_config(target_modules=list(self.target_modules), task_type=self.task_type)
@@ -78,11 +79,15 @@ class Tuned(Beside):
             for layer in layers.values():
                 _compute_in_fp32(layer)
         self._stand_beside(layers, compute)
-        self.rank = kind.config.largest
+        self.rank = kind.config.r if "factors" in kind.offers else 0
+        self.ranks = patterns.ranks(kind.config, list(layers))
 
     @property
     def scale(self) -> float:
         return self.kind.scale
+
+    def scale_of(self, target: str) -> float:
+        return self.kind.scale_at(self.layers[target])
 
     def _named(self, name: str) -> str:
         """Our name of a tensor: without PEFT's own parts, and of what is shared its last part alone."""
@@ -121,7 +126,7 @@ class Tuned(Beside):
         self.train(True)
 
     def rename(self, stage: str) -> None:
-        self._start = self.values()
+        self._start, self.start = self.values(), self.pair(stage)
         self.kept.pop(self.live or "", None)
         self._live(stage)
         self.train(True)
@@ -149,9 +154,9 @@ class Tuned(Beside):
             tensor.data.copy_(value)
 
     def learning_rates(self) -> dict[str, float]:
-        ratios = self.kind.learning_rates()
+        ratios, ratio = self.kind.learning_rates(), float(self.kind.config.lr_ratio)
         of_role = {name: role for name, (_, role) in self.roles().items()} | dict(self.kind.shared)
-        return {name: ratios[of_role[name]] for name in self._own if of_role.get(name) in ratios}
+        return {name: ratio * ratios.get(of_role[name], 1.0) for name in self._own}
 
     # What it makes of the model.
 
@@ -164,6 +169,17 @@ class Tuned(Beside):
     @torch.no_grad()
     def live_update(self) -> dict[str, Tensor]:
         return {target: self._update(target) for target in self.layers}
+
+    @torch.no_grad()
+    def update_of(self, values: Values, sums: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Target → ΔW (m, n) fp32 of a parameter set beside these sums of past updates, whatever is folded now."""
+
+        def weight(target: str) -> Tensor:
+            base, total = self.past[target].base.float(), sums[target]
+            return base if total is None else base + total.to(base)
+
+        with self.holding(values):
+            return {target: self.kind.update(layer, partial(weight, target)) for target, layer in self.layers.items()}
 
     @torch.no_grad()
     def update_norm(self) -> float | None:
@@ -189,7 +205,10 @@ class Tuned(Beside):
         assert stage is not None, "nothing is live"
         A = {target: _copy(pair[0]) for target, pair in factors.items()}
         B = {target: _copy(pair[1]) for target, pair in factors.items()}
-        return Pair(stage, len(next(iter(A.values()))), self.scale, A, B)
+        rank = len(next(iter(A.values())))
+        ranks = {target: len(rows) for target, rows in A.items() if len(rows) != rank}
+        scales = {target: s for target in A if (s := self.scale_of(target)) != self.scale}
+        return Pair(stage, rank, self.scale, A, B, ranks, scales)
 
     # What answers, and what becomes of it.
 
@@ -231,11 +250,10 @@ class Tuned(Beside):
 
     # To disk and back.
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
-        if not alone:
-            return super().folder_bytes(pairs, rank, dense or "factors" not in self.kind.folds, alone)
-        folders = 1 if self.kind.on_disk == "exact" else 2  # and beside it what trains on
-        return 4 * self.set_size() * folders
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        own = 4 * self.set_size()
+        folded = dense or "factors" in self.kind.folds
+        return own + (super().folder_bytes(pairs, self.rank, dense) if folded else 0)
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
         from cl_runner.adapters import tuned_folder

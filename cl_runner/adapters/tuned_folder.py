@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import peft_folder
+from cl_runner.adapters import patterns, peft_folder
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.pairs import Pair
-from cl_runner.adapters.saved import Saved
+from cl_runner.adapters.saved import PairOnDisk, Saved
 
 if TYPE_CHECKING:
     from cl_runner.adapters.tuned import Tuned, Values
@@ -33,7 +33,7 @@ def save(where: Path, adapters: Tuned, stage: str, held: Held) -> tuple[Saved, d
         saved = peft_folder.save_adapter(where, adapters, held)
         return saved, peft_folder.beside(saved, stage, held)
     if any(total is not None for total in held.sums.values()):
-        return _save_with_past(where, adapters, stage, held, values)
+        return _save_with_past(where, adapters, held, values)
     if adapters.kind.on_disk == "lora":
         pair = adapters.pair_of(values)
         peft_folder.save_adapter(where, adapters, replace(held, kept={stage: pair}, live=stage, shown=pair))
@@ -51,21 +51,21 @@ def _write_native(where: Path, adapters: Tuned, values: Values) -> None:
     config = copy.deepcopy(adapters.peft_config)
     config.base_model_name_or_path, config.revision = adapters.name_or_path, adapters.revision
     config.inference_mode = True
+    if adapters.kind.config.patterns:
+        config.rank_pattern = patterns.exact(adapters.ranks)
+        config.alpha_pattern = patterns.exact(patterns.alphas(adapters.kind.config, list(adapters.layers)))
     config.target_modules = sorted(adapters.target_modules)  # PEFT's set has another order in every process
     config.save_pretrained(str(where))
 
 
-def _save_with_past(
-    where: Path, adapters: Tuned, stage: str, held: Held, values: Values
-) -> tuple[Saved, dict[str, Tensor]]:
+def _save_with_past(where: Path, adapters: Tuned, held: Held, values: Values) -> tuple[Saved, dict[str, Tensor]]:
     """A set that answers beside a sum: their whole as A = I, B = ΔW, and both of them beside it."""
-    with torch.no_grad(), adapters.holding(values):
-        live = adapters.live_update()
+    live = adapters.update_of(values, held.sums)
     whole = {t: live[t] if total is None else total.to(live[t]) + live[t] for t, total in held.sums.items()}
-    saved = peft_folder.save_adapter(where, adapters, replace(held, sums=whole, shown=None, kept={}, live=None))
-    beside = peft_folder.beside(saved, stage, held) | _named(values)
-    beside.update({peft_folder.PAST_PREFIX + t: total for t, total in held.sums.items() if total is not None})
-    return replace(saved, own="state"), beside
+    saved = peft_folder.save_adapter(where, adapters, Held(dense=held.dense, sums=whole))
+    pairs = tuple(PairOnDisk(pair.stage, pair.rank, pair.scale) for pair in held.folded)
+    past = {peft_folder.PAST_PREFIX + t: total for t, total in held.sums.items() if total is not None}
+    return replace(saved, own="state", pairs=pairs), _named(values) | past
 
 
 def own(adapters: Tuned, where: Path, stage: str, saved: Saved, tensors: Mapping[str, Tensor]) -> Values | Pair:

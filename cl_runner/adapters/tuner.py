@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_runner.adapters.kind import NAME, Fold, Kind, Opening
-from cl_runner.adapters.kind import Shapes as Shapes
+from pydantic import Field, field_validator
+
+from cl_runner.adapters.kind import NAME, Fold, Kind, Opening, Shapes
+from cl_runner.config.schema import AdapterConfig
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +23,37 @@ if TYPE_CHECKING:
     from cl_runner.adapters.folding import Accumulator
 
 
+def rate(ratio: float, published: str) -> Any:
+    """The setting ``lr_ratio`` of a kind; ``published``: where its default is from."""
+    return Field(default=ratio, gt=0, description=f"Learning rate over training.lr, which is LoRA's ({published}).")
+
+
 class Tuner(Kind):
     """``W x`` becomes what PEFT's layer of the kind makes of it; ΔW is what it adds to W.
 
     ``roles``: PEFT's name of a parameter in a layer → what it is there; those that train.
     """
 
+    class Config(AdapterConfig):
+        """Settings of every such kind."""
+
+        unused: ClassVar = frozenset(
+            {"energy", "max_r", "dropout_past", "rslora", "init", "corda", "init_rows", "lr_ratio_B"}
+            | {"rank_pattern", "alpha_pattern"}
+        )
+        r: int = Field(default=8, description="Rank.")
+        lr_ratio: float = rate(1.0, "no other is published")
+
+        @field_validator("r", mode="before")
+        @classmethod
+        def _rank(cls, value: Any) -> Any:
+            if type(value) is not int or value < 1:
+                raise ValueError("must be a whole number, 1 or more")
+            return value
+
+    by_shape = True
     offers = frozenset({"update"})
     folds: ClassVar[tuple[Fold, ...]] = ("dense", "keep", "replace")
-    ignores = frozenset({"energy", "max_r", "dropout_past"})
 
     roles: ClassVar[Mapping[str, str]]
     shared: ClassVar[Mapping[str, str]] = {}  # the same, of parameters that belong to no layer alone
@@ -66,8 +90,17 @@ class Tuner(Kind):
 
         return default_targets(model)
 
+    def targets(self, model: nn.Module) -> list[str]:
+        """The layers it adapts, by the endings of their names. Raises UserError."""
+        from cl_runner.adapters.target_sets import chosen_targets
+
+        return chosen_targets(model, self.config.target_modules, self.default_targets)
+
     def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
         """ΔW (m, n) of PEFT's layer, fp32, in the graph of its parameters; ``weight`` is W (m, n) fp32."""
+        factors = self.factors(layer)
+        if factors is not None:
+            return (self.scale * factors[1]) @ factors[0]
         delta: Tensor = layer.get_delta_weight(NAME)
         return delta
 
@@ -77,11 +110,15 @@ class Tuner(Kind):
 
     @property
     def scale(self) -> float:
-        """s of the factors."""
-        return 1.0
+        """s: alpha / r, of kinds that have it."""
+        return 1.0 if "alpha" in self.config.unused else float(self.config.alpha / self.config.r)
+
+    def scale_at(self, layer: Any) -> float:
+        """s of the factors in one of PEFT's layers."""
+        return self.scale
 
     def learning_rates(self) -> Mapping[str, float]:
-        """Role → its learning rate over ``training.lr``, where that is not 1."""
+        """Role → its learning rate over the other roles', where that is not 1."""
         return {}
 
     def check(self, layers: Shapes) -> None:
@@ -94,19 +131,34 @@ class Tuner(Kind):
         if not self.takes_conv1d:
             refuse_conv1d(model, targets, self.name)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
+    def layers(self, model: nn.Module) -> Shapes:
         from cl_runner.adapters.targets import target_shapes
 
-        targets = self.config.target_modules or self.default_targets(model)
+        targets = self.targets(model)
         found = target_shapes(model, targets)
         self.check_model(model, targets)
         self.check(found)
-        return list(found.values())
+        return found
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.tuned import Tuned
 
         return Tuned(opening, self)
+
+
+class InLora(Tuner):
+    """A kind that stands in PEFT's LoRA layers, where A and B are, or has other things in their places."""
+
+    takes_conv1d = True
+
+    def peft_config(self, **common: Any) -> Any:
+        from peft import LoraConfig
+
+        own = self.config
+        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, **common)
+
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
 
 
 def divides(size: int, widths: Iterable[int], setting: str) -> None:

@@ -61,9 +61,7 @@ class FullWeights(Adapters):
         return dict(zip(self.layers, linear_shapes(self.model), strict=True))
 
     def counted(self) -> dict[str, tuple[int, int]]:
-        """Name → every parameter's shape; a vector is (1, n), and what has more sides than two is folded to two."""
-        last = {name: p.shape[-1] if p.dim() else 1 for name, p in self._parameters.items()}
-        return {name: (p.numel() // last[name], last[name]) for name, p in self._parameters.items()}
+        return parameter_shapes(self.model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → every parameter of the model, fp32."""
@@ -110,7 +108,7 @@ class FullWeights(Adapters):
         shown = Stored(self._own.stage, self._copy()) if copied and self._own is not None else self._own
         return Held(kept=dict(self.kept), live=self.live, shown=shown)
 
-    def folder_bytes(self, pairs: int, rank: int, dense: bool, alone: bool) -> int:
+    def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
         return 4 * sum(parameter.numel() for parameter in self._parameters.values())
 
     def save(self, where: Path, stage: str, held: Held) -> tuple[Saved, dict[str, Tensor]]:
@@ -194,3 +192,9 @@ def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
     layers = [module for module in model.modules() if is_linear(module)]
     weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
     return [(weight.shape[0], weight.shape[1]) for weight in weights]
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name → (m, n) of every parameter, tied ones once: a vector is (1, n), of more sides the first ones are one."""
+    last = {name: p.shape[-1] if p.dim() else 1 for name, p in model.named_parameters()}
+    return {name: (p.numel() // last[name], last[name]) for name, p in model.named_parameters()}

@@ -11,6 +11,7 @@ from cl_runner.settings import Resolved
 from cl_runner.terminal.console import print_json
 
 if TYPE_CHECKING:
+    from cl_runner.models.chat import ChatTemplate
     from cl_runner.models.vocabulary import Vocabulary
 
 
@@ -19,10 +20,10 @@ def data_check(request: Request, *, as_json: bool) -> None:
     from cl_runner.tasks import check as checking
 
     resolved, order = request.with_order()
-    vocabulary = _vocabulary(resolved)
+    vocabulary, chat = _vocabulary(resolved)
     found = []
     for position, task in enumerate(order.tasks, 1):
-        found += checking.check([task], resolved.config.at(position, task.name).data, vocabulary)
+        found += checking.check([task], resolved.config.at(position, task.name).data, vocabulary, chat)
     if as_json:
         print_json({"order": order.name, "tasks": found})
     else:
@@ -42,7 +43,8 @@ def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
     if task not in by_name:
         raise UserError(f"--task {task}: order {order.name} has no such task{did_you_mean(task, by_name)}")
     position = order.names.index(task) + 1
-    rows = checking.show(by_name[task], resolved.config.at(position, task).data, n)
+    chat = _vocabulary(resolved)[1] if resolved.config.data.chat_template else None
+    rows = checking.show(by_name[task], resolved.config.at(position, task).data, n, chat)
     synthetic = resolved.config.data.source == "synthetic" and by_name[task].source is None
     if as_json:
         scored = {"metric": by_name[task].metric, "scoring": by_name[task].scoring}
@@ -55,9 +57,10 @@ def data_show(request: Request, task: str, n: int, *, as_json: bool) -> None:
     print(f"--- metric {by_name[task].metric}{rule}")
 
 
-def _vocabulary(resolved: Resolved) -> Vocabulary:
-    """What the model's tokenizer says of texts. Raises UserError."""
+def _vocabulary(resolved: Resolved) -> tuple[Vocabulary, ChatTemplate | None]:
+    """What the model's tokenizer says of texts, and its chat template where inputs go into it. Raises UserError."""
     from cl_runner.models.base import tokenizer_of
     from cl_runner.models.vocabulary import Vocabulary
 
-    return Vocabulary(tokenizer_of(resolved.config.model))
+    tokenizer, chat = tokenizer_of(resolved.config.model, resolved.config.data.chat_template)
+    return Vocabulary(tokenizer), chat

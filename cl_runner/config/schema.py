@@ -6,8 +6,10 @@ This file says what there is; ``settings/`` says where a value comes from (prese
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from math import inf
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,6 +17,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
 )
@@ -23,6 +26,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES
 
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
+TARGET_SETS = ("qv", "attention", "mlp", "all-linear")  # names that stand for layers in ``adapter.target_modules``
 
 
 class Section(BaseModel):
@@ -54,8 +58,18 @@ def _kinds(schema: dict[str, Any]) -> None:
     schema["enum"] = list(KINDS)
 
 
+Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda"]
+
+
+def _one_or_many(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``adapter.target_modules``: one name is a list of one."""
+    schema["anyOf"].append({"type": "string"})
+
+
 class AdapterConfig(Section):
     """The parameterisation of the update."""
+
+    unused: ClassVar[frozenset[str]] = frozenset()  # those of these that a kind has no use for: refused, never shown
 
     kind: str = Field(
         default="lora",
@@ -71,6 +85,20 @@ class AdapterConfig(Section):
     )
     max_r: int = Field(default=64, ge=1, description="r auto: largest rank.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
+    rslora: bool = Field(default=False, description="The update is scaled by alpha / √r instead.")
+    init: Init = Field(
+        default="default",
+        description="How a stage's pair begins. A drawn, B zero: default (Kaiming-uniform), gaussian (N(0, 1/r²)); "
+        "both drawn, B A zero: orthogonal. A part of the weight, which gives it up: olora (QR), pissa (its leading "
+        "singular directions), corda (of W·C, C the inputs' covariance). eva: A the leading directions of the inputs.",
+    )
+    corda: Literal["ipm", "kpm"] | None = Field(
+        default=None,
+        description="init corda: the largest components (ipm, instruction-previewed) or the smallest (kpm, "
+        "knowledge-preserved).",
+    )
+    init_rows: int = Field(default=256, ge=1, description="init eva, corda: rows of the stage that inputs are read of.")
+    lr_ratio_B: float = Field(default=1.0, gt=0, description="LoRA+: learning rate of B over A's, training.lr.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     dropout_past: bool = Field(
         default=False,
@@ -79,7 +107,17 @@ class AdapterConfig(Section):
     )
     target_modules: list[str] | None = Field(
         default=None,
-        description="Names (endings) of the linear layers to adapt; default: query and value of the model.",
+        description="Names (endings) of the linear layers to adapt, sets of them (qv, attention, mlp, all-linear), or "
+        "both; default: query and value of the model, as PEFT has them.",
+        json_schema_extra=_one_or_many,
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="Layers with another rank than r, {name, ending or regular expression: rank}: the first that a "
+        "layer's name matches counts, as in PEFT.",
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Layers with another alpha, likewise; their update is scaled by it / rank."
     )
 
     @field_validator("r", mode="before")
@@ -92,14 +130,55 @@ class AdapterConfig(Section):
     @model_serializer(mode="wrap")
     def _used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the settings that the kind has no use for."""
-        values: dict[str, Any] = whole(self)
-        ignored = KINDS.get(self.kind).ignores if self.kind != LORA else ()
-        return {name: value for name, value in values.items() if name not in ignored}
+        return {name: value for name, value in whole(self).items() if name not in self.unused}
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any, info: ValidationInfo) -> Any:
+        ranks = info.field_name == "rank_pattern"
+        kinds, what = ((int,), "a whole number, 1 or more") if ranks else ((int, float), "a number over 0")
+        for key, number in value.items() if isinstance(value, Mapping) else ():
+            if type(number) not in kinds or not 0 < number < inf:
+                raise ValueError(f"must be {what}, at '{key}'")
+            try:
+                re.compile(str(key))
+            except re.error as error:
+                raise ValueError(f"is no regular expression, at '{key}': {error}") from None
+        return value
+
+    @property
+    def patterns(self) -> list[str]:
+        """The settings that give some layers a rank or an alpha of their own, as far as they are set."""
+        return [name for name in ("rank_pattern", "alpha_pattern") if getattr(self, name)]
 
     @property
     def largest(self) -> int:
-        """The rank, or the largest that may be chosen."""
+        """The rank where no pattern says another, or the largest that may be chosen."""
         return self.max_r if self.r == "auto" else self.r
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether a pair begins from what the target layers read."""
+        return self.init in ("eva", "corda")
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a pair begins with a part of the weight, which the weight is then without."""
+        return self.init in ("olora", "pissa", "corda")
+
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """s of a pair of that rank; ``alpha``: another than the setting."""
+        return (self.alpha if alpha is None else alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def settings_of_kind(kind: str) -> type[AdapterConfig]:
+    """The settings of an adapter kind. Raises UserError where there is none of that name."""
+    return AdapterConfig if kind == LORA else KINDS.get(kind).Config
 
 
 class MethodConfig(BaseModel):
@@ -168,6 +247,10 @@ class DataConfig(Section):
     )
     add_task_name: bool = Field(default=True, description="Begin the input with 'Task:<kind>'.")
     add_dataset_name: bool = Field(default=True, description="Begin the input with 'Dataset:<name>'.")
+    chat_template: bool = Field(
+        default=False,
+        description="The input is what the user says in the model's own chat template, and the label the model's turn.",
+    )
     truncate: Literal["text", "tail", "reference"] = Field(
         default="text",
         description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "
@@ -311,10 +394,10 @@ class RunConfig(Section):
         if not isinstance(value, Mapping) or value.get("kind", LORA) == LORA:
             return value
         try:
-            found = KINDS.get(str(value["kind"]))
+            found = settings_of_kind(str(value["kind"]))
         except UserError as error:
             raise ValueError(str(error)) from None
-        return found.Config.model_validate(value)
+        return found.model_validate(value)
 
     def at(self, position: int, task: str | None) -> RunConfig:
         """The config of one stage: ours with what is set for its task, then for its position (from 1)."""

@@ -139,6 +139,8 @@ def check_override(config: type[Section], key: str, sections: tuple[str, ...], w
         return f"{section} settings are not set by {whose}; only {', '.join(sections)} settings are"
     if key == "method.name":
         return "the method is one for the whole order"
+    if key == "data.chat_template":
+        return "the chat template is for the whole order, or not at all"
     kind = section_of(config, section)
     assert kind is not None
     first, _, inner = name.partition(".")
@@ -150,6 +152,7 @@ def check_override(config: type[Section], key: str, sections: tuple[str, ...], w
 # What other libraries, and the papers, call a setting of ours.
 ALSO_CALLED = {
     "rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "targets": "target_modules",
+    "init_lora_weights": "init", "use_rslora": "rslora", "loraplus_lr_ratio": "lr_ratio_B",
     "learning_rate": "lr", "num_train_epochs": "epochs", "batch_size": "global_batch",
     "lambda": "lambda1", "lamda_1": "lambda1", "lamda_2": "lambda2",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from cl_runner.methods.shared.sequential import Sequential
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cl_runner.adapters.kind import Need
     from cl_runner.methods.protocol import Stage
     from cl_runner.models.batch import Batch
 
@@ -45,6 +46,10 @@ class MIGU(Sequential):
     growth = "constant"
     edits_before_clip = True  # as in the official code: a step is as long as the clip lets it be
     revision = 2  # 1: clipped before the mask, a label's last token not counted on decoder-only models
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return super().needs if self.full else (("pair",),)  # whose rows have to do with a layer's output
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -12,6 +12,7 @@ from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method
+from cl_runner.methods.shared.limits import refuse_borrowing
 from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
@@ -45,11 +46,19 @@ class PEGO(Method):
         return (("A",), ("B",))
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        if config.adapter.r == "auto" or config.adapter.r % self.config.group:
+        refuse_borrowing(config, "pego takes B_i A_i for the updates of a group")
+        group, adapter = self.config.group, config.adapter
+        if adapter.r == "auto" or adapter.r % group:
             raise UserError(
-                f"method.group: {self.config.group} LoRAs of equal rank need an adapter.r that is a multiple of "
-                f"{self.config.group}, not {config.adapter.r}"
+                f"method.group: {group} LoRAs of equal rank need an adapter.r that is a multiple of {group}, not "
+                f"{adapter.r}"
             )
+        for key, rank in adapter.rank_pattern.items():
+            if rank % group:
+                raise UserError(
+                    f"adapter.rank_pattern: {group} LoRAs of equal rank (method.group) need a multiple of {group}, not "
+                    f"'{key}: {rank}'"
+                )
 
     def reads_past(self) -> Mapping[str, str]:
         return {}

@@ -149,13 +149,11 @@ class Stage(Protocol):
     def head_targets(self) -> set[str]:
         """The targets that are the output head of the model."""
 
-    @property
-    def pair_rank(self) -> int:
-        """r of the stage's pair."""
+    def rank_of(self, target: str) -> int:
+        """r of the stage's pair at a target."""
 
-    @property
-    def scale(self) -> float:
-        """s of the stage's pair, alpha / r."""
+    def scale_of(self, target: str) -> float:
+        """s of the stage's pair at a target, alpha / r (``adapter.rslora``: alpha / √r)."""
 
     def factors(self) -> list[FactorGroup]:
         """The live pair and past ones in groups of equal shape."""
@@ -333,6 +331,7 @@ class Method:
     def __init__(self, config: Section) -> None:
         self.config: Any = config
         self.stages = 1  # of the plan, once ``plan`` has made it
+        self.trained: int | None = None  # how many numbers train, in ``check`` and ``grows``, once the layers are known
 
     @property
     def full(self) -> bool:
@@ -352,6 +351,11 @@ class Method:
     def kind(self, config: RunConfig) -> str:
         """The name of the adapter kind that trains."""
         return "full" if self.full else type(self).only_kind or config.adapter.kind
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether what trains has the rank and the scale that ``adapter`` sets."""
+        return not self.full and not type(self).factors.startswith("none")
 
     @property
     def reorthogonalise(self) -> Reorthogonalise | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from cl_runner.adapters.kind import Need
+from cl_runner.config.schema import RunConfig
 from cl_runner.methods.protocol import Method, PairSettings
+from cl_runner.methods.shared.limits import refuse_borrowing
 from cl_runner.methods.shared.penalties import layers_of, mean_size, mean_squared_overlap
 from cl_runner.methods.shared.tensors import added
 
@@ -50,6 +52,9 @@ class SparseOrth(Method):
     @property
     def needs(self) -> tuple[Need, ...]:
         return (("A",), ("B",))
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_borrowing(config, "sparse-orth penalises the size of B A as that of the update")
 
     def reads_past(self) -> Mapping[str, str]:
         return {"A": "gram"} if self.config.lambda2 else {}

@@ -19,6 +19,7 @@ from transformers import (
 
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
+from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.locate import Located, check, config_of, locate
 from cl_runner.models.tokenizer import first_line, load_tokenizer, quiet
 
@@ -56,6 +57,7 @@ class Base:
     name_or_path: str
     note: str
     advice: str | None = field(default=None)
+    chat: ChatTemplate | None = None  # where prompts go into it
 
     @property
     def encoder_decoder(self) -> bool:
@@ -77,27 +79,31 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if model.dtype == "bf16" else torch.float32
 
 
-def load_base(model: ModelConfig, device: torch.device, base_dir: Path | None = None) -> Base:
+def load_base(
+    model: ModelConfig, device: torch.device, base_dir: Path | None = None, chat_template: bool = False
+) -> Base:
     """Load the base model: all parameters frozen, eval mode, on ``device``.
 
     Every weight must come from the checkpoint: a head that is missing there would be random and nothing would say
-    so. Raises UserError for everything that the model's files can get wrong.
+    so. With ``chat_template``, which there has to be, answers end with the model's own end of turn. Raises UserError
+    for everything that the model's files can get wrong.
     """
     located = locate(model, base_dir)
     facts = check(located)
     folder = _folder(located)
     where = located.name_or_path
     tokenizer = load_tokenizer(folder, where, facts.encoder_decoder, model.trust_remote_code)
+    chat = ChatTemplate.of(tokenizer, facts.encoder_decoder, where) if chat_template else None
     network = _load_network(folder, where, facts.encoder_decoder, model, device)
     network.requires_grad_(False)
     network.eval()
     network.to(device)
     network.name_or_path = where  # PEFT copies it into adapter_config.json
     network.config._name_or_path = where
-    layout = _layout(network, tokenizer, facts.encoder_decoder, where)
+    layout = _layout(network, tokenizer, facts.encoder_decoder, where, chat.end_id if chat else None)
     # Also as the model's own, because generate() fills what a given config leaves open from the model's.
     network.generation_config = neutral_generation(layout)
-    return Base(network, tokenizer, layout, where, located.note, facts.advice)
+    return Base(network, tokenizer, layout, where, located.note, facts.advice, chat)
 
 
 def outline(model: ModelConfig) -> PreTrainedModel | None:
@@ -116,11 +122,15 @@ def outline(model: ModelConfig) -> PreTrainedModel | None:
     return network
 
 
-def tokenizer_of(model: ModelConfig, base_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, without its weights. Raises UserError."""
-    located = locate(model, base_dir)
-    check(located)
-    return load_tokenizer(_folder(located), located.name_or_path, model.trust_remote_code)
+def tokenizer_of(
+    model: ModelConfig, chat_template: bool = False
+) -> tuple[PreTrainedTokenizerBase, ChatTemplate | None]:
+    """The tokenizer of a base model, without its weights, and the chat template if asked for. Raises UserError."""
+    located = locate(model)
+    facts = check(located)
+    where = located.name_or_path
+    tokenizer = load_tokenizer(_folder(located), where, facts.encoder_decoder, model.trust_remote_code)
+    return tokenizer, ChatTemplate.of(tokenizer, facts.encoder_decoder, where) if chat_template else None
 
 
 def neutral_generation(layout: Layout, max_new_tokens: int | None = None) -> GenerationConfig:
@@ -201,13 +211,24 @@ def _keep_own_head(network: PreTrainedModel) -> None:
     network._tied_weights_keys = {target: source for target, source in declared.items() if tied(target, source)}
 
 
-def _layout(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, where: str) -> Layout:
+def _layout(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder_decoder: bool,
+    where: str,
+    end_of_turn: int | None = None,
+) -> Layout:
     config = network.config
     own = network.generation_config  # as the checkpoint has it: only its end and start ids are taken
     vocab_size = int(network.get_input_embeddings().weight.shape[0])
     ends = [
         i
-        for ids in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None), getattr(own, "eos_token_id", None))
+        for ids in (
+            end_of_turn,
+            tokenizer.eos_token_id,
+            getattr(config, "eos_token_id", None),
+            getattr(own, "eos_token_id", None),
+        )
         for i in (ids if isinstance(ids, list) else [ids])
         if isinstance(i, int) and 0 <= i < vocab_size
     ]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cl_runner.errors import UserError
 from cl_runner.models.base import Layout
 from cl_runner.models.batch import Example
+from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.vocabulary import decoded
 from cl_runner.tasks.task import Prompt
 
@@ -26,6 +27,9 @@ class Encoder:
     ``truncate="text"`` drops tokens from the end of the prompt's text; ``"tail"`` from the end of the whole string,
     as transformers does. ``"reference"`` is what the reference code's collator makes of it: the first ``max_source``
     ids as text, tokenised again and cut by ``"tail"``; of encoder-decoder models alone, others raise UserError.
+
+    With a chat template the prompt is one turn of the user in it, and the whole is tokenised at once: the template says
+    all special tokens itself. It counts in ``max_source`` and is never cut; ``"tail"`` is then the end of the prompt.
     """
 
     def __init__(
@@ -35,8 +39,10 @@ class Encoder:
         max_source: int = 512,
         max_target: int = 50,
         truncate: Literal["text", "tail", "reference"] = "text",
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat = chat
         self.layout = layout
         self.max_source = max_source
         self.max_target = max_target
@@ -46,7 +52,7 @@ class Encoder:
                 "data.truncate: reference is how the reference code cuts inputs of encoder-decoder models; a "
                 "decoder-only one takes tail or text"
             )
-        self.before, self.after = self._special_ids()
+        self.before, self.after = self._special_ids() if chat is None else ([], [])
         self._check_positions()
 
     def encode(self, prompt: Prompt, label: str, cut_target: bool = False) -> Example:
@@ -83,16 +89,24 @@ class Encoder:
         """Ids of each prompt, and whether it was cut."""
         room = self.max_source - len(self.before) - len(self.after)
         for start in range(0, len(prompts), _CHUNK):
-            chunk = prompts[start : start + _CHUNK]
+            chunk = self._in_chat(prompts[start : start + _CHUNK])
             for prompt, content in zip(chunk, self._ids([str(prompt) for prompt in chunk]), strict=True):
                 truncated = len(content) > room
-                if truncated and self.truncate == "tail":
+                if truncated and self.truncate == "tail" and self.chat is None:
                     content = content[:room]
                 elif truncated and self.truncate == "reference":
                     content = self._read_back(content)[:room]
                 elif truncated:
                     content = self._without_end_of_text(prompt, room)
                 yield self._checked(self.before + content + self.after), truncated
+
+    def _in_chat(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts in the chat template, if there is one; what may be cut of them stays the middle part."""
+        if self.chat is None:
+            return prompts
+        if self.truncate == "tail":
+            prompts = [Prompt("", str(prompt), "") for prompt in prompts]
+        return list(self.chat.around(prompts))
 
     def _targets(self, labels: Sequence[str], cut: bool) -> dict[str, tuple[list[int], bool]]:
         """Ids of each different label with the end token, and whether they were cut."""
@@ -157,7 +171,8 @@ class Encoder:
     def _no_room(self, prompt: Prompt) -> UserError:
         return UserError(
             f"the prompt around the text is longer than data.max_source {self.max_source} tokens by itself "
-            f"({_short(prompt.head + prompt.tail)!r}); raise data.max_source or set data.truncate to tail"
+            f"({_short(prompt.head + prompt.tail)!r}); raise data.max_source"
+            + (" or set data.truncate to tail" if self.truncate != "tail" else "")
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cl_runner.models.locate import Located
 
 _SECONDS = 10  # longest wait for the hub's first answer
-_SMALL = (".json", ".txt", ".model", ".spm", ".tiktoken")
+_SMALL = (".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja")
 # Weights of the model itself: repositories also hold other precisions, optimizers, originals.
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLED = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")

@@ -17,6 +17,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import folder_check
 
 EMBEDDED = ("tiny-t5", "tiny-llama")
+_FETCHED = {"smollm2": "scripts/get_smollm2.sh smollm2"}  # folders of no hub, and what makes them
 _REVISION = 1  # of how GGUF files are dequantised: raise it when other numbers or ids come out
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a model that is split, as llama.cpp names them
 HASHED = 2**26  # bytes: larger files of a model are told apart by their size
@@ -83,6 +84,8 @@ def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
         )
     if name.endswith(".gguf"):
         raise UserError(f"model.name: there is no file {name}")
+    if name in _FETCHED:
+        raise UserError(f"model.name: there is no folder {name} here; {_FETCHED[name]} makes it (README.md)")
     if _is_hub_id(name):
         at = f" at {model.revision}" if model.revision else ""
         note = f"model {name}: from the Hugging Face hub{at}"

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cl_runner import cache
-from cl_runner.models import encoding
+from cl_runner.models import chat, encoding
 from cl_runner.models.batch import Example
 from cl_runner.models.encoding import Encoder
 from cl_runner.tasks.task import Prompt
@@ -206,6 +206,7 @@ class TokenCache:
             "max_source": encoder.max_source,
             "max_target": encoder.max_target,
             "truncate": encoder.truncate,
+            "chat": encoder.chat and [encoder.chat.text, encoder.chat.before, encoder.chat.after],
             "cut_target": cut_target,
         }
         digest = hashlib.blake2b(self._tokenizer, digest_size=20)
@@ -220,7 +221,7 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
     if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
         return None
     try:
-        code = inspect.getsource(encoding)
+        code = [inspect.getsource(module) for module in (encoding, chat)]
     except OSError:  # installed without sources
         return None
     state = [

@@ -23,9 +23,9 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text as the model sees it, special ones included."""
-        return [len(ids) for ids in self._call(texts, add_special_tokens=True)]
+    def lengths(self, texts: list[str], special: bool = True) -> list[int]:
+        """Tokens of each text; special: with those that the tokenizer puts around it."""
+        return [len(ids) for ids in self._call(texts, add_special_tokens=special)]
 
     def unknown(self, texts: list[str]) -> int:
         """Tokens of all texts that stand for characters it has none for."""

@@ -50,13 +50,13 @@ def _own_rows(folder: Path, name: str, last: bool) -> dict[str, Rows]:
         }
         return {key[4:-2]: tensors[key] for key in tensors if key.startswith("own.") and key.endswith(".A")}
     tensors = load_file(folder / where / "adapter_model.safetensors")
-    start = 0
-    for pair in saved.pairs:
-        if pair.stage == name:
-            break
-        start += pair.rank
-    rows = slice(start, start + pair.rank)
-    return {k.removeprefix(PREFIX).removesuffix(SUFFIX): t[rows] for k, t in tensors.items() if k.endswith(SUFFIX)}
+    of_A = {k.removeprefix(PREFIX).removesuffix(SUFFIX): t for k, t in tensors.items() if k.endswith(SUFFIX)}
+    at = next(i for i, pair in enumerate(saved.pairs) if pair.stage == name)
+    found = {}
+    for target, rows in of_A.items():
+        start = sum(pair.rank_of(target) for pair in saved.pairs[:at])
+        found[target] = rows[start : start + saved.pairs[at].rank_of(target)]
+    return found
 
 
 def update_norm(run: RunDir, names: Sequence[str]) -> float | None:

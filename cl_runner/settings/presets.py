@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.config.lookup import find, shipped
+from cl_runner.config.schema import LORA, settings_of_kind
 from cl_runner.config.validation import refuse
 from cl_runner.config.yamlfile import Document, Key, load
 from cl_runner.errors import UserError
@@ -47,7 +48,7 @@ class Preset:
 
     def layer(self, method: str, kind: str) -> Layer:
         """What the preset sets when this method, and this adapter kind, are used."""
-        layer = dict(self.shared)
+        layer = for_kind(self.shared, kind)
         for (key, (section, example)), name in zip(_BY_NAME.items(), (method, kind), strict=True):
             if not isinstance(self.own[key], dict):
                 raise refuse(self.document.position((key,)), f"{key} must be a mapping, such as {example}")
@@ -58,6 +59,28 @@ class Preset:
                 path = (key, name, setting)
                 layer[(section, str(setting))] = given(self.document, path, value, f"preset {self.name}")
         return layer
+
+
+def for_kind(layer: Layer, kind: str | None = None) -> Layer:
+    """A preset's settings, for its own adapter kind or another.
+
+    What that has no use for is left out, and what it has another default of: the rank of LoRA's pair is none of VeRA's.
+    """
+    named = layer.get(("adapter", "kind"))
+    own = str(named.value) if named else LORA
+    try:
+        theirs, ours = settings_of_kind(own), settings_of_kind(kind or own)
+    except UserError:
+        return dict(layer)  # refused where the kind is named
+
+    def fits(name: str) -> bool:
+        if name in ours.unused or name not in ours.model_fields:
+            return False
+        return name not in theirs.model_fields or theirs.model_fields[name].default == ours.model_fields[name].default
+
+    return {
+        path: value for path, value in layer.items() if path[0] != "adapter" or path[1] == "kind" or fits(str(path[1]))
+    }
 
 
 def family(model: str) -> str | None:

@@ -10,11 +10,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from cl_runner.config.lookup import looks_like_path, shipped
-from cl_runner.config.schema import AdapterConfig, RunConfig
+from cl_runner.config.schema import LORA, RunConfig, settings_of_kind
 from cl_runner.config.validation import first_fault, refuse, section_of, unknown, wants_text
 from cl_runner.config.yamlfile import Key, load
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.registry import KINDS
 from cl_runner.settings.layers import (
     OPEN,
     SETTABLE,
@@ -32,7 +31,7 @@ from cl_runner.settings.layers import (
     within,
 )
 from cl_runner.settings.plugins import load_plugins
-from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, published
+from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, for_kind, published
 from cl_runner.tasks.order import Order, find_order, load_order
 
 MethodSchema = Callable[[str], type[BaseModel]]
@@ -112,10 +111,10 @@ def resolve(
     method = user_text(named, "method.name") or RunConfig().method.name
     own_settings = _own_settings(method_schema, method, named)
 
-    kind = user_text(strongest([*shared, *stronger], ("adapter", "kind")), "adapter.kind") or AdapterConfig().kind
+    kind = user_text(strongest([*shared, *stronger], ("adapter", "kind")), "adapter.kind") or LORA
     weakest = [preset.layer(method, kind) for preset in made]
     if want_published:
-        weakest.append(published(method, model, loaded, notes))
+        weakest.append(for_kind(published(method, model, loaded, notes), kind))
     weakest = [_without_absent_tasks(layer, loaded) for layer in weakest]
     names = [_absolute(preset.name) for preset in made] + [PUBLISHED] * want_published
     origin = "--preset" if presets else file[("presets",)].origin if ("presets",) in file else "default"
@@ -131,7 +130,7 @@ def resolve(
     if loaded is not None:
         names = list(loaded.names)
         _check_positions(merged, loaded, len(stage_names(config, names) if stage_names else names), method)
-    baseline = merge(weakest, loaded)
+    baseline = for_kind(merge(weakest, loaded))
     baseline[("method", "name")] = Given(method, "", "--preset", "--preset")
     return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
 
@@ -235,21 +234,19 @@ def _config(merged: Layer, method: str, own_settings: type[BaseModel] | None) ->
 
 
 def _adapter_settings(own: dict[str, Given]) -> dict[str, Any]:
-    """What is set for the kind that is chosen; of presets, what it has no use for is passed over."""
-    kind = user_text(own.get("kind"), "adapter.kind") or AdapterConfig().kind
+    """What is set for the kind that is chosen."""
+    kind = user_text(own.get("kind"), "adapter.kind") or LORA
     try:
-        found = None if kind == AdapterConfig().kind else KINDS.get(kind)
+        schema = settings_of_kind(kind)
     except UserError as error:
         raise refuse(_place(own.get("kind"), "--set adapter.kind"), str(error)) from error
-    schema, ignored = (found.Config, found.ignores) if found else (AdapterConfig, frozenset[str]())
     values = {}
     for name, given in own.items():
-        if name in schema.model_fields and name not in ignored:
-            values[name] = _value(schema, name, given)
-        elif not given.origin.startswith("preset "):
-            if name in ignored:
-                raise refuse(given.where_key, f"adapter.{name}: {kind} has no use for it; leave it out")
-            raise refuse(given.where_key, unknown(f"adapter.{name}", name, schema, "" if kind == "lora" else kind))
+        if name in schema.unused:
+            raise refuse(given.where_key, f"adapter.{name}: {kind} has no use for it; leave it out")
+        if name not in schema.model_fields:
+            raise refuse(given.where_key, unknown(f"adapter.{name}", name, schema, "" if kind == LORA else kind))
+        values[name] = _value(schema, name, given)
     return values
 
 
@@ -336,7 +333,12 @@ def differing(a: RunConfig, b: RunConfig) -> list[Key]:
     absent = object()
     ours, theirs = dict(settings_of(a)), dict(settings_of(b))
     paths = [*ours, *(path for path in theirs if path not in ours)]
-    return [path for path in paths if ours.get(path, absent) != theirs.get(path, absent)]
+    return [path for path in paths if _ordered(ours.get(path, absent)) != _ordered(theirs.get(path, absent))]
+
+
+def _ordered(value: Any) -> Any:
+    """A value to compare: of a mapping the order counts too, as of patterns the first one does."""
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def difference(a: RunConfig, b: RunConfig) -> list[str]:

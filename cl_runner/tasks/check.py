@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from cl_runner.config.schema import DataConfig
 from cl_runner.metrics.exact_match import Comparison
 from cl_runner.tasks.rows import Rows, check_forms, load_rows
 from cl_runner.tasks.sources import source_of
-from cl_runner.tasks.task import Row, Task
+from cl_runner.tasks.task import Prompt, Row, Task
 
 
 class Vocabulary(Protocol):
     """What a model's tokenizer says of texts (``models.vocabulary``)."""
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text as the model sees it."""
+    def lengths(self, texts: list[str], special: bool = True) -> list[int]:
+        """Tokens of each text; special: with those that the tokenizer puts around it."""
 
     def unknown(self, texts: list[str]) -> int:
         """Tokens of all texts that stand for characters it has none for."""
@@ -29,11 +29,23 @@ class Vocabulary(Protocol):
         """The texts that no answer equals, each with what its ids come back as."""
 
 
+class ChatTemplate(Protocol):
+    """A model's own (``models.chat``)."""
+
+    def around(self, prompts: Sequence[Prompt]) -> Iterable[Prompt]:
+        """The prompts as the template writes them."""
+
+
 PERCENTILES = (50, 90, 99, 100)
 
 
-def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None = None) -> list[dict[str, Any]]:
-    """One report per task, ready for JSON.
+def check(
+    tasks: Sequence[Task],
+    data: DataConfig,
+    vocabulary: Vocabulary | None = None,
+    chat: ChatTemplate | None = None,
+) -> list[dict[str, Any]]:
+    """One report per task, ready for JSON; of inputs in ``chat``, where there is one.
 
     Keys: ``task, kind, metric, scoring`` (the rule of what is right; None where the score is not made of right
     answers), ``problem`` (why it cannot be trained with this tokenizer; empty if it can), ``synthetic,
@@ -43,10 +55,10 @@ def check(tasks: Sequence[Task], data: DataConfig, vocabulary: Vocabulary | None
     ``_split``). Rows of unknown labels and empty texts are counted here, in train too.
     """
     data = data.model_copy(update={"unknown_labels": "drop", "empty_texts": "keep"})
-    return [_one(task, data, vocabulary) for task in tasks]
+    return [_one(task, data, vocabulary, chat) for task in tasks]
 
 
-def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
+def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None, chat: ChatTemplate | None) -> dict[str, Any]:
     train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
     check_forms(task.name, train, test)
     return {
@@ -60,21 +72,24 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None) -> dict[st
         "names_dataset": data.add_dataset_name,
         "dev_equals_test": source_of(task, data).dev_is_test(task, data),
         "duplicates": _duplicates(train.rows, test.rows),
-        "splits": {rows.split: _split(task, rows, data, vocabulary) for rows in (train, test)},
+        "splits": {rows.split: _split(task, rows, data, vocabulary, chat) for rows in (train, test)},
     }
 
 
-def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
+def _split(
+    task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None, chat: ChatTemplate | None
+) -> dict[str, Any]:
     """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out,
     or among ``rows`` where they are ``unknown_scored``), ``empty_texts`` (how many are empty or lack a part), ``notes``
     (lines on how the files were read), ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50``
     …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a tokenizer),
     ``target_truncated`` (the same of targets), ``unknown_tokens`` (percent of the inputs' tokens), ``unsayable``
     (targets of free text that no answer equals)."""
-    inputs = [str(_prompt(task, row, data)) for row in rows.rows]
+    inputs = _inputs(task, rows.rows, data, chat)
     golds = [row.label for row in rows.rows]
-    sizes = vocabulary.lengths(inputs) if vocabulary else [len(text.split()) for text in inputs]
-    targets = vocabulary.lengths(golds) if vocabulary else None
+    sizes = vocabulary.lengths(inputs, special=chat is None) if vocabulary else [len(text.split()) for text in inputs]
+    # And the end token.
+    targets = [length + 1 for length in vocabulary.lengths(golds, special=False)] if vocabulary else None
     lost = vocabulary.unsayable(golds, task.comparison) if vocabulary and task.judged and not task.labels else {}
     counts = Counter(label for row in rows.rows for label in task.given(row.label))
     return {
@@ -94,10 +109,11 @@ def _split(task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | No
     }
 
 
-def show(task: Task, data: DataConfig, n: int = 5) -> list[dict[str, str]]:
+def show(task: Task, data: DataConfig, n: int = 5, chat: ChatTemplate | None = None) -> list[dict[str, str]]:
     """The first ``n`` test rows as the model gets them, uncut: ``id``, ``input``, ``target``."""
     rows = load_rows(task, data, "test").rows[:n]
-    return [{"id": row.id, "input": str(_prompt(task, row, data)), "target": row.label} for row in rows]
+    inputs = _inputs(task, rows, data, chat)
+    return [{"id": row.id, "input": text, "target": row.label} for row, text in zip(rows, inputs, strict=True)]
 
 
 def percentiles(sizes: Sequence[int]) -> dict[str, int]:
@@ -111,8 +127,10 @@ def share_over(sizes: Sequence[int], limit: int) -> float:
     return 100 * sum(size > limit for size in sizes) / len(sizes)
 
 
-def _prompt(task: Task, row: Row, data: DataConfig) -> Any:
-    return task.prompt(row.text, add_task_name=data.add_task_name, add_dataset_name=data.add_dataset_name)
+def _inputs(task: Task, rows: Sequence[Row], data: DataConfig, chat: ChatTemplate | None) -> list[str]:
+    names = {"add_task_name": data.add_task_name, "add_dataset_name": data.add_dataset_name}
+    prompts = [task.prompt(row.text, **names) for row in rows]
+    return [str(prompt) for prompt in (chat.around(prompts) if chat else prompts)]
 
 
 def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:

@@ -70,18 +70,35 @@ def compatibility() -> list[dict[str, str]]:
 
 
 def check_method(
-    config: RunConfig, stages: Sequence[StagePlan], shapes: Sequence[tuple[int, int]] | None = None
+    config: RunConfig,
+    stages: Sequence[StagePlan],
+    shapes: Sequence[tuple[int, int]] | None = None,
+    trained: int | None = None,
 ) -> None:
-    """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError."""
+    """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError.
+
+    shapes, trained: of the layers, and how many numbers train, once they are known.
+    """
     order = list(dict.fromkeys(task for plan in stages for task in plan.tasks))
     for index, plan in enumerate(stages):
         of_stage = stage_config(config, index, plan)
         method = make_method(of_stage)
         method.plan(order)
+        method.trained = trained
         check_options(of_stage, method, shapes)
+        _check_patterns(of_stage, method)
         if of_stage.adapter.dropout_past and method.past_as == "other":
             raise UserError(
                 f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
                 "it to false"
             )
         method.check(of_stage, shapes)
+
+
+def _check_patterns(config: RunConfig, method: Method) -> None:
+    """Refuse ranks by layer where nothing has a rank, or where it is chosen. Raises UserError."""
+    for setting in config.adapter.patterns:
+        if not method.has_rank:
+            raise UserError(f"adapter.{setting}: {method.name} trains no LoRA pair; leave it out")
+        if config.adapter.r == "auto":
+            raise UserError(f"adapter.{setting}: adapter.r=auto chooses one rank for all layers; set a number")

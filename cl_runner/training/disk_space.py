@@ -43,10 +43,12 @@ def bytes_to_write(plan: Plan, room: Room, done: int) -> int:
 
 
 def _adapter(plan: Plan, room: Room, index: int) -> int:
-    """Bytes of an adapter's folder: it has what earlier stages learned in it, where that is folded."""
+    """Bytes of an adapter's folder: it has the pairs of all stages before it, unless one stands by itself."""
     alone = plan.method.past_as == "none" or plan.stages[index].start == "base"
-    pairs = 1 if alone else index + 1
-    return room.adapters.folder_bytes(pairs, plan.config.adapter.largest, plan.method.dense, alone)
+    dense = plan.method.dense or not (alone or "factors" in plan.kind.folds)
+    adapter = plan.config.adapter
+    rank = adapter.largest * (2 if adapter.borrows else 1)  # with what it began with
+    return room.adapters.folder_bytes(1 if alone else index + 1, rank, dense)
 
 
 def _state(plan: Plan, room: Room, trained: int, index: int) -> int:

@@ -70,17 +70,24 @@ class Plan:
                 read_deepspeed_json(of_stage.training.deepspeed)
 
     def check_shapes(self) -> None:
-        """Refuse what only the layers' shapes tell, by the model's config: no weights are loaded. Raises UserError."""
+        """Refuse what only the layers' names and shapes tell, by the model's config. Raises UserError.
+
+        No weights are loaded.
+        """
         stages = [(config, make_method(config)) for config in self._configs()]
         options = [option for option in make_options() if option.by_shape]
-        if not any(method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages):
+        adapter = self.config.adapter
+        named = "update" in self.kind.offers and bool(adapter.target_modules or adapter.patterns)
+        by_shape = [method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages]
+        if not (named or self.kind.by_shape or any(by_shape)):
             return
         from cl_runner.models.base import outline
 
         model = outline(self.config.model)
         if model is not None:
             shapes = self.kind.shapes(model)
-            check_method(self.config, self.stages, shapes)
+            self.method.trained = self.kind.trained_count(self.kind.layers(model))
+            check_method(self.config, self.stages, shapes, self.method.trained)
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:

@@ -126,7 +126,7 @@ def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
             f"data.max_source {data.max_source} and eval.max_new_tokens {max_new_tokens} together exceed "
             f"the model's {most} positions; set data.max_source={most - max_new_tokens}"
         )
-    return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate)
+    return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate, base.chat)
 
 
 def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
@@ -137,7 +137,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     config = plan.config
     full = plan.method.full
     model = config.model.model_copy(update={"dtype": "fp32"}) if full else config.model  # what trains is fp32
-    base = load_base(model, place.torch_device)
+    base = load_base(model, place.torch_device, chat_template=config.data.chat_template)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most, plan.only)
     rows = Joined(list(tokens.train.values()))
@@ -153,7 +153,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
 
 def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:
     """Refuse what this model cannot be trained with. Raises UserError."""
-    check_method(plan.config, plan.stages, adapters.shapes())
+    check_method(plan.config, plan.stages, adapters.shapes(), plan.kind.trained_count(adapters.counted()))
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(plan.config, index, stage)
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:

@@ -158,13 +158,11 @@ class StageRun:
         head = unwrapped(self.adapters.model).get_output_embeddings()  # type: ignore[operator]
         return {target for target, layer in self.adapters.layers.items() if layer is head}
 
-    @property
-    def pair_rank(self) -> int:
-        return self.adapters.rank
+    def rank_of(self, target: str) -> int:
+        return self.adapters.rank_of(target)
 
-    @property
-    def scale(self) -> float:
-        return self.adapters.scale
+    def scale_of(self, target: str) -> float:
+        return self.adapters.scale_of(target)
 
     def factors(self) -> list[FactorGroup]:
         return self.adapters.groups()

@@ -58,9 +58,10 @@ def base_model(family: str, layers: int = 2, seed: int = 0, **settings: Any) -> 
 
 
 def adapters_of(model: Any, family: str = "t5", *, r: int = 2, alpha: float = 6.0, **more: Any) -> Layers:
-    """Adapters around ``model`` itself; no dropout unless told."""
-    dropped = {"dropout": more.pop("dropout", 0.0), "dropout_past": more.pop("dropout_past", False)}
-    config = AdapterConfig(r=r, alpha=alpha, target_modules=more.pop("targets", None), **dropped)
+    """Adapters around ``model`` itself; no dropout unless told. ``ranks``, ``alphas``: patterns."""
+    own = {"dropout": more.pop("dropout", 0.0), "dropout_past": more.pop("dropout_past", False)}
+    own |= {"rank_pattern": more.pop("ranks", {}), "alpha_pattern": more.pop("alphas", {})}
+    config = AdapterConfig(r=r, alpha=alpha, target_modules=more.pop("targets", None), **own)
     more = {"name_or_path": "some/base", "encoder_decoder": family == "t5", **more}
     return Layers(model, config, **more)
 
@@ -81,20 +82,24 @@ def random_pair(
     adapters: Layers, stage: str, *, rank: int | None = None, scale: float | None = None, seed: int = 0,
     size: float = 0.2,
 ) -> Pair:  # fmt: skip
-    """A pair with both factors random, of the adapters' rank and scale unless told."""
+    """A pair with both factors random, of the adapters' ranks and scales unless told."""
     dice = torch.Generator().manual_seed(1000 + seed)
-    rank, scale = rank or adapters.rank, adapters.scale if scale is None else scale
+    ranks = {} if rank else {t: adapters.rank_of(t) for t in adapters.past if adapters.rank_of(t) != adapters.rank}
+    scales = {t: adapters.scale_of(t) for t in adapters.past if adapters.scale_of(t) != adapters.scale}
+    rank, scale, scales = rank or adapters.rank, *((adapters.scale, scales) if scale is None else (scale, {}))
     A, B = {}, {}
     for target, past in adapters.past.items():
         m, n = past.base.shape
-        A[target] = torch.randn(rank, n, generator=dice) * size
-        B[target] = torch.randn(m, rank, generator=dice) * size
-    return Pair(stage, rank, scale, A, B)
+        A[target] = torch.randn(ranks.get(target, rank), n, generator=dice) * size
+        B[target] = torch.randn(m, ranks.get(target, rank), generator=dice) * size
+    return Pair(stage, rank, scale, A, B, ranks, scales)
 
 
 def naive_update(pair: Pair, target: str) -> Tensor:
     """s·B A entry by entry of the definition, in fp64."""
-    return pair.scale * torch.einsum("mr,rn->mn", pair.B[target].double(), pair.A[target].double())
+    return pair.scales.get(target, pair.scale) * torch.einsum(
+        "mr,rn->mn", pair.B[target].double(), pair.A[target].double()
+    )
 
 
 def with_updates(model: Any, updates: Sequence[Mapping[str, Tensor]]) -> Any:

@@ -127,9 +127,15 @@ TRAINED: list[tuple[str, dict[str, Any], Shapes, str]] = [
     ("fourierft", {"frequencies": 1000}, ATTENTION_13B, "0.08M"),
     # (IA)³, 2205.05638: table 4.
     ("ia3", {}, t5_xl(), "540K"),
-    # LoRA-XS with r 64, 2405.15179: table 4. Others, 2505.11235: tables 2, 4 and 5.
+    # LoRA-XS, 2405.17604: four layers of each block; with r 64, 2405.15179: table 4.
+    ("lora-xs", {"r": 16}, square(24, 1024, "qvof"), "24.6K"),
+    ("lora-xs", {"r": 25}, square(24, 1024, "qvof"), "60K"),
     ("lora-xs", {"r": 64}, MISTRAL, "0.92M"),
     ("lora-xs", {"r": 64}, GEMMA, "0.80M"),
+    # OFT, 2506.19847: table 11.
+    ("oft", {"block_size": 32}, llama(28, 1536, 8960, keys=256), "7.89M"),
+    ("oft", {"block_size": 32}, llama(28, 3584, 18944, keys=512), "17.55M"),
+    # Of the same models, 2505.11235: tables 2, 4 and 5.
     ("lora-xs", {"r": 136}, DEBERTA, "1.33M"),
     ("lora-xs", {"r": 248}, LLAMA_32_3B, "12.1M"),
     ("lora-xs", {"r": 298}, LLAMA_3_8B, "14.2M"),
@@ -152,25 +158,27 @@ def test_what_trains_is_as_much_as_papers_print(
     assert count is not None and is_printed(count, printed), count
 
 
+WHOLE_7B, WHOLE_13B = 6_738_415_616, 13_015_864_320
+
+
 @pytest.mark.parametrize(
-    ("model", "names", "whole", "lora", "half", "dora"),
+    ("name", "r", "layers", "whole", "printed"),
     [
-        ((32, 4096, 11008), "qkvud", 6_738_415_616, 0.83, 0.43, 0.84),
-        ((40, 5120, 13824), "qkvud", 13_015_864_320, 0.67, 0.35, 0.68),
+        # Of the model and what trains beside it: 2402.09353, table 1, of LLaMA and Llama 2.
+        ("lora", 32, llama(32, 4096, 11008, "qkvud"), WHOLE_7B, "0.83"),
+        ("dora", 16, llama(32, 4096, 11008, "qkvud"), WHOLE_7B, "0.43"),
+        ("dora", 32, llama(32, 4096, 11008, "qkvud"), WHOLE_7B, "0.84"),
+        ("lora", 32, llama(40, 5120, 13824, "qkvud"), WHOLE_13B, "0.67"),
+        ("dora", 16, llama(40, 5120, 13824, "qkvud"), WHOLE_13B, "0.35"),
+        ("dora", 32, llama(40, 5120, 13824, "qkvud"), WHOLE_13B, "0.68"),
+        # HRA, 2405.17484, figure 1.
+        ("hra", 16, ATTENTION_7B, WHOLE_7B, "0.062"),
+        ("hra", 32, ATTENTION_7B, WHOLE_7B, "0.12"),
     ],
 )
-def test_dora_in_percent(
-    model: tuple[int, int, int], names: str, whole: int, lora: float, half: float, dora: float
-) -> None:
-    """2402.09353, table 1: of the model and what trains beside it, r 32, and 16 at half the rank; LLaMA, Llama 2."""
-    layers = llama(*model, names)
-    for made, percent in (
-        (kind("lora", r=32), lora),
-        (kind("dora", r=16), half),
-        (kind("dora", r=32), dora),
-    ):
-        count = made.trained_count(layers)
-        assert count is not None and round(100 * count / (whole + count), 2) == percent
+def test_percent_as_papers_print_them(name: str, r: int, layers: Shapes, whole: int, printed: str) -> None:
+    count = kind(name, r=r).trained_count(layers)
+    assert count is not None and f"{100 * count / (whole + count):.{len(printed) - 2}f}" == printed
 
 
 @pytest.mark.parametrize(
@@ -239,6 +247,15 @@ def test_bytes_as_papers_print_them(name: str, settings: dict[str, Any], layers:
     assert count is not None and is_printed(4 * count, printed), count
 
 
+@pytest.mark.parametrize(("vectors", "topk", "piece"), [(90, 2, 1.5), (256, 2, 1.5), (257, 2, 3.0), (90, 3, 2.75)])
+def test_vblora_stores_a_bank_and_a_few_numbers_for_each_piece(vectors: int, topk: int, piece: float) -> None:
+    """2405.15179, section 3.4: k numbers of vectors, of a byte each or whole, and k − 1 weights; all logits train."""
+    made = kind("vblora", r=4, vectors=vectors, vector_length=256, topk=topk)
+    pieces = 48 * 4 * 2 * 1024 // 256
+    assert made.stored_count(LARGE) == vectors * 256 + pieces * piece
+    assert made.trained_count(LARGE) == vectors * 256 + vectors * pieces
+
+
 def test_every_kind_counts_but_prompts() -> None:
     """Of prompts the method says how many there are and how long: no layer tells."""
     layers = {"0.q": (16, 16), "0.v": (16, 16)}
@@ -257,3 +274,6 @@ def test_a_frozen_factor_does_not_train_and_is_stored() -> None:
     assert made.trained_count({"q": (5, 7)}) == 2 * 5 and made.stored_count({"q": (5, 7)}) == 2 * (5 + 7)
     auto = kind("lora", r="auto", max_r=3)
     assert auto.trained_count({"q": (5, 7)}) == 3 * (5 + 7), "of the largest rank"
+    several = FrozenA(kind("lora", r=2, rank_pattern={"v": 4}).config)
+    layers = {"0.q": (5, 7), "0.v": (3, 7)}
+    assert several.trained_count(layers) == 2 * 5 + 4 * 3 and several.stored_count(layers) == 2 * 12 + 4 * 10

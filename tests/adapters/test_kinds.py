@@ -186,6 +186,20 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
     assert call("list", "compatibility", "--json", cwd=tmp_path).json["compatibility"] == list(table.values())
 
 
+TUNED = [name for name in KINDS.ours if name not in ("lora", "full", "prompts")]
+ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd"}
+FACTORS_THAT_TRAIN = {"olora", "nlora", "sparse-orth", "grassmann", "clora", "pego"}
+PAIR = {"migu", "inflora", "hard-orth", "soft-orth"}
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_each_kind_goes_with_what_it_can_do(kind: str) -> None:
+    """Penalties on factors only where these train; rules on rows of A and B only where a pair is one's own."""
+    fits = {row["method"] for row in compatibility() if row[kind] == "yes"} & set(METHODS.ours)
+    more = {"dora": FACTORS_THAT_TRAIN | PAIR, "vblora": FACTORS_THAT_TRAIN, "tied-lora": FACTORS_THAT_TRAIN}
+    assert fits == ANY_UPDATE | more.get(kind, set())
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

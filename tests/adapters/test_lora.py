@@ -166,7 +166,8 @@ def test_a_family_that_peft_does_not_know_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q", "attention"], r"the model has no layer 'attention' \(there are .*q, v.*\)"),
+        (["q", "query"], r"the model has no layer 'query' \(there are .*q, v.*, and the sets qv, attention, mlp, .*\)"),
+        (["all_linear"], r"the model has no layer 'all_linear'; did you mean 'all-linear'\?"),
         (["wii"], r"the model has no layer 'wii'; did you mean 'wi'\?"),
         (["q", "shared"], "'shared' is no linear layer"),
         (["SelfAttention"], "'SelfAttention' is no linear layer"),

@@ -31,7 +31,7 @@ class Unfolded(nn.Module):
         y: Tensor = self.base(x)
         left = functional.dropout(x, P, self.training)
         for pair in self.pairs:
-            y = y + pair.scale * (left @ pair.A[self.target].T @ pair.B[self.target].T)
+            y = y + pair.scales.get(self.target, pair.scale) * (left @ pair.A[self.target].T @ pair.B[self.target].T)
         return y
 
 
@@ -45,12 +45,13 @@ def unfolded(base: Any, adapters: Layers, pairs: Sequence[Pair]) -> Any:
 
 
 def opened(family: str = "t5", stages: int = 3, dropout_past: bool = True, **more: Any) -> tuple[Any, Layers]:
-    """A base, and adapters of its copy after so many stages (of ranks 1, 2, …), with a random live pair."""
+    """A base, and adapters of its copy after so many stages (of ranks 1, 2, …, or as patterns say), with a random live
+    pair."""
     base = base_model(family)
     adapters = adapters_of(copy.deepcopy(base), family, dropout=P, dropout_past=dropout_past, **more)
     for number in range(stages):
-        scale = (2.0, 0.3, 1.7)[number % 3]
-        adapters.fold(random_pair(adapters, f"s{number}", rank=1 + number, scale=scale, seed=number))
+        own = {} if "ranks" in more else {"rank": 1 + number, "scale": (2.0, 0.3, 1.7)[number % 3]}
+        adapters.fold(random_pair(adapters, f"s{number}", seed=number, **own))
     adapters.begin("now", torch.Generator().manual_seed(0))
     adapters.show(random_pair(adapters, "now", seed=99))
     return base, adapters
@@ -76,9 +77,12 @@ def gradients(adapters: Layers, scores: Tensor) -> dict[str, Tensor]:
     return dict(zip(named, torch.autograd.grad(loss(scores), list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_forward_is_that_of_the_unfolded_pairs(family: str) -> None:
-    base, adapters = opened(family)
+MIXED = {"ranks": {r"layers\.0\..*q_proj": 1, "v_proj": 5}, "alphas": {"q_proj": 3.0}}
+
+
+@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in FAMILIES), ("qwen2", MIXED)])
+def test_a_training_forward_is_that_of_the_unfolded_pairs(family: str, more: dict[str, Any]) -> None:
+    base, adapters = opened(family, **more)
     live = adapters.pair("now")
     for factor in (live.A, live.B):
         for tensor in factor.values():
@@ -91,7 +95,7 @@ def test_a_training_forward_is_that_of_the_unfolded_pairs(family: str) -> None:
         named = zip([f"{t}.lora_{f}" for f in "AB" for t in live.A], wanted, strict=True)
         found = gradients(adapters, ours)
         assert all(off(found[name], gradient) < 1e-4 for name, gradient in named)
-    _, folded = opened(family, dropout_past=False)
+    _, folded = opened(family, dropout_past=False, **more)
     assert off(training(folded.model), training(reference)) > 0.01
 
 

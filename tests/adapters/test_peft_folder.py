@@ -40,7 +40,7 @@ def plain(base: Any, folder: Path) -> PeftModel:
 
 
 def same_pair(a: Pair, b: Pair) -> bool:
-    return (a.stage, a.rank, a.scale) == (b.stage, b.rank, b.scale) and all(
+    return (a.stage, a.rank, a.scale, a.ranks, a.scales) == (b.stage, b.rank, b.scale, b.ranks, b.scales) and all(
         x.keys() == y.keys() and all(torch.equal(x[t], y[t]) for t in x) for x, y in ((a.A, b.A), (a.B, b.B))
     )
 

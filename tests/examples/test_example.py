@@ -123,7 +123,8 @@ def test_its_kind_trains_with_a_setting_of_its_own(made: Path, tmp_path: Path) -
 def test_its_kind_is_refused_where_it_is_not_enough(made: Path, tmp_path: Path) -> None:
     shutil.copyfile(made / "two.yaml", tmp_path / "two.yaml")
     result = call(*(word.replace("inclora", "olora") for word in KIND), "--dry-run", cwd=tmp_path)
-    says = "adapter.kind: olora needs a factor A that trains, which lora-fa does not offer; lora would do"
+    says = "adapter.kind: olora needs a factor A that trains, which lora-fa does not offer; lora, dora, "
+    says += "vblora, tied-lora would do"
     assert result.code == 2 and says in result.line
     result = call(*KIND[:-2], "--set", "adapter.orthonormal=true", "--dry-run", cwd=tmp_path)
     assert result.code == 2 and "adapter.orthonormal is not a setting" in result.line

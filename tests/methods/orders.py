@@ -18,6 +18,11 @@ from cl_runner.training.stage import Room, StageRun, commit_update
 from tests.stages import Kind, Outcome, naive_loss, some_rows, tiny_config, tiny_model, tiny_room, train, widths
 
 LR, ROWS = 0.02, 6
+# Ranks 1, 2 and 3 and scales 8, 3, 4/3 and 2, where r is 2 and alpha 4.
+BY_LAYER: dict[str, Any] = {
+    "adapter__rank_pattern": {"encoder.*q": 1, "v": 3},
+    "adapter__alpha_pattern": {"encoder.*q": 8.0, "decoder.*q": 6.0},
+}
 
 
 def order_room(
@@ -70,7 +75,7 @@ class ByHand:
     def __init__(self, room: Room) -> None:
         self.model = tiny_model("t5")
         self.targets = list(room.adapters.layers)
-        self.scale = room.adapters.scale
+        self.scales = {t: room.adapters.scale_of(t) for t in self.targets}
         self.W0 = {t: self.model.get_submodule(t).weight.detach().clone() for t in self.targets}
         self.past = {t: torch.zeros_like(w) for t, w in self.W0.items()}
         self.A: dict[str, Tensor] = {}
@@ -86,7 +91,7 @@ class ByHand:
         self.B = {t: pair.B[t].clone().requires_grad_() for t in self.targets}
 
     def update(self) -> dict[str, Tensor]:
-        return {t: self.scale * self.B[t] @ self.A[t] for t in self.targets}
+        return {t: self.scales[t] * self.B[t] @ self.A[t] for t in self.targets}
 
     def fold(self) -> None:
         self.past = {t: self.past[t] + update.detach() for t, update in self.update().items()}

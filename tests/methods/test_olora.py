@@ -21,11 +21,14 @@ from tests.adapters.families import adapters_of, base_model, off, random_pair
 Factors = dict[str, dict[str, Tensor]]  # A and B, target → factor
 
 
-def after(stages: int, rank: int = 2, family: str = "qwen2") -> Layers:
-    """Adapters at the stage after so many folded ones (of rank, rank + 1, …), with a random live pair."""
-    adapters = adapters_of(base_model(family), family, r=3)
+def after(stages: int, rank: int | None = 2, family: str = "qwen2", **more: Any) -> Layers:
+    """Adapters at the stage after so many folded ones (of rank, rank + 1, …), with a random live pair.
+
+    ``rank`` None: the past pairs have the live one's ranks.
+    """
+    adapters = adapters_of(base_model(family), family, r=3, **more)
     for i in range(stages):
-        adapters.fold(random_pair(adapters, f"s{i}", rank=rank + i % 3, seed=i))
+        adapters.fold(random_pair(adapters, f"s{i}", rank=rank and rank + i % 3, seed=i))
     adapters.begin("now")
     adapters.show(random_pair(adapters, "now", seed=99))
     return adapters
@@ -62,8 +65,9 @@ def naive(
     for target in adapters.layers:
         A, B = live["A"][target], live["B"][target]
         for old in past:
-            weight = lambda1 if reference else lambda1 / (len(adapters.layers) * old.rank * pair.rank)
-            for j, k in product(range(old.rank), range(pair.rank)):
+            was, now = old.A[target].shape[0], A.shape[0]
+            weight = lambda1 if reference else lambda1 / (len(adapters.layers) * was * now)
+            for j, k in product(range(was), range(now)):
                 of_A = (old.A[target][j].double() * A[k]).sum()
                 of_B = (old.B[target][:, j].double() * B[:, k]).sum()
                 for factor, overlap in (("A", of_A), ("B", of_B)):
@@ -100,6 +104,25 @@ def test_penalty_and_gradient_are_those_of_the_definition(on: str, reference: bo
             assert theirs.any() and off(ours_here, theirs) < 1e-6
         else:
             assert not ours_here.any()
+
+
+MIXED = {"ranks": {r"layers\.0\..*q_proj": 1, "v_proj": 5}, "alphas": {"v_proj": 2.0}}
+
+
+@pytest.mark.parametrize("on", ["A", "B", "both"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "paper"])
+@pytest.mark.parametrize("stages", [3, 6])
+def test_layers_of_other_ranks_count_by_their_own(on: str, reference: bool, stages: int) -> None:
+    """Ranks 1, 3 and 5: six stages of 5 rows are more than v's 12 and 24 dimensions, 6 and 18 of the others are not."""
+    adapters = after(stages, rank=None, **MIXED)
+    assert sorted((len(g.targets), g.A.shape[1]) for g in adapters.groups()) == [(1, 1), (1, 3), (2, 5)]
+    assert [g.past.ranks for g in adapters.groups() if g.past] == [[g.A.shape[1]] * stages for g in adapters.groups()]
+    found = penalty_of(adapters, reference=reference, lambda1=0.5, lambda2=0.1, on=on)
+    wanted, wanted_gradients = naive(adapters, adapters.folded, lambda1=0.5, lambda2=0.1, on=on, reference=reference)
+    assert found is not None and off(found, wanted) < 1e-6
+    ours = gradients(adapters, found)
+    for factor, target in product("AB", adapters.layers):
+        assert off(ours[factor][target], wanted_gradients[factor][target]) < 1e-6
 
 
 @pytest.mark.parametrize("on", ["A", "B", "both"])

@@ -111,9 +111,9 @@ OWN: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("name", list(OWN))
 
 
-def after(stages: int, rank: int = 4, family: str = "qwen2") -> Layers:
+def after(stages: int, rank: int = 4, family: str = "qwen2", **more: Any) -> Layers:
     """Adapters at the stage after so many folded ones, with a random live pair."""
-    adapters = adapters_of(base_model(family), family, r=rank)
+    adapters = adapters_of(base_model(family), family, r=rank, **more)
     for i in range(stages):
         adapters.fold(random_pair(adapters, f"s{i}", seed=i))
     adapters.begin("now")
@@ -134,12 +134,22 @@ def stage_of(adapters: Layers, step: int = 1) -> Any:
     )  # fmt: skip
 
 
+MIXED = {"ranks": {r"layers\.0\..*q_proj": 2, "v_proj": 6}, "alphas": {"q_proj": 2.0}}
+
+
 @every_case
 @pytest.mark.parametrize("stages", [1, 3, 9])
-@pytest.mark.parametrize("family", ["qwen2", "t5", "gpt2"])
-def test_penalty_and_gradient_are_those_of_the_definition(name: str, stages: int, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("qwen2", {}), ("t5", {}), ("gpt2", {}), ("qwen2", MIXED)],
+    ids=["qwen2", "t5", "gpt2", "ranks by layer"],
+)
+def test_penalty_and_gradient_are_those_of_the_definition(
+    name: str, stages: int, family: str, more: dict[str, Any]
+) -> None:
     """Four rows each of nine stages are more than a layer has: sums of squares then come from the Gram matrix."""
-    adapters = after(stages, family=family)
+    adapters = after(stages, family=family, **more)
+    assert {group.A.shape[1] for group in adapters.groups()} == ({2, 4, 6} if more else {4})
     found = method_of(name).penalty(stage_of(adapters))
     assert found is not None and found.dtype == torch.float32 and found.shape == ()
     pair = adapters.pair()

@@ -135,6 +135,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_a_chat_template_of_its_own_file_comes_along(server: Hub, saved: Callable[[str], Path]) -> None:
+    server.repositories["org/instruct"] = files = files_of(saved("instruct"))
+    assert "chat_template.jinja" in files
+    base = load_base(ModelConfig(name="org/instruct"), torch.device("cpu"), chat_template=True)
+    assert base.chat is not None and base.chat.text == files["chat_template.jinja"].decode()
+
+
 def test_a_hub_model_is_checked_by_its_list_and_loaded_from_the_cache(
     server: Hub, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

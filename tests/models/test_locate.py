@@ -61,6 +61,13 @@ def test_names_that_are_nothing(tmp_path: Path, name: str) -> None:
         locate(ModelConfig(name=name), tmp_path)
 
 
+def test_what_a_script_makes_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder smollm2 here; scripts/get_smollm2\.sh smollm2 makes it"):
+        locate(ModelConfig(name="smollm2"), tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert locate(ModelConfig(name="smollm2"), tmp_path).kind == "folder"
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="is a file; give the model's folder"):

@@ -18,13 +18,14 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cl_runner import cache
 from cl_runner.errors import UserError
-from cl_runner.models import encoding, token_cache
+from cl_runner.models import chat, encoding, token_cache
 from cl_runner.models.base import Layout
 from cl_runner.models.batch import Example
+from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.token_cache import Encoded, Joined, TokenCache, lengths
 from cl_runner.tasks.task import Prompt
-from tests.models.tiny_models import byte_tokenizer, t5_tokenizer
+from tests.models.tiny_models import CHATML, byte_tokenizer, t5_tokenizer
 
 T5 = Layout(True, pad_id=1, eos_id=0, end_ids=(0,), decoder_start_id=1, vocab_size=420)
 PROMPTS = [Prompt("Option: A, B\n", f"{number} naïve cafés in Zürich " * number, "\nAnswer:") for number in range(7)]
@@ -147,8 +148,25 @@ INGREDIENTS: dict[str, Callable[[], Encoder]] = {
     "special ids": lambda: Encoder(byte_tokenizer(pad=True), T5, 40),
     "a token more": lambda: changed_tokenizer(lambda t: t.add_tokens([AddedToken("Zürich")])),
     "normaliser": lambda: changed_tokenizer(_lower),
+    "chat template": lambda: chat_encoder(CHATML),
     "split_special_tokens": lambda: changed_tokenizer(lambda t: setattr(t, "split_special_tokens", True)),
 }
+
+
+def chat_encoder(template: str) -> Encoder:
+    """A template that is not told by the tokenizer's state, nor by what it writes around."""
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, T5, 40, chat=ChatTemplate.of(tokenizer, False, "tiny"))
+
+
+def test_the_fingerprint_changes_with_the_chat_template() -> None:
+    def of(template: str) -> str | None:
+        encoder = chat_encoder(template)
+        return TokenCache(encoder.tokenizer).fingerprint(encoder, PROMPTS, LABELS)
+
+    found = [of(CHATML), of(CHATML.replace("kind", "quick")), of(CHATML.replace("m.content", "m.content | trim"))]
+    assert len(set(found)) == 3 and None not in found and of(CHATML) == found[0]
 
 
 @pytest.mark.parametrize("what", INGREDIENTS)
@@ -183,7 +201,10 @@ def test_the_fingerprint_changes_with_rows_and_code(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(token_cache.inspect, "getsource", lambda module: "other rules" if module is encoding else None)
         found.add(TokenCache(encoder.tokenizer).fingerprint(encoder, PROMPTS, LABELS))
-    assert len(found) == 12 and None not in found
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache.inspect, "getsource", lambda module: "other rules" if module is chat else None)
+        found.add(TokenCache(encoder.tokenizer).fingerprint(encoder, PROMPTS, LABELS))
+    assert len(found) == 13 and None not in found
 
 
 class Own(PreTrainedTokenizerFast):

@@ -50,6 +50,24 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+TURNS = ("<|im_start|>", "<|im_end|>")
+# As SmolLM2's: a system prompt of its own where none is given.
+CHATML = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | dict[str, str] = CHATML, bos: bool = True) -> PreTrainedTokenizerFast:
+    """``byte_tokenizer`` with a chat template, and the tokens that begin and end its turns."""
+    tokenizer = byte_tokenizer(bos=bos)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TURNS)})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def _t5() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
     config = transformers.T5Config(
         vocab_size=420, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=1, eos_token_id=0,
@@ -67,6 +85,14 @@ def _llama() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
         num_key_value_heads=2, bos_token_id=1, eos_token_id=0, max_position_embeddings=128, initializer_range=0.2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config), byte_tokenizer(bos=True)
+
+
+def _instruct() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
+    return _llama()[0], chat_tokenizer()
+
+
+def _instruct() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
+    return _llama()[0], chat_tokenizer()
 
 
 def _gpt2() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
@@ -89,6 +115,7 @@ def _qwen2() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
 FAMILIES: dict[str, Callable[[], tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]]] = {
     "t5": _t5,
     "llama": _llama,
+    "instruct": _instruct,
     "gpt2": _gpt2,
     "qwen2": _qwen2,
 }

@@ -243,8 +243,16 @@ def test_every_preset_resolves(name: str) -> None:
     assert training.global_batch % training.micro_batch == 0
 
 
+def test_the_two_smollm2_differ_in_their_base_alone() -> None:
+    hub, folder = (resolved(presets=[name]).config for name in ("smollm2", "smollm2-q4"))
+    assert difference(hub, folder) == ["presets", "model.name"]
+    assert hub.model.name == "HuggingFaceTB/SmolLM2-135M-Instruct" and hub.data.chat_template
+    assert (hub.adapter.r, hub.adapter.target_modules, hub.training.lr) == (8, None, 5e-4)
+
+
 def test_preset_names() -> None:
-    assert set(preset_names()) >= {"tiny", "tiny-llama", "t5-base", "t5-large", "t5-xl", "llama-7b", "published"}
+    ours = {"tiny", "tiny-llama", "smollm2", "smollm2-q4", "t5-base", "t5-large", "t5-xl", "llama-7b", "published"}
+    assert set(preset_names()) >= ours
     assert "kinds" not in preset_names()
 
 

@@ -16,6 +16,7 @@ from cl_runner.tasks.rows import load_rows
 
 ORDERS = {
     "order1": "dbpedia amazon yahoo agnews",
+    "order1-three": "dbpedia amazon agnews",
     "order2": "dbpedia amazon agnews yahoo",
     "order3": "yahoo amazon agnews dbpedia",
     "order4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",

@@ -138,6 +138,18 @@ def test_a_rank_that_was_chosen_counts(tmp_path: Path) -> None:
     assert found["trained"] == found["trained_by_formula"] == found["own"] == reached == rank * 64 * 6
 
 
+def test_layers_of_their_own_rank_count_as_such(tmp_path: Path) -> None:
+    found, reached, *_ = one("t5", config_of("inclora", {"r": 2, "rank_pattern": {"v": 5}}), tmp_path)
+    assert found["trained"] == found["trained_by_formula"] == found["stored_by_formula"] == reached == 3 * 64 * (2 + 5)
+
+
+def test_what_a_pair_has_of_the_weight_is_its_own(tmp_path: Path) -> None:
+    """A0 and B0 of PiSSA stand still, and are on disk: as a pair of twice the rank."""
+    found, reached, *_ = one("t5", config_of("inclora", {"r": 2, "init": "pissa"}), tmp_path)
+    assert found["trained"] == found["trained_by_formula"] == reached == 6 * 64 * 2
+    assert found["own"] == found["on_disk"]["adapter"]["numbers"] == 2 * reached
+
+
 def test_what_goes_on_and_what_is_carried_beside_it(tmp_path: Path) -> None:
     """A slow copy answers: the fast one is in ``next/``. EWC carries two numbers for each that trains."""
     config = config_of("ewc", {"r": 2}, options__slow_copy={"beta": 0.5})

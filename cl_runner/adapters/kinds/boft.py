@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, divides
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, divides, rate
 
 if TYPE_CHECKING:
     import torch
@@ -19,19 +18,19 @@ if TYPE_CHECKING:
 class BOFT(Tuner):
     """With one butterfly factor: more need an extension that PEFT compiles with nvcc as it is first used."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of boft."""
 
+        unused: ClassVar = Tuner.Config.unused | {"r", "alpha", "dropout"}
+        lr_ratio: float = rate(1.0, "published: one for both on Llama 2")
         block_size: int = Field(default=4, ge=2, description="Width of a block of R.")
 
     name = "boft"
     title = "the input rotated in blocks (one butterfly factor), the output scaled"
     equation = "ΔW = diag(l) W Rᵀ − W, R = (I − Q)(I + Q)⁻¹ in blocks, Q the skew-symmetric part of what trains"
     paper = "2311.06243"
-    ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"boft_R": "Q", "boft_s": "scale"}
     trains = ("Q", "scale")
-    reads_weight = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import BOFTConfig

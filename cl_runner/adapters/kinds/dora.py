@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import InLora, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-class Dora(Tuner):
+class Dora(InLora):
     """Lengths by output row, as PEFT has them (the paper prints columns); their norm is constant in the gradient."""
 
-    class Config(AdapterConfig):
+    class Config(InLora.Config):
         """Settings of dora."""
 
-        r: int = Field(default=8, ge=1, description="Rank of the pair.")
+        unused: ClassVar = InLora.Config.unused - {"rank_pattern", "alpha_pattern"}
+        lr_ratio: float = rate(1.0, "published: 2e-4, LoRA 2e-4")
 
     name = "dora"
     title = "a low-rank pair for the direction of each row, a vector for its length"
@@ -31,18 +29,15 @@ class Dora(Tuner):
     offers = frozenset({"A", "B", "pair", "factors", "update"})
     roles: ClassVar = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector.weight": "magnitude"}
     trains = ("A", "B", "magnitude")
-    takes_conv1d = True
     reads_weight = True
 
     def peft_config(self, **common: Any) -> Any:
-        from peft import LoraConfig
-
         own = self.config
-        return LoraConfig(r=own.r, lora_alpha=own.alpha, lora_dropout=own.dropout, use_dora=True, **common)
+        patterns = {"rank_pattern": dict(own.rank_pattern), "alpha_pattern": dict(own.alpha_pattern)}
+        return super().peft_config(use_dora=True, **patterns, **common)
 
-    @property
-    def scale(self) -> float:
-        return float(self.config.alpha / self.config.r)
+    def scale_at(self, layer: Any) -> float:
+        return float(layer.scaling[NAME])
 
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
@@ -58,16 +53,14 @@ class Dora(Tuner):
 
         A, B = self.factors(layer)
         W = weight()
-        direction = W + self.scale * (B @ A)
+        direction = W + self.scale_at(layer) * (B @ A)
         length = torch.linalg.vector_norm(direction, dim=1).detach()
         magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
         delta: Tensor = (magnitude / length)[:, None] * direction - W
         return delta
 
-    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
-        A: Tensor = layer.lora_A[NAME].weight
-        B: Tensor = layer.lora_B[NAME].weight
-        return A, B
-
     def trained_count(self, layers: Shapes) -> int:
-        return sum(self.config.r * (m + n) + m for m, n in layers.values())
+        from cl_runner.adapters import patterns
+
+        ranks = patterns.ranks(self.config, list(layers))
+        return sum(ranks.get(target, self.config.r) * (m + n) + m for target, (m, n) in layers.items())

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cl_runner.adapters.tuner import Shapes, Tuner
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import Shapes
+from cl_runner.adapters.tuner import Tuner, rate
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class FourierFT(Tuner):
     """The same random places of the spectrum in all layers and stages. It begins at zero, where PEFT draws."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of fourierft."""
 
+        unused: ClassVar = Tuner.Config.unused | {"r", "alpha", "dropout"}
+        lr_ratio: float = rate(10.0, "published: 3e-2, LoRA 3e-3")
         frequencies: int = Field(default=1000, ge=1, description="Coefficients of each layer.")
         scaling: float = Field(default=150.0, gt=0, description="The update is scaled by this.")
         projection_seed: int = Field(default=777, ge=0, description="Seed of their places, the same at every stage.")
@@ -30,7 +32,6 @@ class FourierFT(Tuner):
     title = "a few coefficients of the update's spectrum"
     equation = "ΔW = s·Re IDFT₂(F), F zero but at some random places"
     paper = "2405.03003"
-    ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"fourierft_spectrum": "spectrum"}
     trains = ("spectrum",)
 

@@ -23,13 +23,18 @@ class Full(Kind):
     folds = ("factors", "keep", "replace")
     folder = "model"
 
+    def layers(self, model: nn.Module) -> Shapes:
+        """Every parameter of the model."""
+        from cl_runner.adapters.weights import parameter_shapes
+
+        return parameter_shapes(model)
+
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
         from cl_runner.adapters.weights import linear_shapes
 
         return linear_shapes(model)
 
     def trained_count(self, layers: Shapes) -> int:
-        """Of every parameter of the model, a vector as (1, n) (``Adapters.counted``)."""
         return sum(m * n for m, n in layers.values())
 
     def open(self, opening: Opening) -> Adapters:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
@@ -17,19 +16,29 @@ if TYPE_CHECKING:
 
 
 class HRA(Tuner):
-    """Reflections begin in equal pairs, which undo each other: r is even."""
+    """Reflections begin in equal pairs, which undo each other: r is even.
 
-    class Config(AdapterConfig):
+    The paper's strictly orthogonal ones are no identity whatever their directions, and no stage could begin with them.
+    """
+
+    class Config(Tuner.Config):
         """Settings of hra."""
 
-        r: int = Field(default=8, ge=2, multiple_of=2, description="Householder reflections, an even number.")
-        orthogonal: bool = Field(default=False, description="Orthogonalise the directions of the reflections.")
+        unused: ClassVar = Tuner.Config.unused | {"alpha", "dropout"}
+        r: int = Field(default=8, description="Householder reflections, an even number.")
+        lr_ratio: float = rate(1.0, "PEFT's comparison of methods: 1e-4, LoRA 1e-4")
+
+        @field_validator("r")
+        @classmethod
+        def _in_pairs(cls, r: int) -> int:
+            if r % 2:
+                raise ValueError("must be an even number")
+            return r
 
     name = "hra"
     title = "Householder reflections of the input"
     equation = "ΔW = W (H₁ … H_r − I), H_i = I − 2 u_i u_iᵀ / ‖u_i‖²"
     paper = "2405.17484"
-    ignores = Tuner.ignores | {"alpha", "dropout"}
     roles: ClassVar = {"hra_u": "u"}
     trains = ("u",)
     reads_weight = True
@@ -37,7 +46,7 @@ class HRA(Tuner):
     def peft_config(self, **common: Any) -> Any:
         from peft import HRAConfig
 
-        return HRAConfig(r=self.config.r, apply_GS=self.config.orthogonal, **common)
+        return HRAConfig(r=self.config.r, **common)
 
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         half = kaiming_uniform(like[:, : like.shape[1] // 2], generator)

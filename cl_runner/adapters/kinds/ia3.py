@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, rate
 from cl_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # The second layer of a feed-forward block, whose input is scaled, in the names that families have for it.
-FEEDFORWARD = ("wo", "down_proj", "fc2", "dense_4h_to_h", "w2")
+FEEDFORWARD = ("wo", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2")
 
 
 class IA3(Tuner):
-    """Keys, values and the inner features of feed-forward blocks, as published; a vector for each."""
+    """Keys, values and the inner features of feed-forward blocks; which layers of a family these are, PEFT says."""
+
+    class Config(Tuner.Config):
+        """Settings of ia3."""
+
+        unused: ClassVar = Tuner.Config.unused | {"r", "alpha", "dropout"}
+        lr_ratio: float = rate(8.0, "PEFT's examples for mt0-large: 8e-3, LoRA 1e-3")
 
     name = "ia3"
     title = "keys, values and inner features scaled by vectors"
@@ -26,7 +32,6 @@ class IA3(Tuner):
         "ΔW = (l − 1) ∘ W: l (m, 1) on what a layer gives, or (1, n) on the input of a feed-forward block's second"
     )
     paper = "2205.05638"
-    ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"ia3_l": "scale"}
     trains = ("scale",)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import Shapes
+from cl_runner.adapters.tuner import Tuner, kaiming_uniform, rate
 
 if TYPE_CHECKING:
     import torch
@@ -18,21 +18,27 @@ if TYPE_CHECKING:
 class LoKr(Tuner):
     """Each factor is whole where that is smaller than a low-rank product, PEFT's rule."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of lokr."""
 
-        r: int = Field(default=8, ge=1, description="Rank of a factor that is a low-rank product.")
+        unused: ClassVar = Tuner.Config.unused | {"dropout"}
+        r: int = Field(default=8, description="Rank of a factor that is a low-rank product.")
         alpha: float = Field(default=8.0, gt=0, description="The update is scaled by alpha / r.")
         decompose_both: bool = Field(default=False, description="The small factor may be a low-rank product too.")
-        factor: int = Field(
-            default=-1, ge=-1, description="Width of the small factor; -1: as near as can be to square."
-        )
+        factor: int = Field(default=-1, description="Width of the small factor; -1: as near as can be to square.")
+        lr_ratio: float = rate(1.0, "PEFT's comparison of methods: 1e-4, LoRA 1e-4; with factor 4 3e-3")
+
+        @field_validator("factor")
+        @classmethod
+        def _width(cls, factor: int) -> int:
+            if factor < 1 and factor != -1:
+                raise ValueError("must be at least 1, or -1")
+            return factor
 
     name = "lokr"
     title = "a Kronecker product of a small matrix and a low-rank one"
-    equation = "ΔW = s·C ⊗ (B A), s = alpha / r"
-    paper = "2212.10650"
-    ignores = Tuner.ignores | {"dropout"}
+    equation = "ΔW = s·C ⊗ D, D = B A or whole, s = alpha / r"
+    paper = "2309.14859"
     roles: ClassVar = {
         "lokr_w1": "C", "lokr_w1_a": "C_B", "lokr_w1_b": "C_A", "lokr_w2": "D", "lokr_w2_a": "B", "lokr_w2_b": "A"
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cl_runner.adapters.kind import Kind, Opening, Shapes
@@ -25,24 +26,33 @@ class Lora(Kind):
     folds = ("factors", "dense", "keep", "replace")
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A Kaiming-uniform as PEFT's, B zero."""
+        """As ``adapter.init`` draws it; of what is made of the weight, or of inputs, as it is until then."""
+        from cl_runner.adapters.initialise import gaussian, orthogonal
         from cl_runner.adapters.pairs import fresh_pair
 
-        return fresh_pair(m, n, rank, generator)
+        draw = {"gaussian": gaussian, "orthogonal": orthogonal}.get(self.config.init, fresh_pair)
+        return draw(m, n, rank, generator)
 
-    def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
-        from cl_runner.adapters.targets import default_targets, target_shapes
+    def layers(self, model: nn.Module) -> Shapes:
+        from cl_runner.adapters.target_sets import chosen_targets
+        from cl_runner.adapters.targets import target_shapes
 
-        return list(target_shapes(model, self.config.target_modules or default_targets(model)).values())
+        return target_shapes(model, chosen_targets(model, self.config.target_modules))
 
     def trained_count(self, layers: Shapes) -> int:
         """Of the largest rank, where it is chosen."""
-        sides = sum(("A" in self.trains) * n + ("B" in self.trains) * m for m, n in layers.values())
-        return int(self.config.largest) * sides
+        return self._count(layers, self.trains)
 
     def stored_count(self, layers: Shapes) -> float:
         """Both factors, one that does not train too."""
-        return int(self.config.largest) * sum(m + n for m, n in layers.values())
+        return self._count(layers, ("A", "B"))
+
+    def _count(self, layers: Shapes, factors: Sequence[str]) -> int:
+        from cl_runner.adapters import patterns
+
+        ranks = patterns.ranks(self.config, list(layers))
+        sides = {target: ("A" in factors) * n + ("B" in factors) * m for target, (m, n) in layers.items()}
+        return sum(ranks.get(target, self.config.largest) * side for target, side in sides.items())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.layers import Layers

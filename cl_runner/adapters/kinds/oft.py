@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, divides
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, divides, rate
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +16,13 @@ if TYPE_CHECKING:
 
 
 class OFT(Tuner):
-    """R is block-diagonal and orthogonal, from a skew-symmetric Q by Cayley's transform."""
+    """R is block-diagonal and orthogonal, from a skew-symmetric Q by Cayley's transform (PEFT's exact one is of −Q)."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of oft."""
 
+        unused: ClassVar = Tuner.Config.unused | {"r", "alpha", "dropout"}
+        lr_ratio: float = rate(4.0, "2506.19847: 4e-4, LoRA 1e-4")
         block_size: int = Field(default=32, ge=2, description="Width of a block of R.")
         block_share: bool = Field(default=False, description="One block for all of a layer.")
         cayley: Literal["neumann", "exact"] = Field(
@@ -30,9 +31,8 @@ class OFT(Tuner):
 
     name = "oft"
     title = "the input of a layer rotated in blocks"
-    equation = "ΔW = W (Rᵀ − I), R = (I − Q)(I + Q)⁻¹ in blocks, Q skew-symmetric"
+    equation = "ΔW = W (Rᵀ − I), R = (I + Q)(I − Q)⁻¹ ≈ I + 2Q + 2Q² + 2Q³ + Q⁴ in blocks, Q skew-symmetric"
     paper = "2306.07280"
-    ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"oft_R.weight": "Q"}
     trains = ("Q",)
 

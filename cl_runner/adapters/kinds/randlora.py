@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, rate
 
 if TYPE_CHECKING:
     import torch
@@ -19,18 +18,18 @@ if TYPE_CHECKING:
 class RandLora(Tuner):
     """The random bases are the same in all layers and stages, drawn from a seed, and not on disk."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of randlora."""
 
-        r: int = Field(default=32, ge=1, description="Rank of each base; the smaller, the more of them.")
+        r: int = Field(default=32, description="Rank of each base; the smaller, the more of them.")
         alpha: float = Field(default=640.0, gt=0, description="The update is scaled by alpha / r.")
         projection_seed: int = Field(default=0, ge=0, description="Seed of the random bases, the same at every stage.")
+        lr_ratio: float = rate(1.0, "published: 1e-4, LoRA 1e-4")
 
     name = "randlora"
     title = "scaled random bases that add up to full rank"
     equation = "ΔW = s·Σ_j B_j Λ_j A Γ_j, B_j and A random and frozen, Λ_j and Γ_j diagonal, s = alpha / r"
     paper = "2502.00987"
-    ignores = Tuner.ignores
     roles: ClassVar = {"randlora_lambda": "lambda", "randlora_gamma": "gamma"}
     trains = ("lambda", "gamma")
     takes_conv1d = True

@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, kaiming_uniform
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import InLora, kaiming_uniform
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
-class TiedLora(Tuner):
-    """All four train (the paper's TL5). A is one for all layers of a width n, B for all of one name and shape.
+class TiedLora(InLora):
+    """All four train. A is one for all layers of a width n, B for all of one name and shape.
 
-    That is the published form where query, key and value are one fused layer whose B has three parts.
+    That is the published form where query, key and value are one fused layer whose B has three parts. The paper has
+    variants of it in which some of the four are frozen.
     """
-
-    class Config(AdapterConfig):
-        """Settings of tied-lora."""
-
-        r: int = Field(default=8, ge=1, description="Rank of the shared pair.")
 
     name = "tied-lora"
     title = "a low-rank pair that layers share, scaled by two vectors a layer"
@@ -35,13 +28,7 @@ class TiedLora(Tuner):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.vector": "u", "lora_B.vector": "v", "lora_A.factor": "A", "lora_B.factor": "B"}
     trains = ("A", "B", "u", "v")
-    takes_conv1d = True
     on_disk = "lora"
-
-    def peft_config(self, **common: Any) -> Any:
-        from cl_runner.adapters.composed import lora_config
-
-        return lora_config(self.config.r, self.config.alpha, self.config.dropout, **common)
 
     def inject(self, model: nn.Module, config: Any) -> Any:
         from torch import nn
@@ -57,25 +44,12 @@ class TiedLora(Tuner):
             layer.lora_A[NAME], layer.lora_B[NAME] = Scaled(of_A), Scaled(of_B)
         return wrapped
 
-    @property
-    def scale(self) -> float:
-        return float(self.config.alpha / self.config.r)
-
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
 
         if role == "A":
             return kaiming_uniform(like, generator)
         return torch.zeros(like.shape) if role == "B" else torch.ones(like.shape)
-
-    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        A, B = self.factors(layer)
-        return (self.scale * B) @ A
-
-    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
-        A: Tensor = layer.lora_A[NAME].weight
-        B: Tensor = layer.lora_B[NAME].weight
-        return A, B
 
     def trained_count(self, layers: Shapes) -> int:
         r = int(self.config.r)

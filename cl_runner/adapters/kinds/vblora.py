@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner, divides
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, divides, rate
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class VBLoRA(Tuner):
     """A new bank at each stage. The folder has the k best of each piece and only answers; the logits are carried."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of vblora."""
 
-        r: int = Field(default=4, ge=1, description="Rank of the pair that the pieces make.")
+        unused: ClassVar = Tuner.Config.unused | {"alpha"}
+        r: int = Field(default=4, description="Rank of the pair that the pieces make.")
         vectors: int = Field(default=256, ge=2, description="Vectors in the bank, h.")
         vector_length: int = Field(default=256, ge=1, description="Length of a vector, b; divides the layers' widths.")
         topk: int = Field(default=2, ge=1, description="Vectors that a piece is a mixture of, k.")
         bank_bound: float = Field(default=0.02, gt=0, description="The bank is drawn within this of 0.")
         logits_std: float = Field(default=0.1, gt=0, description="Standard deviation of the first logits.")
+        lr_ratio: float = rate(2.5, "published: 1e-3 for the bank, LoRA 4e-4")
         lr_ratio_logits: float = Field(
-            default=10.0, gt=0, description="Learning rate of the logits over training.lr (published: 1e-2 and 1e-3)."
+            default=10.0, gt=0, description="Learning rate of the logits over the bank's (published: 1e-2 and 1e-3)."
         )
 
-        @model_validator(mode="after")
-        def _of_them(self) -> VBLoRA.Config:
-            if self.topk > self.vectors:
-                raise ValueError(f"topk is {self.topk}, and there are {self.vectors} vectors")
-            return self
+        @field_validator("topk")
+        @classmethod
+        def _of_the_bank(cls, topk: int, others: ValidationInfo) -> int:
+            if topk > others.data.get("vectors", topk):
+                raise ValueError(f"is more than the {others.data['vectors']} vectors there are")
+            return topk
 
     name = "vblora"
     title = "factors whose pieces are mixtures of a shared bank's vectors"
@@ -44,7 +46,6 @@ class VBLoRA(Tuner):
     paper = "2405.15179"
     offers = frozenset({"A", "B", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
-    ignores = Tuner.ignores | {"alpha"}
     roles: ClassVar = {"vblora_logits_A": "logits", "vblora_logits_B": "logits_B"}
     shared: ClassVar = {"vblora_vector_bank": "bank"}
     trains = ("logits", "logits_B", "bank")
@@ -60,6 +61,14 @@ class VBLoRA(Tuner):
             vblora_dropout=own.dropout, save_only_topk_weights=True, **common,
         )  # fmt: skip
 
+    def inject(self, model: nn.Module, config: Any) -> Any:
+        wrapped = super().inject(model, config)
+        for layer in wrapped.modules():
+            if "vblora_logits_A" in getattr(layer, "_modules", ()):
+                # One bank in one place of the tree: torch.func would put back what it swaps once for each.
+                layer.__dict__["vblora_vector_bank"] = layer._modules.pop("vblora_vector_bank")
+        return wrapped
+
     def first(self, role: str, like: Tensor, generator: torch.Generator | None, weight: Callable[[], Tensor]) -> Tensor:
         import torch
 
@@ -67,10 +76,6 @@ class VBLoRA(Tuner):
         if role == "bank":
             return drawn.uniform_(-self.config.bank_bound, self.config.bank_bound, generator=generator)
         return drawn.normal_(0, self.config.logits_std, generator=generator)
-
-    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        A, B = self.factors(layer)
-        return B @ A
 
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         A, B = layer._get_lora_matrices(NAME)

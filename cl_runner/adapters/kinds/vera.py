@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import NAME
-from cl_runner.adapters.tuner import Shapes, Tuner
-from cl_runner.config.schema import AdapterConfig
+from cl_runner.adapters.kind import NAME, Shapes
+from cl_runner.adapters.tuner import Tuner, rate
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +18,14 @@ if TYPE_CHECKING:
 class Vera(Tuner):
     """A and B are the same in all layers and stages, drawn from a seed, and not on disk."""
 
-    class Config(AdapterConfig):
+    class Config(Tuner.Config):
         """Settings of vera."""
 
-        r: int = Field(default=256, ge=1, description="Rows of the random A.")
+        unused: ClassVar = Tuner.Config.unused | {"alpha"}
+        r: int = Field(default=256, description="Rows of the random A.")
         d_initial: float = Field(default=0.1, gt=0, description="First value of the vector d.")
         projection_seed: int = Field(default=0, ge=0, description="Seed of A and B, the same at every stage.")
+        lr_ratio: float = rate(10.0, "published: 4e-3, LoRA 4e-4")
 
     name = "vera"
     title = "one frozen random pair for all layers, scaled by two vectors a layer"
@@ -32,7 +33,6 @@ class Vera(Tuner):
     paper = "2310.11454"
     offers = frozenset({"factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
-    ignores = Tuner.ignores | {"alpha"}
     roles: ClassVar = {"vera_lambda_d": "d", "vera_lambda_b": "b"}
     trains = ("d", "b")
     takes_conv1d = True
@@ -50,10 +50,6 @@ class Vera(Tuner):
         import torch
 
         return torch.full(like.shape, self.config.d_initial if role == "d" else 0.0)
-
-    def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        A, B = self.factors(layer)
-        return B @ A
 
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         A, B = layer.vera_A[NAME][:, : layer.in_features], layer.vera_B[NAME][: layer.out_features]

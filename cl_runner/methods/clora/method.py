@@ -12,7 +12,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.clora.subspaces import as_begun, leading_of, random
 from cl_runner.methods.protocol import PairSettings, State
-from cl_runner.methods.shared.limits import refuse_too_large
+from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large
 from cl_runner.methods.shared.moments import input_moments
 from cl_runner.methods.shared.sequential import Sequential
 from cl_runner.methods.shared.tensors import added, under, within
@@ -69,6 +69,8 @@ class CLoRA(Sequential):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         k, data = self.config.k, self.config.subspace == "data"
+        if not data:
+            refuse_borrowing(config, "clora keeps a subspace out of A and B as they are, not of what they change")
         least = min((min(shape) for shape in shapes or ()), default=k + 1)
         if k >= least:
             raise UserError(

@@ -22,7 +22,7 @@ def with_a_new_one(stage: Stage, rounds: Mapping[str, Learned]) -> dict[str, Exp
     """The same, and the stage's own round, which trains."""
     terms, dice, experts = {}, stage.rng("adapter"), len(stage.plan.tasks)
     for target, (m, n) in stage.targets().items():
-        new = LiveRound.fresh(m, n, experts, stage.pair_rank, stage.scale, dice)
+        new = LiveRound.fresh(m, n, experts, stage.rank_of(target), stage.scale_of(target), dice)
         terms[target] = Experts({**_past(stage, rounds, target), stage.plan.name: new}, stage.config.adapter.dropout)
     return terms
 
@@ -30,7 +30,7 @@ def with_a_new_one(stage: Stage, rounds: Mapping[str, Learned]) -> dict[str, Exp
 def _past(stage: Stage, rounds: Mapping[str, Learned], target: str) -> dict[str, Round]:
     found: dict[str, Round] = {}
     for name, learned in rounds.items():
-        past = PastRound(learned.factors[target], learned.share, stage.scale)
+        past = PastRound(learned.factors[target], learned.share, stage.scale_of(target))
         learned.factors[target] = past.values()  # held once
         found[name] = past
     return found

@@ -37,22 +37,23 @@ def likeness(A: Tensor) -> Tensor:
     return (squares * apart).sum((-2, -1)) / max(K * (K - 1) * r * r, 1)
 
 
-def apart(rounds: Sequence[LiveRound]) -> tuple[Tensor, Tensor]:
-    """Of each layer's round: the mean gap of shared pair and experts (L), and the likeness of the experts (L).
+def apart(rounds: Sequence[LiveRound]) -> tuple[Tensor, Tensor, list[int]]:
+    """Of each layer's round: the mean gap of shared pair and experts (L), the likeness of the experts (L), and r.
 
     Layers of equal shape come together, in the order in which a shape is first met.
     """
     import torch
 
-    by_shape: dict[tuple[int, ...], list[LiveRound]] = {}
+    by_shape: dict[tuple[int, int, int], list[LiveRound]] = {}
     for each in rounds:
-        by_shape.setdefault(tuple(each.A.shape), []).append(each)
+        K, r, n = each.A.shape
+        by_shape.setdefault((K, r, n), []).append(each)
     gaps, alike = [], []
     for same in by_shape.values():
         A = torch.stack([torch.cat([each.shared_A[None], each.A]) for each in same])  # (L, 1 + K, r, n)
         gaps.append(orthonormality_gap(A).mean(1))
         alike.append(likeness(A[:, 1:]))
-    return torch.cat(gaps), torch.cat(alike)
+    return torch.cat(gaps), torch.cat(alike), [r for (_, r, _), same in by_shape.items() for _ in same]
 
 
 def tempered_counts(rows: Sequence[int], temperature: float) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.adapters.kind import Fold, Need
+from cl_runner.adapters.kind import Fold, Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.methods.colora.answering import Rounds
 from cl_runner.methods.colora.gating import Gates
@@ -72,7 +72,7 @@ class CoLoRA(Rounds):
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
         pairs = pairs_of(self._rounds)
-        carried = size(4 * pairs * config.adapter.largest * sum(m + n for m, n in shapes))
+        carried = size(4 * pairs * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes))
         said = f"carries {carried} after the last round: {pairs} LoRA pairs, shared ones and experts"
         return said if self.config.fold == "keep" else ""
 
@@ -142,12 +142,12 @@ class CoLoRA(Rounds):
     def penalty(self, stage: Stage) -> Tensor | None:
         from cl_runner.methods.colora.mathematics import apart
 
-        gap, like = apart(self._live(stage))
+        gap, like, ranks = apart(self._live(stage))
         self._parts = {"orth_loss": gap.detach().mean(), "collab_loss": like.detach().mean()}
         if not (self.config.lambda1 or self.config.lambda2):
             return None
         # 1 / r is the most that orthonormal rows can have in common.
-        weight = 1 + self.config.growth * stage.pair_rank * like.detach()
+        weight = 1 + like.new_tensor([self.config.growth * r for r in ranks]) * like.detach()
         total: Tensor = self.config.lambda1 * gap.mean() + self.config.lambda2 * (weight * like).mean()
         return total
 

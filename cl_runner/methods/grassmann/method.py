@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import Need
+from cl_runner.adapters.kind import Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.grassmann.spans import PastSpans
@@ -52,7 +52,7 @@ class Grassmann(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",),)
+        return (("A",), ("pair",)) if self.config.stiefel else (("A",),)
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -61,12 +61,18 @@ class Grassmann(Method):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.stiefel and self.config.reorthogonalise:
             raise UserError("method.reorthogonalise: method.stiefel=true puts A back after each step; leave one out")
-        n = min((n for _, n in shapes or ()), default=config.adapter.largest)
-        if config.adapter.largest >= n and shapes:
+        if self.config.stiefel and (config.adapter.borrows or config.adapter.init == "orthogonal"):
             raise UserError(
-                f"adapter.r: {config.adapter.largest} rows of A span all {n} inputs of a layer, and grassmann has no "
-                "angle between such spans; set it smaller"
+                f"adapter.init={config.adapter.init}: method.stiefel=true turns A before the first step, and beside "
+                "a B that is not zero the model would answer otherwise; leave one out"
             )
+        for shape in sorted(shapes or (), key=lambda shape: shape[1]):
+            r, (_, n) = rank_at(config.adapter, shape), shape
+            if r >= n:
+                raise UserError(
+                    f"adapter.r: {r} rows of A span all {n} inputs of a layer, and grassmann has no angle between such "
+                    "spans; set it smaller"
+                )
 
     def reads_past(self) -> Mapping[str, str]:
         return {"A": "rows"} if self.config.lambda1 else {}

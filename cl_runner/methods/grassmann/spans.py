@@ -27,7 +27,7 @@ class PastSpans:
         assert past is not None
         known = self._made.get(group.targets)
         if known is None or known[0] is not past:
-            rows = torch.split(past.rows("A"), [pair.rank for pair in past.pairs], dim=1)
+            rows = torch.split(past.rows("A"), past.ranks, dim=1)
             known = self._made[group.targets] = (past, [orthonormal_rows(A)[0] for A in rows])
         return known[1]
 

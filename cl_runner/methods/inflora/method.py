@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import Need
+from cl_runner.adapters.kind import Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class InfLoRA(Method):
     """Past inputs, but for the share 1 − ε of their energy, lie off the rows of A and are answered as before.
 
-    Targets with the same input share A, and one memory. Inputs are those of the task's own rows, padding left out,
-    before the stage for A and after it for the memory. Moments and memories are fp64, A and B fp32 as all that trains.
+    Targets with the same input share A, of which one of a smaller rank has the first rows, and one memory. Inputs are
+    those of the task's own rows, padding left out, before the stage for A and after it for the memory. Moments and
+    memories are fp64, A and B fp32 as all that trains.
     """
 
     class Config(Section):
@@ -65,6 +66,10 @@ class InfLoRA(Method):
         self.memories: dict[str, Memory] = {}  # by the first of the targets that share the input
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        if config.adapter.init != "default":
+            raise UserError(
+                f"adapter.init={config.adapter.init}: inflora makes A itself, and B begins at zero; leave it out"
+            )
         if self.config.last_threshold < self.config.threshold:
             raise UserError(
                 f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
@@ -74,10 +79,10 @@ class InfLoRA(Method):
             gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
             of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
             refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
-        r = config.adapter.largest
-        least = min((n for _, n in shapes or ()), default=r)
-        if r > least:
-            raise UserError(f"adapter.r: {r} directions of a layer's {least} inputs; set {least} or less")
+        for shape in sorted(shapes or (), key=lambda shape: shape[1]):
+            r, (_, n) = rank_at(config.adapter, shape), shape
+            if r > n:
+                raise UserError(f"adapter.r: {r} directions of a layer's {n} inputs; set {n} or less")
 
     def reads_past(self) -> Mapping[str, str]:
         return {}
@@ -93,9 +98,10 @@ class InfLoRA(Method):
 
         names = stage.named("A")
         for targets, moment in input_moments(stage).items():
-            A = designed_rows(moment, self._memory(targets[0], moment), stage.pair_rank)
+            ranks = {target: stage.rank_of(target) for target in targets}
+            A = designed_rows(moment, self._memory(targets[0], moment), max(ranks.values()))
             A = stage.broadcast(A)  # another library on another rank may turn directions of equal energy
-            stage.write({names[target]: A for target in targets})
+            stage.write({names[target]: A[:rank] for target, rank in ranks.items()})
 
     def load_step_state(self, stage: Stage, state: State) -> None:
         """A is among the parameters."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.config.schema import Section
+from cl_runner.config.schema import RunConfig, Section
+from cl_runner.errors import UserError
 from cl_runner.methods.lfpt5.frame import Frame
 from cl_runner.methods.lfpt5.settings import Settings
 from cl_runner.methods.lfpt5.writing import longest, write
@@ -56,6 +58,14 @@ class LFPT5(Prompting):
         self.written = Memory()  # of past tasks, by the prompt as the stage began
         self.share: dict[str, dict[str, int]] = {}  # of each past task: examples drawn, well-formed, used
         self.old: Tensor | None = None
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        super().check(config, shapes)
+        if config.data.chat_template:
+            raise UserError(
+                "data.chat_template: lfpt5 writes text and label in one go, but a turn ends between them; set it to "
+                "false"
+            )
 
     def prefix_tokens(self, stages: int) -> int:
         return int(self.config.length)

@@ -10,6 +10,7 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.nlora.settings import Settings
 from cl_runner.methods.protocol import Method
+from cl_runner.methods.shared.limits import refuse_borrowing
 from cl_runner.methods.shared.penalties import layers_of, mean_size
 from cl_runner.methods.shared.tensors import added
 
@@ -52,6 +53,7 @@ class NLoRA(Method):
         return "paper" if self.config.what == "product" else str(self.config.what)
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_borrowing(config, "nlora penalises the size of B A as that of the update")
         oblong = [shape for shape in shapes or () if shape[0] != shape[1]]
         if self.config.what == "reference" and oblong:
             raise UserError(

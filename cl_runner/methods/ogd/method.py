@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
@@ -58,7 +59,7 @@ class OGD(Sequential):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is None:
             return
-        tasks, parameters = self.stages, pair_parameters(config, shapes)
+        tasks, parameters = self.stages, self.trained or pair_parameters(config, shapes)
         vectors, gigabytes = self.config.vectors * tasks, self.state_bytes(shapes, parameters, tasks) / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:
@@ -66,10 +67,11 @@ class OGD(Sequential):
         refuse_too_large(f"method.vectors: {of} of {parameters} parameters", gigabytes, self.config.max_gb, "set fewer")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        one = self.state_bytes(shapes, pair_parameters(config, shapes), 1)
+        parameters = self.trained or pair_parameters(config, shapes)
+        one = self.state_bytes(shapes, parameters, 1)
         return (
             f"carries up to {size(one)} a task, {size(one * self.stages)} in all: {self.config.vectors} "
-            f"directions of {pair_parameters(config, shapes)} parameters for each of {self.stages} tasks"
+            f"directions of {parameters} parameters for each of {self.stages} tasks"
         )
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
@@ -110,4 +112,4 @@ class OGD(Sequential):
 
 def pair_parameters(config: RunConfig, shapes: Sequence[tuple[int, int]]) -> int:
     """Parameters of the pairs (at most, where their rank is chosen)."""
-    return sum(config.adapter.largest * (m + n) for m, n in shapes)
+    return sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)

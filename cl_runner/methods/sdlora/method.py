@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Fold, Need
+from cl_runner.adapters.kind import Fold, Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
@@ -65,6 +65,12 @@ class SDLoRA(Method):
                 "method.reuse: which directions a layer has is its own then, and the reference form has one α for all "
                 "layers; set method.reference=false"
             )
+        if self.config.rank_decay and config.adapter.patterns:
+            raise UserError(
+                f"method.rank_decay: gives all layers one rank, adapter.{config.adapter.patterns[0]} not; leave one out"
+            )
+        if self.config.reference and config.adapter.alpha_pattern:
+            raise UserError("adapter.alpha_pattern: sdlora's reference form has one α for all layers; leave it out")
         if shapes is not None:
             of = f"adapter.r: directions of {len(shapes)} layers over {self.stages} tasks"
             gigabytes = sum(self._bytes(config, shapes)) / 1e9
@@ -76,11 +82,12 @@ class SDLoRA(Method):
 
     def _bytes(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> list[int]:
         """Of each task's direction."""
-        sides = sum(m + n for m, n in shapes)
-        return [4 * self._rank(config, index) * sides for index in range(self.stages)]
+        each = [(rank_at(config.adapter, shape), sum(shape)) for shape in shapes]
+        return [4 * sum(self._rank(rank, index) * sides for rank, sides in each) for index in range(self.stages)]
 
-    def _rank(self, config: RunConfig, index: int) -> int:
-        ranks = [config.adapter.largest, *self.config.rank_decay]
+    def _rank(self, first: int, index: int) -> int:
+        """The rank at a stage, of a layer that begins with the rank ``first``."""
+        ranks = [first, *self.config.rank_decay]
         return int(ranks[min(index // self.config.decay_every, len(ranks) - 1)])
 
     def build(self, stage: Stage) -> None:
@@ -92,14 +99,17 @@ class SDLoRA(Method):
         if stage.evaluating:
             self._keep(stage)
             return
-        rank, dice, adapter = self._rank(stage.config, stage.index), stage.rng("adapter"), stage.config.adapter
+        dice, adapter = stage.rng("adapter"), stage.config.adapter
         count = len(next(iter(self.past.values())).alpha) if self.past else 0
         shared = nn.Parameter(torch.full((count + 1,), START))
         terms = {}
         for target, (m, n) in stage.targets().items():
             past = self.past.get(target) or Past(torch.zeros(0, n), torch.zeros(m, 0), [], torch.zeros(0))
+            first = stage.rank_of(target)
+            rank = self._rank(first, stage.index)
+            scale = stage.scale_of(target) if rank == first else adapter.alpha / rank
             A = nn.init.kaiming_uniform_(torch.empty(rank, n), a=5**0.5, generator=dice)
-            own = nn.Parameter(torch.cat([past.alpha.cpu(), torch.tensor([adapter.alpha / rank])]))
+            own = nn.Parameter(torch.cat([past.alpha.cpu(), torch.tensor([scale])]))
             alpha = shared if self.config.reference else own
             pair = A, torch.zeros(m, rank)
             terms[target] = Directions(past.A, past.B, past.ranks, alpha, pair, adapter.dropout)

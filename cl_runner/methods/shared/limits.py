@@ -1,7 +1,8 @@
-"""What is too large for the machine is refused before the start, with its size."""
+"""What is refused before the start: what is too large for the machine, with its size; how a pair cannot begin."""
 
 from __future__ import annotations
 
+from cl_runner.config.schema import RunConfig
 from cl_runner.engine.process import here, memory
 from cl_runner.errors import UserError
 
@@ -11,6 +12,14 @@ def size(of_bytes: float) -> str:
     unit, scale = ("MB", 1e6) if of_bytes < 999.5e6 else ("GB", 1e9)
     value = of_bytes / scale
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def refuse_borrowing(config: RunConfig, why: str) -> None:
+    """Refuse a pair that begins with a part of the weight, whose B A is no update. Raises UserError saying why."""
+    if config.adapter.borrows:
+        raise UserError(
+            f"adapter.init={config.adapter.init}: the pair begins with a part of the weight, and {why}; leave it out"
+        )
 
 
 def refuse_too_large(what: str, gigabytes: float, max_gb: float, instead: str) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.protocol import Stage
+    from cl_runner.methods.protocol import Source, Stage
 
 
 def input_moments(stage: Stage) -> dict[tuple[str, ...], Tensor]:
     """Targets that share an input → the mean of x xᵀ (n, n) over the tokens of the stage's own rows. *Collective*.
 
-    fp64, the same on every rank; the model as it is, dropout off. Products of fp32 are exact there, and their sum keeps
-    directions a ten-millionth of another in length; added up in fp32 it would lose those of a thousandth.
+    As ``input_sums`` has them.
+    """
+    return {targets: total.div_(count) for targets, total, count in input_sums(stage)}
+
+
+def input_sums(stage: Stage, source: Source | None = None) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
+    """Targets that share an input, Σ x xᵀ (n, n) over the tokens of a source, and how many these are. *Collective*.
+
+    source: default, the stage's own rows. fp64, the same on every rank; the model as it is, dropout off. Products of
+    fp32 are exact there, and their sum keeps directions a ten-millionth of another in length; added up in fp32 it would
+    lose those of a thousandth.
     """
     import torch
 
@@ -36,8 +46,9 @@ def input_moments(stage: Stage) -> dict[tuple[str, ...], Tensor]:
         counts[target] += counted.sum()
 
     with torch.no_grad(), stage.observe("inputs", see):
-        for batch in stage.batches():
+        for batch in stage.batches(source):
             real = (batch.token_weights != 0).any(1)  # a rank without rows sees one that does not count
             stage.forward(batch)
     # One by one out of the dictionary, so that none is held beside its sum.
-    return {groups[name]: stage.sum(moments.pop(name)).div_(stage.sum(counts[name])) for name in sorted(moments)}
+    for name in sorted(moments):
+        yield groups[name], stage.sum(moments.pop(name)), int(stage.sum(counts[name]))

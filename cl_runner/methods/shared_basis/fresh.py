@@ -22,7 +22,7 @@ def fresh_term(
     """It begins at ΔW = 0, with A = 0 where U is not, else with U or B = 0. ``beside``: finished tasks' updates."""
     import torch
 
-    r = stage.pair_rank
+    r = stage.rank_of(target)
     m, n = stage.targets()[target]
     first = stage.index == 0 and not settings.pca  # U itself learns, in the place of a B
     U, C = past.shared.get(f"U.{target}"), past.shared.get(f"C.{target}")
@@ -38,7 +38,7 @@ def fresh_term(
     return SharedBasis(
         A,
         m,
-        stage.scale,
+        stage.scale_of(target),
         basis=U,
         dictionary=C,
         shared_trains=not past.shared or settings.shared_lr > 0,

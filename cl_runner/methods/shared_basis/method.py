@@ -130,7 +130,7 @@ class SharedBasisMethod(Mixed):
         if own.mixes or stage.index < own.pca:
             past.keep(stage.plan.tasks[0], pair)
         if stage.index + 1 == own.pca:
-            past.find_basis(stage.targets(), stage.pair_rank, own.non_negative)
+            past.find_basis({target: stage.rank_of(target) for target in stage.targets()}, own.non_negative)
             if not own.mixes:
                 past.pairs, past.tasks = [], []
 

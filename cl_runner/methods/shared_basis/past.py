@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cl_runner.methods.protocol import State
@@ -65,11 +65,11 @@ class Past:
         mask[kept] = 1.0
         return mask.view_as(large)
 
-    def find_basis(self, targets: Iterable[str], rank: int, non_negative: bool) -> None:
-        """U of every target by the principal components of the tasks' B."""
+    def find_basis(self, ranks: Mapping[str, int], non_negative: bool) -> None:
+        """U of every target, of its rank, by the principal components of the tasks' B."""
         from cl_runner.methods.shared_basis.mixing import principal
 
-        for target in targets:
+        for target, rank in ranks.items():
             U = principal(self.factors(target)[1], rank)
             self.shared[f"U.{target}"] = U.clamp(min=0) if non_negative else U
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.shared.limits import refuse_too_large, size
@@ -55,14 +56,16 @@ class Settings(Section):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None) -> None:
         """Raises UserError where they do not fit together, or the layers (m, n)."""
-        r = config.adapter.largest
         if self.mixes and self.support is not None:
             raise UserError("method.support: under method.mixing=similarity updates stay pairs, which have no mask")
         if self.sparse and self.form == "block":
             raise UserError("method.sparse: needs method.form=sum")
-        small = min((min(shape) for shape in shapes or ()), default=r)
-        if r > small:
-            raise UserError(f"adapter.r: {r} is more than the {small} rows or columns of a target layer; set it lower")
+        for shape in sorted(shapes or (), key=min):
+            r, small = rank_at(config.adapter, shape), min(shape)
+            if r > small:
+                raise UserError(
+                    f"adapter.r: {r} is more than the {small} rows or columns of a target layer; set it lower"
+                )
         if self.support is not None and shapes is not None:
             gigabytes = 2 * sum(m * n for m, n in shapes) * 4e-9  # the mask, and ΔW in the graph of a step
             of = f"method.support: masks and updates of {len(shapes)} layers"
@@ -75,7 +78,7 @@ class Settings(Section):
             return f"carries {least}: the least share that past updates have in each entry of {len(shapes)} layers"
         if not self.mixes:
             return ""
-        pair = 4 * self.blocks * config.adapter.largest * sum(m + n for m, n in shapes)
+        pair = 4 * self.blocks * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)
         return f"carries {size(pair)} a task, {size(stages * pair)} in all: pairs of {len(shapes)} layers"
 
     def bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:

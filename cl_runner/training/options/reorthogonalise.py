@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Reorthogonalise
@@ -49,16 +50,18 @@ class Reorthogonalisation(Option):
             return
         if method.full:
             raise UserError("method.reorthogonalise: there are no factors under full fine-tuning; leave it out")
-        r = config.adapter.largest
-        sides = [
-            n if factor == "A" else m for m, n in shapes or () for factor in "AB" if settings.on in (factor, "both")
-        ]
-        least = min(sides, default=r)
-        if settings.how == "hard" and r > least:
+        if config.adapter.borrows and not settings.rescale:
             raise UserError(
-                f"method.reorthogonalise: of {r} rows in {least} dimensions not all can be orthonormal; set adapter.r "
-                f"to {least} or less, or how: soft"
+                f"method.reorthogonalise: with adapter.init={config.adapter.init} the pair holds a part of the weight, "
+                "which a factor that is turned alone would change; set rescale: true, or leave one out"
             )
+        for shape in sorted(shapes or (), key=lambda shape: _dimensions(shape, settings.on)):
+            r, least = rank_at(config.adapter, shape), _dimensions(shape, settings.on)
+            if settings.how == "hard" and r > least:
+                raise UserError(
+                    f"method.reorthogonalise: of {r} rows in {least} dimensions not all can be orthonormal; set "
+                    f"adapter.r to {least} or less, or how: soft"
+                )
 
     def notes(self, stages: Sequence[tuple[RunConfig, Method, int]]) -> list[str]:
         """Where a factor is to be put back every so many steps, and no stage has as many."""
@@ -77,6 +80,12 @@ class Reorthogonalisation(Option):
             return None
         before, after = reorthogonalise(stage, settings, batch)
         return {"reorthogonalised": settings.how, "loss_before": before, "loss_after": after}
+
+
+def _dimensions(shape: tuple[int, int], on: str) -> int:
+    """Of the rows that are to be orthonormal: of A, of Bᵀ, or the fewer of both."""
+    m, n = shape
+    return {"A": n, "B": m, "both": min(m, n)}[on]
 
 
 def split(F: Tensor, how: str) -> tuple[Tensor, Tensor]:

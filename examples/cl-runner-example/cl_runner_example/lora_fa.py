@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -18,8 +18,9 @@ class LoraFA(Lora):
     """``h = W x + s·B A x``, and B alone trains: a method that wants an A that trains is refused by name."""
 
     class Config(Kind.Config):
-        """Settings of lora-fa, beside those that all kinds know."""
+        """Settings of lora-fa, beside those that all kinds know but for these: A is drawn here."""
 
+        unused: ClassVar = frozenset({"init", "corda", "init_rows"})
         orthonormal: bool = Field(False, description="Whether the rows of A are orthonormal.")
 
     name = "lora-fa"

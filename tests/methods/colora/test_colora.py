@@ -31,7 +31,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
 from tests.command_line import NANO, call
 from tests.distributed import on_ranks
-from tests.methods.orders import learn, order_room
+from tests.methods.orders import BY_LAYER, learn, order_room
 from tests.methods.steps import THREE, off, opposed
 from tests.methods.test_carried import same
 from tests.stages import Kind, naive_loss, tiny_model
@@ -88,7 +88,7 @@ def plain(
     kind: Kind,
     rounds: list[dict[str, dict[str, Tensor]]],
     own: Source,
-    scale: float,
+    adapters: Any,
     tokens: int,
 ) -> Tensor:
     """Mean loss per label token, each row by a model whose weights are written out for its task."""
@@ -99,7 +99,8 @@ def plain(
             weight = model.get_submodule(target).weight
             for of in (factors[target] for factors in rounds):
                 c = 1 / (1 + torch.exp(-of["mix"][k]))
-                weight = weight + scale * (c * of["shared_B"] @ of["shared_A"] + (1 - c) * of["B"][k] @ of["A"][k])
+                s = adapters.scale_of(target)
+                weight = weight + s * (c * of["shared_B"] @ of["shared_A"] + (1 - c) * of["B"][k] @ of["A"][k])
             weights[f"{target}.weight"] = weight
 
         def answer(weights: dict[str, Tensor] = weights, **inputs: Any) -> Any:
@@ -109,14 +110,14 @@ def plain(
     return total / tokens
 
 
-def _steps(place: Place, kind: Kind) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+def _steps(place: Place, kind: Kind, more: dict[str, Any]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
     """Our factors after each round, the same by hand, and the last row of the log."""
     own, found = mixed(), []
     tokens = sum(len(example.target) for example in own.examples)
-    room, config = opened(place, kind, **LAMBDAS)
+    room, config = opened(place, kind, **LAMBDAS, **more)
     past: list[dict[str, dict[str, Tensor]]] = []
     for index in range(2):
-        twin, _ = opened(place, kind, **LAMBDAS)
+        twin, _ = opened(place, kind, **LAMBDAS, **more)
         twin.method.build(StageRun(twin, config, index))
         name = f"round{index + 1}"
         values = {t: {n: v.requires_grad_() for n, v in of.items()} for t, of in learned(twin, name).items()}
@@ -125,7 +126,7 @@ def _steps(place: Place, kind: Kind) -> list[tuple[Tensor, Tensor, dict[str, Any
         optimizer = torch.optim.AdamW([{"params": others}, {"params": mixes, "lr": 5 * LR}], lr=LR, weight_decay=0.0)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            (plain(kind, [*past, values], own, room.adapters.scale, tokens) + naive_penalty(values)).backward()
+            (plain(kind, [*past, values], own, room.adapters, tokens) + naive_penalty(values)).backward()
             optimizer.step()
         outcome = learn(room, config, index, own)
         found.append((flat(learned(room, name)), flat(values).detach(), outcome.rows))
@@ -134,10 +135,12 @@ def _steps(place: Place, kind: Kind) -> list[tuple[Tensor, Tensor, dict[str, Any
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), ("t5", 2)])
-def test_every_step_is_that_of_plain_matrices(kind: Kind, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ranks", "more"), [("t5", 1, {}), ("llama", 1, {}), ("t5", 2, {}), ("t5", 1, BY_LAYER)]
+)
+def test_every_step_is_that_of_plain_matrices(kind: Kind, ranks: int, more: dict[str, Any]) -> None:
     """Two rounds, three micro-batches; every row by its own task's weights, the past round frozen under the next."""
-    for ours, theirs, _ in on_ranks(ranks, _steps, kind)[0]:
+    for ours, theirs, _ in on_ranks(ranks, _steps, kind, more)[0]:
         assert off(ours, theirs) < 1e-4
 
 
@@ -177,7 +180,7 @@ def _logged(place: Place) -> tuple[list[dict[str, Any]], dict[str, Any], list[di
         rows = [i for i, its in enumerate(own.tasks) if its == task]
         part = Source([own.examples[i] for i in rows], [task] * len(rows))
         tokens = sum(len(example.target) for example in part.examples)
-        by_task[task] = float(plain("t5", [values], part, room.adapters.scale, tokens))
+        by_task[task] = float(plain("t5", [values], part, room.adapters, tokens))
     outcome = learn(room, config, 0, own)
     return outcome.rows, room.method.history["round1"], [by_task, {"penalty": float(naive_penalty(values))}]
 
@@ -504,9 +507,9 @@ def test_restarted_at_every_round_and_asked_again_it_is_the_same_to_the_bit(
     on_ranks(1, _resumed, str(tmp_path), variant, kind)
 
 
-def _folded(place: Place) -> None:
+def _folded(place: Place, more: dict[str, Any]) -> None:
     """The fold is the mean by task share, as one pair; the next round begins on it with nothing kept."""
-    room, config = opened(place, method__fold="mean", method__temperature=2.0)
+    room, config = opened(place, method__fold="mean", method__temperature=2.0, **more)
     assert room.method.fold_loses and not opened(place)[0].method.fold_loses
     own, kept = mixed("aaaabb"), {}
     room.order = tuple(room.method.plan(["a", "b"]))
@@ -525,17 +528,22 @@ def _folded(place: Place) -> None:
         for k in range(2):
             c = of["mix"][k].sigmoid()
             pair = c * of["shared_B"] @ of["shared_A"] + (1 - c) * of["B"][k] @ of["A"][k]
-            wanted = wanted + counts[k] / 6 * room.adapters.scale * pair
+            wanted = wanted + counts[k] / 6 * room.adapters.scale_of(target) * pair
         assert off(past.sum, wanted) < 1e-5
-    assert [(pair.stage, pair.rank, pair.scale) for pair in room.adapters.folded] == [("round1", 6, 1.0)]
+    [folded] = room.adapters.folded
+    assert folded.stage == "round1" and {t: folded.rank_of(t) for t in kept} == {
+        t: 3 * room.adapters.rank_of(t) for t in kept
+    }
+    assert {folded.scale_of(t) for t in kept} == {1.0}
     assert room.adapters.terms is None and not method.rounds and not method.state().tensors
     method.end_task = end
     learn(room, config, 1, own)
     assert [pair.stage for pair in room.adapters.folded] == ["round1", "round2"]
 
 
-def test_the_mean_is_folded_as_one_plain_pair() -> None:
-    on_ranks(1, _folded)
+@pytest.mark.parametrize("more", [{}, BY_LAYER], ids=["", "ranks by layer"])
+def test_the_mean_is_folded_as_one_plain_pair(more: dict[str, Any]) -> None:
+    on_ranks(1, _folded, more)
 
 
 def _peft(place: Place, folder: str, variant: str, kind: Kind) -> None:
@@ -679,7 +687,7 @@ def test_the_penalty_carries_over_sizes() -> None:
             LiveRound.fresh(8, 64, tasks, 4, 1.0, torch.Generator().manual_seed(layer)) for layer in range(layers)
         ]
         terms = {str(i): SimpleNamespace(of={"r": each}) for i, each in enumerate(rounds)}
-        stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, pair_rank=4, index=0)
+        stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, index=0)
         found = CoLoRA(CoLoRA.Config()).penalty(stage)
         assert found is not None
         return float(found.detach())
@@ -692,5 +700,5 @@ def test_no_weights_no_penalty() -> None:
     config = CoLoRA.Config(lambda1=0, lambda2=0)
     rounds = LiveRound.fresh(4, 6, 2, 2, 1.0, torch.Generator())
     terms = {"x": SimpleNamespace(of={"r": rounds})}
-    stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms, pair_rank=2)
+    stage: Any = SimpleNamespace(plan=SimpleNamespace(name="r"), terms=lambda: terms)
     assert CoLoRA(config).penalty(stage) is None

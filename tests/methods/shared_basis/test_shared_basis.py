@@ -32,7 +32,7 @@ from cl_runner.training.checkpoint import save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
-from tests.methods.orders import learn, order_room
+from tests.methods.orders import BY_LAYER, learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, off, opposed
 from tests.methods.test_terms import learned
 from tests.stages import Kind, naive_loss, tiny_model
@@ -146,15 +146,15 @@ def _pca(place: Place, **own: Any) -> list[dict[str, Tensor]]:
     for target in room.adapters.past:
         both = np.concatenate([pair.B[target].double().numpy() for pair in room.adapters.folded[:2]], 1)
         values, vectors = np.linalg.eigh(both @ both.T)
-        rank = room.adapters.rank
+        rank = room.adapters.rank_of(target)
         made = vectors[:, ::-1][:, :rank] * np.sqrt(values[::-1][:rank] / 2)
         naive[target] = torch.from_numpy(made * np.where(made.sum(0) < 0, -1, 1)).float()
     return [found[0], naive, found[1]]
 
 
-@pytest.mark.parametrize("sign", [False, True])
-def test_after_stage_pca_the_basis_is_the_principal_one(sign: bool) -> None:
-    ((U, naive, later),) = on_ranks(1, _pca, method__shared_lr=0.0, method__non_negative=sign)
+@pytest.mark.parametrize(("sign", "more"), [(False, {}), (True, {}), (False, BY_LAYER)])
+def test_after_stage_pca_the_basis_is_the_principal_one(sign: bool, more: dict[str, Any]) -> None:
+    ((U, naive, later),) = on_ranks(1, _pca, method__shared_lr=0.0, method__non_negative=sign, **more)
     assert list(U) == list(naive) and U
     for target, found in U.items():
         assert torch.allclose(found, naive[target].clamp(min=0) if sign else naive[target], atol=1e-4)

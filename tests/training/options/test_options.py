@@ -176,7 +176,7 @@ def test_only_one_option_decides_what_answers(two: None, monkeypatch: pytest.Mon
 def test_the_order_of_ours() -> None:
     assert (
         [option.name for option in make_options()]
-        == ["auto-rank", "reorthogonalise", "slow-copy"]
+        == ["auto-rank", "initialise", "reorthogonalise", "slow-copy"]
         == [*options.OPTIONS.ours]
     )
     for option in make_options():

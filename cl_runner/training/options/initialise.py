@@ -1,0 +1,181 @@
+"""A stage's pair that begins from the weight, or from what its layers read (``adapter.init``).
+
+olora, pissa and corda take a part ``s·B0 A0`` of the weight W, as it stands with all past updates in it, and the weight
+is computed with without it: what the stage learns is ``ΔW = s (B A − B0 A0)``. eva and corda read ``adapter.init_rows``
+of the stage's rows. A pair that trains on from stage to stage begins once, at the first. Drawn pairs (gaussian,
+orthogonal) are the kind's own; what does not fit them is refused here too, as is all that only a pair can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cl_runner.adapters.kind import rank_at
+from cl_runner.config.schema import AdapterConfig, RunConfig
+from cl_runner.errors import UserError
+from cl_runner.methods.protocol import Method, Source, State
+from cl_runner.methods.shared.moments import input_sums
+from cl_runner.methods.shared.tensors import under, within
+from cl_runner.registry import KINDS
+from cl_runner.training.options.protocol import Option, Shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.training.stage import StageRun
+
+OF_A_PAIR = ("init", "rslora", "lr_ratio_B")
+
+
+class Initialisation(Option):
+    """Of every method that trains the kind's pair; one that sets A itself, or goes by B A, refuses what it cannot."""
+
+    name = "initialise"
+    title = "a pair that begins from the weight (olora, pissa, corda) or from its layers' inputs (eva, corda)"
+    setting = "adapter.init=pissa"
+    paper = "2406.01775 (OLoRA), 2404.02948 (PiSSA), 2406.05223 (CorDA), 2410.07170 (EVA)"
+    by_shape = True
+
+    def __init__(self) -> None:
+        self.began: dict[str, Tensor] = {}  # A0 and B0, where they are a part of the weight
+        self.spans: dict[str, int] = {}  # eva: target → directions that its inputs have, where that is less than r
+
+    def takes(self, method: type[Method]) -> bool:
+        return not method.only_kind and method.past_as != "other"
+
+    def wanted(self, config: RunConfig, method: Method) -> bool:
+        return config.adapter.borrows or config.adapter.reads_inputs
+
+    def check(self, config: RunConfig, method: Method, shapes: Shapes | None = None) -> None:
+        adapter = config.adapter
+        if method.full or not self.takes(type(method)) or "pair" not in KINDS.get(adapter.kind).offers:
+            trains = "all weights" if method.full else "no pair of the adapter kind's own"
+            for name in OF_A_PAIR:
+                if getattr(adapter, name) != AdapterConfig.model_fields[name].default:
+                    raise UserError(f"adapter.{name}: {method.name} trains {trains}; leave it out")
+        _check_settings(adapter)
+        for shape in (shapes or ()) if self.wanted(config, method) and adapter.r != "auto" else ():
+            r, most = rank_at(adapter, shape), min(shape) if adapter.borrows else shape[1]
+            if r > most:
+                raise UserError(
+                    f"adapter.r: adapter.init={adapter.init} takes {r} directions of each layer, and one has {most}; "
+                    "set it to that or less"
+                )
+
+    def notes(self, stages: Sequence[tuple[RunConfig, Method, int]]) -> list[str]:
+        adapter = stages[0][0].adapter
+        if not adapter.borrows or not adapter.dropout:
+            return []
+        return [
+            f"adapter.init={adapter.init}: the pair holds a part of the weight, and while it trains adapter.dropout "
+            f"({adapter.dropout:g}) drops of that too; set it to 0 to begin as the weight answers"
+        ]
+
+    def begin(self, stage: StageRun, own: Source) -> None:
+        self.began, self.spans = {}, {}
+        if stage.start is not None:
+            return  # it trains on
+        adapter = stage.config.adapter
+        moments = dict(_moments(stage, own)) if adapter.reads_inputs else {}
+        if adapter.init == "eva":
+            names = stage.named("A")
+            stage.write({names[target]: A for target, A in self._of_inputs(stage, moments)})
+            return
+        pairs = dict(_of_weight(stage, moments))
+        A, B = ({target: factors[i] for target, factors in pairs.items()} for i in (0, 1))
+        self._begin_from_weight(stage, A, B)
+
+    def _begin_from_weight(self, stage: StageRun, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+        stage.adapters.begin_from_weight(A, B)
+        self.began = under("A", A) | under("B", B)
+
+    def _of_inputs(self, stage: StageRun, moments: Mapping[tuple[str, ...], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each target with its A (r, n): layers that share an input begin alike. *Collective*."""
+        from cl_runner.adapters.initialise import leading_inputs
+
+        ranks, rng = _ranks(stage), stage.rng("beside inputs")
+        for targets, moment in moments.items():
+            A, found = leading_inputs(moment, max(ranks[target] for target in targets), rng)
+            A = stage.broadcast(A)  # another library on another rank may turn directions of equal energy
+            self.spans.update({target: found for target in targets if found < ranks[target]})
+            yield from ((target, A[: ranks[target]]) for target in targets)
+
+    def about(self) -> dict[str, Any]:
+        return {"init_spans": self.spans} if self.spans else {}
+
+    def said(self) -> str:
+        if not self.spans:
+            return ""
+        return (
+            f"adapter.init=eva: the inputs of {len(self.spans)} layers span fewer directions than their rank (of one "
+            f"{min(self.spans.values())}); the other rows of A were drawn"
+        )
+
+    def step_state(self) -> State:
+        return State(dict(self.began), {"spans": self.spans})
+
+    def load_step_state(self, stage: StageRun, state: State) -> None:
+        self.began, self.spans = {}, state.json["spans"]
+        if state.tensors:
+            self._begin_from_weight(stage, within("A", state.tensors), within("B", state.tensors))
+
+
+def _check_settings(adapter: AdapterConfig) -> None:
+    """Refuse what the beginnings cannot do with each other's settings, or without their own. Raises UserError."""
+    if adapter.init == "corda" and adapter.corda is None:
+        raise UserError("adapter.init=corda: set adapter.corda to ipm (the largest components) or kpm (the smallest)")
+    if adapter.init != "corda" and adapter.corda is not None:
+        raise UserError(f"adapter.corda: adapter.init is {adapter.init}; leave it out, or set adapter.init=corda")
+    for name, r in (("adapter.r", adapter.r), *(("adapter.rank_pattern", r) for r in adapter.rank_pattern.values())):
+        if adapter.init == "orthogonal" and (r == "auto" or r % 2):
+            raise UserError(
+                f"adapter.init=orthogonal: half of the rank is A's, half B's, and {name} is {r}; set an even one"
+            )
+
+
+def _ranks(stage: StageRun) -> dict[str, int]:
+    """Target → rank of its pair."""
+    parameters = stage.all_parameters()
+    return {target: len(parameters[name]) for target, name in stage.named("A").items()}
+
+
+def _moments(stage: StageRun, own: Source) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Targets that share an input, with the mean of x xᵀ over the tokens of some of the stage's rows. *Collective*.
+
+    Raises:
+        UserError: there are fewer tokens than the pair has directions.
+    """
+    import torch
+
+    adapter, ranks = stage.config.adapter, _ranks(stage)
+    drawn = torch.randperm(len(own.examples), generator=stage.rng("inputs"))[: adapter.init_rows]
+    rows = own.take(drawn.sort().values.tolist())
+    for targets, total, count in input_sums(stage, rows):
+        r = max(ranks[target] for target in targets)
+        if count < r:
+            raise UserError(
+                f"adapter.init={adapter.init}: {targets[0]} reads {count} tokens in {len(rows.examples)} rows of "
+                f"{stage.plan.name} (adapter.init_rows {adapter.init_rows}), and its rank is {r}; give it more rows, "
+                "or set adapter.r lower"
+            )
+        yield targets, total.div_(count)
+
+
+def _of_weight(
+    stage: StageRun, moments: Mapping[tuple[str, ...], Tensor]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each target with the A (r, n) and B (m, r) that it takes of its weight. *Collective*."""
+    from cl_runner.adapters.initialise import context_part, qr_part, singular_part
+
+    adapter = stage.config.adapter
+    of_target = {target: moment for targets, moment in moments.items() for target in targets}
+    for target, rank in _ranks(stage).items():
+        W, scale = stage.whole_weight(target), stage.scale_of(target)
+        if adapter.init == "olora":
+            A, B = qr_part(W, rank)
+        elif adapter.init == "pissa":
+            A, B = singular_part(W, rank, scale)
+        else:
+            A, B = context_part(W, of_target[target], rank, scale, largest=adapter.corda == "ipm")
+        yield target, (stage.broadcast(A), stage.broadcast(B))  # as above
