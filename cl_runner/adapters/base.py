@@ -99,6 +99,14 @@ class Adapters:
         """(m, n), out by in, of every target layer."""
         return shapes_with_ranks(self.targets(), self.ranks)
 
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """What the kind counts by, as ``Kind.layers`` has it."""
+        return self.targets()
+
+    def set_size(self) -> int:
+        """How many numbers the live parameter set has, those that stand still too."""
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
     def train(self, on: bool) -> None:
         """Whether the parameters ask for gradients."""
         for parameter in self.parameters().values():

@@ -104,7 +104,7 @@ class Kind:
         raise NotImplementedError
 
     def layers(self, model: nn.Module) -> Shapes:
-        """The layers it adapts, of a model that may be on the meta device; none of a kind that adapts no single ones.
+        """The layers it adapts, or the weights that train, of a model that may be on the meta device; none of prompts.
 
         Raises:
             UserError: a layer is not there, or cannot be adapted.
@@ -122,6 +122,10 @@ class Kind:
     def trained_count(self, layers: Shapes) -> int | None:
         """How many numbers train beside these layers; None where only the opened adapters can tell."""
         return None
+
+    def stored_count(self, layers: Shapes) -> float | None:
+        """How many fp32 numbers a stage's own set takes on disk, as its paper counts them; None as above."""
+        return self.trained_count(layers)
 
     def open(self, opening: Opening) -> Adapters:
         """Put what trains beside, or into, a model. Raises UserError where the model cannot take it."""

@@ -122,6 +122,9 @@ class Layers(Beside):
         """Name → parameter of the live pair, ``<target>.lora_A`` and ``<target>.lora_B``, fp32; and of the terms."""
         return {**(self.terms.parameters() if self.terms else {}), **self._of_pair()}
 
+    def set_size(self) -> int:
+        return super().set_size() + sum(part.numel() for of_targets in self.began for part in of_targets.values())
+
     def _paired(self) -> list[str]:
         """The targets with the pair in them."""
         if self.terms is None:

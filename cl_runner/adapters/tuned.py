@@ -100,6 +100,9 @@ class Tuned(Beside):
         """Name → parameter: ``<target>.<PEFT's name>``, and what is shared by its name alone."""
         return dict(self._own)
 
+    def set_size(self) -> int:
+        return sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
+
     def roles(self) -> dict[str, tuple[str, str]]:
         found = {}
         for name in self._own:
@@ -248,7 +251,7 @@ class Tuned(Beside):
     # To disk and back.
 
     def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
-        own: int = 4 * sum(tensor.numel() for tensor in (*self._own.values(), *self._frozen.values()))
+        own = 4 * self.set_size()
         folded = dense or "factors" in self.kind.folds
         return own + (super().folder_bytes(pairs, self.rank, dense) if folded else 0)
 

@@ -121,13 +121,6 @@ class Tuner(Kind):
         """Role → its learning rate over the other roles', where that is not 1."""
         return {}
 
-    def trained_count(self, layers: Shapes) -> int:
-        raise NotImplementedError
-
-    def stored_count(self, layers: Shapes) -> float:
-        """How many fp32 numbers a stage's own set takes on disk, as its paper counts them."""
-        return self.trained_count(layers)
-
     def check(self, layers: Shapes) -> None:
         """Refuse layers that cannot be adapted with these settings. Raises UserError."""
 

@@ -60,6 +60,9 @@ class FullWeights(Adapters):
     def targets(self) -> dict[str, tuple[int, int]]:
         return dict(zip(self.layers, linear_shapes(self.model), strict=True))
 
+    def counted(self) -> dict[str, tuple[int, int]]:
+        return parameter_shapes(self.model)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → every parameter of the model, fp32."""
         return dict(self._parameters)
@@ -189,3 +192,9 @@ def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
     layers = [module for module in model.modules() if is_linear(module)]
     weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
     return [(weight.shape[0], weight.shape[1]) for weight in weights]
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name → (m, n) of every parameter, tied ones once: a vector is (1, n), of more sides the first ones are one."""
+    last = {name: p.shape[-1] if p.dim() else 1 for name, p in model.named_parameters()}
+    return {name: (p.numel() // last[name], last[name]) for name, p in model.named_parameters()}

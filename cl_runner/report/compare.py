@@ -29,6 +29,7 @@ MORE = {
     "update_norm": ("‖ΔW‖", 2),
     "free_subspace": ("free %", 1),
     "peak_megabytes": ("peak MB", 0),
+    "trained_parameters": ("trained", 0),
 }
 
 
@@ -59,7 +60,8 @@ class SeedGroup:
     """Finished runs that differ in nothing but the seed; ``measures`` by the keys of ``MEASURES``.
 
     ``chosen``: answers among the labels. ``changed``: the settings behind ``variant``, ``key=value``.
-    Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries, and of its peak.
+    Percent (points); seconds that a run's training took; MB (2²⁰ bytes) that its last stage carries, and of its peak;
+    parameters that train, the mean over stages.
     """
 
     method: str
@@ -186,5 +188,6 @@ def _undefined(run: RunSummary) -> Iterator[str]:
 
 
 def cost(run: RunSummary) -> dict[str, float | None]:
-    """Seconds of training, and MB that the last stage carries; None where a run does not say."""
-    return {"train_seconds": (run.seconds or {}).get("train"), "state_megabytes": run.megabytes}
+    """Seconds of training, MB that the last stage carries, parameters that train; None where a run does not say."""
+    seconds = (run.seconds or {}).get("train")
+    return {"train_seconds": seconds, "state_megabytes": run.megabytes, "trained_parameters": run.trained}

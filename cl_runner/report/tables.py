@@ -5,6 +5,7 @@ Wherever a number from synthetic data stands, the word ``synthetic`` stands in t
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,7 @@ from cl_runner.metrics.exact_match import Comparison, Rule
 from cl_runner.metrics.scores import MATCHES
 from cl_runner.report import published
 from cl_runner.report.published import Published
+from cl_runner.terminal.console import size
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class RunSummary:
     ``"reference"`` or ``"paper"`` where the method has both, ``"full"`` where all weights trained and need not, else
     empty. variant: what tells runs of different settings apart (the hash in the folder's name; without the seed), empty
     for presets; changed: those settings. seconds: timings by part. megabytes (2²⁰ bytes): what the last stage leaves.
+    parameters: of each stage what trained, is stored and carried, as its ``metrics.json`` says; None where it does not.
     learned: what was asked for of its updates (free_subspace, percent; update_norm; peak_megabytes). metrics, scoring:
     each task's metric and the rule by which answers are right, where the run says so. real: of a run with synthetic
     rows, the tasks that have none. notes: lines to print below.
@@ -46,6 +49,7 @@ class RunSummary:
     matrix: Matrix
     seconds: dict[str, float] | None = None
     megabytes: float | None = None
+    parameters: Sequence[dict[str, Any] | None] = ()
     learned: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     scoring: dict[str, str] = field(default_factory=dict)
@@ -61,6 +65,12 @@ class RunSummary:
     def finished(self) -> bool:
         """Whether all stages are committed."""
         return self.stages_done >= self.stages_total
+
+    @property
+    def trained(self) -> float | None:
+        """How many parameters trained, the mean over stages; None where a stage does not say."""
+        found = [stage["trained"] for stage in self.parameters if stage]
+        return statistics.fmean(found) if found and len(found) == len(self.parameters) else None
 
     @property
     def mark(self) -> str:
@@ -163,6 +173,22 @@ def measures(run: RunSummary) -> list[tuple[str, str, str]]:
     return rows
 
 
+def what_trained(run: RunSummary) -> str:
+    """A line on how much trained, and how much the last stage left of it; empty where that stage does not say."""
+    last = run.parameters[-1] if run.parameters else None
+    if last is None:
+        return ""
+    counts = [stage["trained"] for stage in run.parameters if stage]
+    few, many = min(counts), max(counts)
+    trained = f"{few:,}" if few == many else f"{few:,} to {many:,}"
+    sizes: dict[str, int] = {}
+    for file, part in last["on_disk"].items():
+        name = file.partition(".")[0]  # what is carried lies in state.json and state.safetensors
+        sizes[name] = sizes.get(name, 0) + part["bytes"]
+    parts = ", ".join(f"{name} {size(count)}" for name, count in sizes.items() if count >= 2**9)  # and none of 0 KB
+    return f"{trained} parameters trained a stage" + (f"; left on disk: {parts}" if parts else "")
+
+
 # --- terminal ---------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +212,8 @@ class ResultTable:
             yield from self._matrix(console, options)
             yield Text("")
             yield self._measures(wide=options.max_width >= 60)
+            if line := what_trained(self.run):
+                yield Text(line)
         beside = comparable(self.run)
         if beside is not None:
             yield Text("")
@@ -385,6 +413,8 @@ def markdown(run: RunSummary) -> str:
     blocks.append(
         markdown_table([f"measure{run.mark}", "value", "what it is"], cells).replace("|---:|---:|", "|---:|---|")
     )
+    if line := what_trained(run):
+        blocks.append(f"{line}\n")
     beside = comparable(run)
     if beside is not None:
         pairs = [[name, *_three(ours, theirs)] for name, ours, theirs in _pairs(run, beside)]
@@ -428,4 +458,5 @@ def report_json(run: RunSummary) -> dict[str, Any]:
         "notes": list(run.notes),
         "seconds": None if run.seconds is None else dict(run.seconds),
         "megabytes": run.megabytes,
+        "parameters": list(run.parameters) if any(run.parameters) else None,
     }

@@ -61,9 +61,10 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
     about = run.about()
     matrix = _matrix(run)
     names = stage_names(about)
+    stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(matrix.stages)]
     spent: dict[str, float] = {}
-    for index in range(len(matrix.stages)):
-        for part, seconds in read_json(run.stage_dir(index, names[index]) / "metrics.json")["seconds"].items():
+    for stage in stages:
+        for part, seconds in stage["seconds"].items():
             spent[part] = round(spent.get(part, 0.0) + seconds, 3)
     return RunSummary(
         name=run.name,
@@ -77,6 +78,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         matrix=matrix,
         seconds=spent or None,
         megabytes=_megabytes(run, names[: len(matrix.stages)]),
+        parameters=[stage.get("parameters") for stage in stages],
         learned=_learned(run, names[: len(matrix.stages)]) if updates else {},
         metrics=about.get("metrics", {}),
         scoring=about["identity"].get("scoring", {}),

@@ -84,6 +84,14 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collectio
     )
 
 
+def size(count: float) -> str:
+    """Bytes in words: ``"3 KB"``, ``"1.5 MB"``, ``"2.0 GB"``."""
+    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.0f} KB"
+
+
 def one_line(text: str) -> str:
     """``text`` on one line, cut where it is longer than anyone reads."""
     line = " ".join(text.split())

@@ -153,7 +153,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
 
 def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:
     """Refuse what this model cannot be trained with. Raises UserError."""
-    check_method(plan.config, plan.stages, adapters.shapes(), plan.kind.trained_count(adapters.targets()))
+    check_method(plan.config, plan.stages, adapters.shapes(), plan.kind.trained_count(adapters.counted()))
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(plan.config, index, stage)
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:

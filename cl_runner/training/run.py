@@ -23,6 +23,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen, ShownStage
+from cl_runner.training.accounting import Counts, parameters
 from cl_runner.training.checkpoint import PREDICTIONS, answers_to, committed, remove_models, restore_stage, save_stage
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
@@ -46,6 +47,7 @@ class Run:
         self.screen = screen
         self.current: str | None = None
         self._open: tuple[Room, Tokens] | None = None
+        self._trains = 0  # numbers, as said last
 
     @property
     def names(self) -> list[str]:
@@ -107,6 +109,7 @@ class Run:
             if stage.plan.start == "base":
                 room.adapters.restore([], room.adapters.kept, None)
             room.method.build(stage)
+            self._say_what_trains(stage)
             own = tokens.source(stage.plan)
             trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
             room.adapters.train(False)
@@ -215,6 +218,13 @@ class Run:
                 self._say(stage, text)
         return health
 
+    def _say_what_trains(self, stage: StageRun) -> None:
+        """How many numbers, where they are not as many as before; of a rank still to be chosen nothing is known."""
+        trains = Counts.of(stage).trained
+        if stage.config.adapter.r != "auto" and trains != self._trains:
+            self._trains = trains
+            self._say(stage, f"{trains:,} parameters train")
+
     def _say(self, stage: StageRun, text: str) -> None:
         self.screen.line(f"stage {stage.index + 1} of {len(self.names)} {stage.plan.name}: {text}")
 
@@ -251,6 +261,7 @@ class Run:
             },
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
             "megabytes": sizes,
+            "parameters": parameters(self.plan.kind, stage, trained.counts, folder),
             "synthetic": self.plan.data.synthetic,
             **({"settled_rows": settled} if settled else {}),  # answered by what earlier stages committed
             "seconds": dict(seconds),

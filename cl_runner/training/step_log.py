@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_runner.training.accounting import Counts
 from cl_runner.training.health import PenaltyWatch
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import StageRun
@@ -26,6 +27,7 @@ class Trained:
     penalty: float | None
     skipped: int
     plan: BatchPlan
+    counts: Counts
     hook_seconds: float  # of the method's own hooks, those before and after the steps too, and options'
     watch: PenaltyWatch
     about: dict[str, Any]  # what options have to say, in ``metrics.json`` and on the screen
@@ -63,6 +65,7 @@ class Meter:
         self.loss: float | None = None
         self.penalty: float | None = None
         self.watch = PenaltyWatch()
+        self.counts = Counts.of(stage)
 
     def due(self, step: int) -> bool:
         """Whether step ``step`` (from 1) is logged."""
@@ -137,6 +140,7 @@ class Meter:
             penalty=self.penalty,
             skipped=skipped,
             plan=plan,
+            counts=self.counts,
             hook_seconds=self.hooks.seconds,
             watch=self.watch,
             about={key: value for option in options for key, value in option.about().items()},

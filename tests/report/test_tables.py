@@ -288,6 +288,50 @@ def test_what_it_cost_stands_beside_what_it_scored() -> None:
     assert max(len(line) for line in shown(compare(runs)).splitlines()) <= 80
 
 
+def counted(trained: int, **files: int) -> dict[str, Any]:
+    """What a stage says of its parameters, with the bytes of its files."""
+    on_disk = {name.replace("__", "."): {"numbers": 1, "bytes": size} for name, size in files.items()}
+    return {"trained": trained, "trained_by_formula": None, "own": trained, "stored_by_formula": None, "carried": 0,
+            "on_disk": on_disk}  # fmt: skip
+
+
+def test_what_trained_stands_below_the_measures() -> None:
+    same = [counted(294_912, adapter=5), counted(294_912, adapter=3 * 2**20, state__json=400, state__safetensors=2**12)]
+    run = a_run(["a", "b"], parameters=same)
+    line = "294,912 parameters trained a stage; left on disk: adapter 3.0 MB, state 4 KB"
+    lines = shown(tables.table(run)).splitlines()
+    assert lines[lines.index(line) - 1].startswith("learning accuracy"), "in one line of 80 columns"
+    assert f"\n\n{line}\n" in tables.markdown(run)
+    assert tables.report_json(run)["parameters"] == same
+    other = a_run(["a", "b"], parameters=[counted(4_096), counted(64, answers__json=90, next=2**30, adapters=2**21)])
+    assert tables.what_trained(other) == (
+        "64 to 4,096 parameters trained a stage; left on disk: next 1.0 GB, adapters 2.0 MB"
+    )
+    assert tables.what_trained(a_run(["a"], parameters=[counted(1, state__json=300)])) == "1 parameters trained a stage"
+    for width in (20, 44):
+        assert max(map(len, shown(tables.table(other), width=width).splitlines())) <= width
+
+
+def test_stages_of_before_say_nothing_of_parameters() -> None:
+    for parameters in ((), [None, None], [counted(8), None]):
+        run = a_run(["a", "b"], parameters=parameters)
+        assert "parameters" not in shown(tables.table(run)) + tables.markdown(run) and run.trained is None
+        assert "trained" not in compare([run]).markdown()
+    assert tables.report_json(a_run(["a", "b"], parameters=[None, None]))["parameters"] is None
+    extended = a_run(["a", "b"], parameters=[None, counted(8, adapter=2**10)])
+    assert tables.what_trained(extended) == "8 parameters trained a stage; left on disk: adapter 1 KB"
+    assert tables.report_json(extended)["parameters"][0] is None and extended.trained is None
+
+
+def test_how_much_trained_is_a_column_where_there_is_room() -> None:
+    runs = [a_run(["a", "b"], seed=s, parameters=[counted(100), counted(200 + s)]) for s in (0, 2)]
+    text = compare(runs).markdown()
+    assert "| learned | trained | seeds |" in text and "| 150 ± 1 | 2 |" in text
+    found = compare(runs).to_json()["groups"][0]["trained_parameters"]
+    assert (found["mean"], found["n"]) == (150.5, 2)
+    assert "trained" not in shown(compare(runs)), "none in 80 columns"
+
+
 def test_runs_that_are_not_alike_are_not_averaged() -> None:
     runs = [a_run(), a_run(variant="3fa91c"), a_run(model="t5-base"), a_run(order="order2"), a_run(synthetic=True)]
     assert [len(g.seeds) for g in compare(runs).groups] == [1] * 5

@@ -35,7 +35,7 @@ def made_old(run: Path) -> None:
     identity = json.loads((run / "run.json").read_text())["identity"]
     edited(run / "run.json", metrics=None, folder=None, identity={key: identity[key] for key in IDENTITY})
     for stage in (run / "stages").iterdir():
-        edited(stage / "metrics.json", undefined=None)
+        edited(stage / "metrics.json", undefined=None, parameters=None)
         done = json.loads((stage / "DONE").read_text())["sha256"]
         edited(stage / "DONE", sha256={**done, "metrics.json": sha256(stage / "metrics.json")})
 
@@ -69,6 +69,7 @@ def evaluated(here: Path, run: Path) -> None:
 def test_a_run_of_before_goes_on_as_it_began(here: Path, method: str) -> None:
     run = old_run(here, method)
     straight = results(run)
+    assert call("report", method, "--json", cwd=here).json["parameters"] is None
     assert train(here, method).code == 0, "done already"
     evaluated(here, run)
     assert call("train", "--extend", method, "--order", "four.yaml", "--dry-run", cwd=here).code == 0
@@ -83,6 +84,8 @@ def test_a_run_of_before_goes_on_as_it_began(here: Path, method: str) -> None:
     assert len(weights) >= 3 and all(again[name] == straight[name] for name in weights)
     evaluated(here, run)
     report = call("report", method, "--json", cwd=here).json
+    assert [found is None for found in report["parameters"]] == [True, True, False], "as the stage was made"
+    assert "parameters trained a stage; left on disk: adapter" in call("report", method, cwd=here).out
     assert len(report["matrix"]["stages"]) == 3 and not [note for note in report["notes"] if "equations" in note]
 
 

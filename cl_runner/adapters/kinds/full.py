@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import Kind, Opening
+from cl_runner.adapters.kind import Kind, Opening, Shapes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,10 +23,19 @@ class Full(Kind):
     folds = ("factors", "keep", "replace")
     folder = "model"
 
+    def layers(self, model: nn.Module) -> Shapes:
+        """Every parameter of the model."""
+        from cl_runner.adapters.weights import parameter_shapes
+
+        return parameter_shapes(model)
+
     def shapes(self, model: nn.Module) -> list[tuple[int, int]]:
         from cl_runner.adapters.weights import linear_shapes
 
         return linear_shapes(model)
+
+    def trained_count(self, layers: Shapes) -> int:
+        return sum(m * n for m, n in layers.values())
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.weights import FullWeights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cl_runner.adapters.kind import Kind, Opening, Shapes
@@ -40,10 +41,17 @@ class Lora(Kind):
 
     def trained_count(self, layers: Shapes) -> int:
         """Of the largest rank, where it is chosen."""
+        return self._count(layers, self.trains)
+
+    def stored_count(self, layers: Shapes) -> float:
+        """Both factors, one that does not train too."""
+        return self._count(layers, ("A", "B"))
+
+    def _count(self, layers: Shapes, factors: Sequence[str]) -> int:
         from cl_runner.adapters import patterns
 
-        ranks, trains = patterns.ranks(self.config, list(layers)), self.trains
-        sides = {target: ("A" in trains) * n + ("B" in trains) * m for target, (m, n) in layers.items()}
+        ranks = patterns.ranks(self.config, list(layers))
+        sides = {target: ("A" in factors) * n + ("B" in factors) * m for target, (m, n) in layers.items()}
         return sum(ranks.get(target, self.config.largest) * side for target, side in sides.items())
 
     def open(self, opening: Opening) -> Adapters:

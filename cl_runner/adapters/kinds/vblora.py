@@ -88,9 +88,12 @@ class VBLoRA(Tuner):
         return int(self.config.vectors * (self.config.vector_length + self._pieces(layers)))
 
     def stored_count(self, layers: Shapes) -> float:
-        """The bank, and of each piece k numbers of vectors and k − 1 weights; PEFT's smallest whole numbers."""
+        """The bank, and of each piece k − 1 weights and k numbers of vectors, of a byte each up to 256 vectors.
+
+        Of more the paper's tables count whole ones; PEFT's folder has two bytes for each from 256 vectors on.
+        """
         h, k = self.config.vectors, self.config.topk
-        number = 0.25 if h < 2**8 else 0.5 if h < 2**15 else 1.0
+        number = 0.25 if h <= 256 else 1.0
         return float(h * self.config.vector_length + self._pieces(layers) * (k * number + k - 1))
 
     def _pieces(self, layers: Shapes) -> int:
