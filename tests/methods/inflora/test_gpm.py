@@ -187,7 +187,9 @@ def test_no_row_of_a_lies_in_what_past_tasks_use(used: int, smallest: float) -> 
     C, M = (turn * spectrum) @ turn.T, turn[:, :used]
     moment, memory = C.float(), Memory(M.float())
     before = torch.linalg.svd(memory.allowed(moment))[0][:, :r].double()
-    assert float((before.T @ M).norm(dim=1).max()) > (1e-3 if smallest == 1e-5 else 3e-6)  # of the SVD alone; libraries differ
+    assert float((before.T @ M).norm(dim=1).max()) > (
+        1e-3 if smallest == 1e-5 else 3e-6
+    )  # of the SVD alone; libraries differ
     A = designed_rows(moment, memory, r).double()
     torch.testing.assert_close(3 * A @ A.T, torch.eye(r, dtype=torch.float64), atol=1e-6, rtol=0)
     basis = memory.basis.double()
