@@ -95,7 +95,7 @@ def _inits() -> list[str]:
     """The initialisations of ``lora`` but its default."""
     from typing import get_args
 
-    from cl_runner.adapters.kinds.lora import Init
+    from cl_runner.config.schema import Init
 
     return [name for name in get_args(Init) if name != "default"]
 
