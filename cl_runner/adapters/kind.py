@@ -68,6 +68,7 @@ class Kind:
     offers: ClassVar[frozenset[Offer]]
     trains: ClassVar[tuple[str, ...]] = ()  # the roles of parameters that receive gradient
     folds: ClassVar[tuple[Fold, ...]] = ()  # what may become of a stage's update
+    quantized: ClassVar[bool] = False  # whether it may stand beside a base in 4 bits
     folder: ClassVar[str] = "adapter"  # of a stage's folder: where it lies on disk
     ignores: ClassVar[frozenset[str]] = frozenset()  # of the settings that all kinds know, those it has no use for
 

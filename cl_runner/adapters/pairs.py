@@ -1,4 +1,4 @@
-"""A stage's factors, and those of past stages stacked: an update is ``(s·B) A`` in fp32, here and nowhere else."""
+"""A stage's factors, and those of past stages stacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.folding import Accumulator, Factors, product
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Pair:
 
     def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
         """ΔW of a target, (m, n) fp32, computed on ``device``."""
-        return (self.scale * self.B[target].to(device)) @ self.A[target].to(device)
+        return product(self.of(target), device)
+
+    def of(self, target: str) -> Factors:
+        """A, B and s of a target."""
+        return self.A[target], self.B[target], self.scale
 
 
 @dataclass(frozen=True, eq=False)

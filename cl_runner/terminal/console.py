@@ -90,6 +90,14 @@ def one_line(text: str) -> str:
     return line if len(line) <= 1000 else line[:1000] + " …"
 
 
+def in_bytes(count: float) -> str:
+    """So many bytes in words."""
+    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.0f} KB"
+
+
 def say_error(error: BaseException, message: str | None = None) -> None:
     """One line on stderr; with ``--debug`` the traceback before it."""
     if debugging:

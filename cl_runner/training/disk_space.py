@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from cl_runner.errors import UserError
+from cl_runner.terminal.console import in_bytes
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.options import make_options
 from cl_runner.training.plan import Plan
@@ -22,8 +23,8 @@ def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: in
     free = shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
-            f"{folder.parent}: {_size(free)} free on this disk, and the stages to come need about {_size(needed)}; "
-            "make room, or give another --output-dir"
+            f"{folder.parent}: {in_bytes(free)} free on this disk, and the stages to come need about "
+            f"{in_bytes(needed)}; make room, or give another --output-dir"
         )
 
 
@@ -58,11 +59,3 @@ def _folders(plan: Plan, index: int) -> int:
     config = stage_config(plan.config, index, plan.stages[index])
     given = {what for option in make_options() if option.wanted(config, plan.method) for what in option.gives(config)}
     return 2 if given == {"answering"} else 1
-
-
-def _size(count: float) -> str:
-    """Bytes in words."""
-    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 2**10:.0f} KB"

@@ -33,6 +33,7 @@ class FourierFT(Tuner):
     ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"fourierft_spectrum": "spectrum"}
     trains = ("spectrum",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import FourierFTConfig

@@ -29,6 +29,7 @@ class IA3(Tuner):
     ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"ia3_l": "scale"}
     trains = ("scale",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import IA3Config

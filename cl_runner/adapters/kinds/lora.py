@@ -23,6 +23,7 @@ class Lora(Kind):
     offers = frozenset({"A", "B", "pair", "factors", "update", "terms"})
     trains = ("A", "B")
     folds = ("factors", "dense", "keep", "replace")
+    quantized = True
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A Kaiming-uniform as PEFT's, B zero."""

@@ -38,6 +38,7 @@ class LoraXS(Tuner):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.mixer": "R"}
     trains = ("R",)
+    quantized = True
     frozen = ("lora_A.basis", "lora_B.basis")
     takes_conv1d = True
     on_disk = "lora"

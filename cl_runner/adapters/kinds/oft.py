@@ -35,6 +35,7 @@ class OFT(Tuner):
     ignores = Tuner.ignores | {"r", "alpha", "dropout"}
     roles: ClassVar = {"oft_R.weight": "Q"}
     trains = ("Q",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import OFTConfig

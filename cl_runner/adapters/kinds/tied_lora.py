@@ -35,6 +35,7 @@ class TiedLora(Tuner):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.vector": "u", "lora_B.vector": "v", "lora_A.factor": "A", "lora_B.factor": "B"}
     trains = ("A", "B", "u", "v")
+    quantized = True
     takes_conv1d = True
     on_disk = "lora"
 
