@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,12 +37,35 @@ def light_imports() -> Iterator[None]:
             absent.append(_LoadedWhenCalled(module, function, folders))
     sys.modules.update({each.__name__: each for each in absent})
     try:
+        _import_bitsandbytes()
         yield
     finally:
         for each in absent:
             each.leave()
         if collecting:
             gc.enable()
+
+
+def _import_bitsandbytes() -> None:
+    """Where it is installed PEFT imports it with every model: without torch's compiler, and with no code of the hub.
+
+    bitsandbytes 0.50 decorates functions with ``torch.compile``; on some processors it asks the package ``kernels``,
+    where there is one, for compiled code from the hub, or warns that there is none. Nobody calls either here.
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    log, before = logging.getLogger("bitsandbytes"), sys.modules.get("kernels")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        with compiled_when_called():
+            import_module("bitsandbytes")
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 @contextmanager

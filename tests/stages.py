@@ -32,17 +32,21 @@ LAYOUTS = {
 }
 
 
-def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0, blocks: int = 1) -> Any:
-    """A frozen random model; the same weights for the same seed. Of T5 so many blocks each way; of LLaMA always 2."""
+def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0, blocks: int = 1, wide: bool = False) -> Any:
+    """A frozen random model; the same weights for the same seed. Of T5 so many blocks each way; of LLaMA always 2.
+
+    wide: what goes into its layers is a multiple of 64 wide, as bitsandbytes wants it of some CPUs.
+    """
+    width, inner = (64, 128) if wide else (32, 48)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "t5":
             model: Any = T5ForConditionalGeneration(
                 T5Config(
                     vocab_size=VOCABULARY,
-                    d_model=32,
-                    d_kv=8,
-                    d_ff=48,
+                    d_model=width,
+                    d_kv=width // 4,
+                    d_ff=inner,
                     num_heads=4,
                     num_layers=blocks,
                     dropout_rate=dropout,
@@ -55,8 +59,8 @@ def tiny_model(kind: Kind = "t5", dropout: float = 0.0, seed: int = 0, blocks: i
             model = LlamaForCausalLM(
                 LlamaConfig(
                     vocab_size=VOCABULARY,
-                    hidden_size=32,
-                    intermediate_size=48,
+                    hidden_size=width,
+                    intermediate_size=inner,
                     num_hidden_layers=2,
                     num_attention_heads=4,
                     num_key_value_heads=2,
@@ -108,9 +112,11 @@ def tiny_room(
     bf16: bool = False,
     base_dtype: torch.dtype = torch.float32,
     blocks: int = 1,
+    model: Any = None,
 ) -> Room:
-    """A room with a tiny model and the adapters of ``config``."""
-    model = tiny_model(kind, dropout, blocks=blocks).to(base_dtype)
+    """A room with a tiny model, unless one is given, and the adapters of ``config``."""
+    if model is None:
+        model = tiny_model(kind, dropout, blocks=blocks).to(base_dtype)
     base = Base(model, None, LAYOUTS[kind], "tiny", "random")  # type: ignore[arg-type]
     opening = Opening(model, "tiny", None, base.encoder_decoder, base_again=True, folder=ModelFolder(model))
     adapters = KINDS.get(method.kind(config))(config.adapter).open(opening)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +78,68 @@ def test_prompts_train_before_a_bf16_base_and_answer_the_same_again(tmp_path: Pa
         found = json.loads(cl_runner(tmp_path, "eval", made["run"], "--stage", stage, "--json"))
         assert found["scores"] == found["committed"]
         assert not any(found["differing_rows"].values())
+
+
+IN_4_BITS = ["--set", "model.quantize=nf4"]
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason='needs bitsandbytes: pip install "cl-runner[qlora]"'
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["olora", "osft", "l2p"])
+def test_a_base_in_4_bits_trains_and_answers_the_same_again(tmp_path: Path, method: str) -> None:
+    """Pairs beside the codes, sums beside them, prompts before them."""
+    words = ["train", "--order", "order1", "--method", method, *SMALL, *IN_4_BITS, "--json"]
+    made = json.loads(cl_runner(tmp_path, *words))
+    for stage in ("2", "4"):
+        found = json.loads(cl_runner(tmp_path, "eval", made["run"], "--stage", stage, "--json"))
+        assert found["scores"] == found["committed"]
+        assert not any(found["differing_rows"].values())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("width", [48, 64, 100, 4096])
+def test_w0_in_4_bits_is_what_the_codes_stand_for(width: int) -> None:
+    from cl_runner.adapters.quantized import dequantized
+    from tests.four_bits import weight_of
+
+    layer = _in_4_bits(64, width)
+    assert torch.allclose(dequantized(layer).float(), weight_of(layer), rtol=0.01, atol=1e-4)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", ["factors", "sum"])
+def test_past_updates_beside_4_bits_reach_bf16_outputs_and_gradients(form: str) -> None:
+    from cl_runner.adapters.quantized import past_updates
+
+    layer = _in_4_bits(512, 256)
+    past = past_updates(layer, None)
+    base = past.base.float()
+    dice = torch.Generator().manual_seed(1)
+    A, B = torch.randn(8, 256, generator=dice), torch.randn(512, 8, generator=dice)
+    scale = 1e-3 * float(base.norm() / (B @ A).norm())
+    past.add_pair((A, B, scale))
+    if form == "sum":
+        past.add_none()
+    update = (scale * B @ A).cuda()
+    assert torch.linalg.vector_norm(past.applied() - update) < 0.01 * torch.linalg.vector_norm(update)
+    x = torch.randn(40_000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    wanted = x.detach().float() @ update.T
+    arrived = ((y.detach().float() - x.detach().float() @ base.T) * wanted).sum() / wanted.square().sum()
+    assert float(arrived) == pytest.approx(1.0, abs=0.03)
+    given = torch.randn_like(y)
+    [gradient] = torch.autograd.grad(y, x, given)
+    exact = given.float() @ (base + update)
+    assert torch.linalg.vector_norm(gradient.float() - exact) < 0.01 * torch.linalg.vector_norm(exact)
+
+
+def _in_4_bits(m: int, n: int) -> Any:
+    """A layer on the GPU, quantised from bf16 and computed with in it."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+    layer.source_cls = torch.nn.Linear
+    return layer.to(torch.bfloat16).cuda().requires_grad_(False)

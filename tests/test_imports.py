@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,29 @@ def test_what_is_decorated_inside_is_compiled_when_it_is_called(monkeypatch: pyt
     assert torch.compile is compile_now and not made
     assert [plain(1), plain(2), asked(3, y=4)] == [20, 30, 70]
     assert made == [{}, {"dynamic": True}]
+
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@needs_bitsandbytes
+def test_bitsandbytes_comes_without_the_compiler_and_without_code_of_the_hub(tmp_path: Path) -> None:
+    """A package ``kernels`` that is there is not asked, and is as before afterwards."""
+    (tmp_path / "kernels.py").write_text("asked = []\nget_kernel = lambda *a, **k: asked.append(a)\n")
+    run(f"""
+sys.path.insert(0, {str(tmp_path)!r})
+with light_imports():
+    assert "bitsandbytes" in loaded and "torch._inductor.compile_fx" not in loaded
+assert "kernels" not in loaded
+import kernels
+assert kernels.asked == []
+""")
+
+
+@needs_bitsandbytes
+def test_without_it_bitsandbytes_brings_the_compiler() -> None:
+    """Where this fails, nothing is gained any more."""
+    run("""
+import bitsandbytes
+assert "torch._inductor.compile_fx" in loaded
+""")

@@ -93,7 +93,7 @@ class Adapters:
 
     def targets(self) -> dict[str, tuple[int, int]]:
         """Target layer → (m, n), out by in."""
-        return {target: (past.base.shape[0], past.base.shape[1]) for target, past in self.past.items()}
+        return {target: past.shape for target, past in self.past.items()}
 
     def shapes(self) -> list[tuple[int, int]]:
         """(m, n), out by in, of every target layer."""
@@ -196,6 +196,10 @@ class Adapters:
 
     def let_go(self, reads: Mapping[str, str]) -> None:
         """Free what neither a coming folder nor a method will read of the folded pairs (``Method.reads_past``)."""
+
+    def beside_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        """What so many past pairs of that rank, or updates of any, take beside weights that they cannot go into."""
+        return 0
 
     # To disk and back.
 

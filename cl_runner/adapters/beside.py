@@ -1,20 +1,32 @@
-"""Adapters beside linear layers: what all of them have of the past, folded into the weight, whatever trains now.
-
-Arithmetic that has to be the same to the bit wherever it happens stands here once: an update is ``(s·B) A`` in fp32.
-"""
+"""Adapters beside linear layers: what all of them have of the past, folded into the weight, whatever trains now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_runner.adapters.base import Adapters, Held
-from cl_runner.adapters.folding import Accumulator
 from cl_runner.adapters.pairs import FactorGroup, Pair, PastFactors
-from cl_runner.adapters.targets import is_transposed
+from cl_runner.adapters.quantized import past_updates
+
+
+class Sums(Mapping[str, Tensor | None]):
+    """Target → ΔW (m, n) of all past updates, each made when it is asked for."""
+
+    def __init__(self, later: Mapping[str, Callable[[], Tensor | None]]) -> None:
+        self._later = later
+
+    def __getitem__(self, target: str) -> Tensor | None:
+        return self._later[target]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._later)
+
+    def __len__(self) -> int:
+        return len(self._later)
 
 
 class Beside(Adapters):
@@ -29,7 +41,7 @@ class Beside(Adapters):
         """Take a model's layers, PEFT's, by target; ``compute`` as ``Accumulator`` has it."""
         self.layers = layers
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-        self.past = {name: Accumulator(layer, is_transposed(layer), compute) for name, layer in bases.items()}
+        self.past = {name: past_updates(layer, compute) for name, layer in bases.items()}
         self.folded = []
         self.dense = []
         self.kept = {}
@@ -53,7 +65,7 @@ class Beside(Adapters):
         pair = pair.repaid()
         for target, accumulator in self.past.items():
             if target in pair.A:
-                accumulator.add(pair.update(target, accumulator.weight.device))
+                accumulator.add_pair(pair.of(target))
         self.folded.append(pair)
         self._pairs_changed()
 
@@ -62,6 +74,8 @@ class Beside(Adapters):
         for target, accumulator in self.past.items():
             if target in update:
                 accumulator.add(update[target].detach().to(accumulator.weight.device, torch.float32))
+            else:
+                accumulator.add_none()
         self.dense.append(stage)
 
     @torch.no_grad()
@@ -79,7 +93,7 @@ class Beside(Adapters):
 
         A lone pair stays one: it would have to be stored beside its matrix anyway.
         """
-        m, n = self.past[target].base.shape
+        m, n = self.past[target].shape
         return bool(self.dense) or not pairs or (pairs > 1 and rank * (m + n) >= m * n)
 
     def let_go(self, reads: Mapping[str, str]) -> None:
@@ -94,7 +108,7 @@ class Beside(Adapters):
         ranks = {target: sum(pair.rank_of(target) for pair in pairs) for target in self.layers}
         if not pairs or not all(self.stored_whole(target, rank, len(pairs)) for target, rank in ranks.items()):
             return
-        side = max(max(past.base.shape) for past in self.past.values())
+        side = max(max(past.shape) for past in self.past.values())
         if "rows" in reads.values() or (reads and min(ranks.values()) <= side):
             return
         for targets in _by_shape(self._factors()):
@@ -119,13 +133,10 @@ class Beside(Adapters):
         in the order of ``folded``. ``dense`` names the stages that folded without factors.
         """
         for target, accumulator in self.past.items():
-            device = accumulator.weight.device
             given = sums.get(target) if sums else None
-            total = None if given is None else given.to(device)
-            for pair in folded if total is None else ():
-                update = pair.update(target, device)
-                total = update if total is None else total + update
-            accumulator.set(total)
+            total = None if given is None else given.to(accumulator.weight.device)
+            whole = total is None or all(target in pair.A for pair in folded)
+            accumulator.restore(total, [pair.of(target) for pair in folded] if whole else [], bool(dense))
         self.folded, self.dense, self.kept = list(folded), list(dense), dict(kept)
         self._pairs_changed()
         self._grams.clear()
@@ -134,17 +145,20 @@ class Beside(Adapters):
     # To disk.
 
     def held(self, copied: bool = False) -> Held:
-        sums = {target: accumulator.sum for target, accumulator in self.past.items()}
+        sums = Sums({target: accumulator.sum_later() for target, accumulator in self.past.items()})
         return Held(tuple(self.folded), tuple(self.dense), dict(self.kept), self.live, self.shown(), sums)
 
     def folder_bytes(self, pairs: int, rank: int, dense: bool) -> int:
         total = 0
         for target, past in self.past.items():
-            m, n = past.base.shape
+            m, n = past.shape
             own = self.ranks.get(target, rank)
             whole = dense or self.stored_whole(target, pairs * own, pairs)
             total += (n + own if whole else pairs * own) * (m + n)  # an identity and the sum, its own pair beside it
         return 4 * total
+
+    def beside_bytes(self, pairs: int, rank: int, dense: bool) -> int:
+        return sum(past.beside_bytes(pairs * self.ranks.get(target, rank), dense) for target, past in self.past.items())
 
     def _pairs_changed(self) -> None:
         """What was made of the folded pairs is made anew when it is asked for."""

@@ -12,29 +12,47 @@ back. It is folded as updates are, but is none: the weight is rounded as one whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl_runner.adapters.targets import shape_of
+
 ROUNDING_LOSS = 0.01
+
+Factors = tuple[Tensor, Tensor, float]  # A (r, n), B (m, r) and s of one layer's update
+
+
+def product(factors: Factors, device: torch.device | str) -> Tensor:
+    """ΔW (m, n) fp32 of a pair, computed on ``device``: ``(s·B) A``, here and nowhere else."""
+    A, B, scale = factors
+    return (scale * B.to(device)) @ A.to(device)
+
+
+def summed(pairs: Sequence[Factors], device: torch.device | str) -> Tensor | None:
+    """The updates of pairs added up in their order, (m, n) fp32; None of no pair."""
+    total = None
+    for factors in pairs:
+        update = product(factors, device)
+        total = update if total is None else total + update
+    return total
 
 
 class Accumulator:
     """The fp32 sum of past updates of one target layer, and the weight that carries it.
 
-    ``sum`` is (m, n), out by in, or None while nothing was folded; ``lends`` says whether a pair holds a part of the
-    weight now. ``transposed`` layers (GPT-2's Conv1D) keep their weight in by out. ``compute`` is the precision of the
-    forward where autocast makes it another than the weight's. Read W0 here, as ``base``: the layer's own ``weight`` has
-    the update in it, or beside it.
+    ``lends`` says whether a pair holds a part of the weight now. ``transposed`` layers (GPT-2's Conv1D) keep their weight
+    in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's. Read W0
+    here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
     """
 
     def __init__(self, layer: nn.Module, transposed: bool, compute: torch.dtype | None = None) -> None:
         self.layer = layer
         self.transposed = transposed
         self.compute = compute or self.weight.dtype
-        self.sum: Tensor | None = None
+        self._sum: Tensor | None = None
         self.lends = False
         self._base: Tensor | None = None  # W0 where the weight holds the sum, in the weight's own layout
         self._doubling: torch.utils.hooks.RemovableHandle | None = None  # there while the update stands beside W0
@@ -45,6 +63,21 @@ class Accumulator:
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), out by in."""
+        return shape_of(self.layer)
+
+    @property
+    def sum(self) -> Tensor | None:
+        """The sum of past updates, (m, n) fp32; None while nothing was folded."""
+        return self._sum
+
+    def sum_later(self) -> Callable[[], Tensor | None]:
+        """Gives ``sum`` as it is now when it is called, whatever is folded until then."""
+        total = self.sum
+        return lambda: total
 
     @property
     def base(self) -> Tensor:
@@ -64,15 +97,36 @@ class Accumulator:
         """The update as it stands beside W0, (m, n) in the weight's precision; None where it is in the weight."""
         return None if self._doubling is None else self._halves()[1]
 
+    def beside_bytes(self, rank: int, dense: bool) -> int:
+        """Of a weight that nothing is folded into: what pairs of that rank in all, or a sum, take beside it."""
+        return 0
+
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
         """Fold in one more update, (m, n) fp32. The order of calls is part of the result, to the bit."""
-        self.set(update if self.sum is None else self.sum + update)
+        total = self.sum
+        self.set(update if total is None else total + update)
+
+    @torch.no_grad()
+    def add_pair(self, factors: Factors) -> None:
+        """Fold in one more update that is a pair."""
+        self.add(product(factors, self.weight.device))
+
+    def add_none(self) -> None:
+        """Nothing is folded in here, where other layers get an update that is no pair."""
+
+    @torch.no_grad()
+    def restore(self, total: Tensor | None, pairs: Sequence[Factors], dense: bool) -> None:
+        """The sum as it was committed, or, where that is None, what the pairs add up to.
+
+        dense: whether there is more in it than the pairs.
+        """
+        self.set(summed(pairs, self.weight.device) if total is None else total)
 
     @torch.no_grad()
     def set(self, total: Tensor | None) -> None:
         """Replace the sum of past updates; None is the untouched base. What was lent is given back."""
-        self.sum = total
+        self._sum = total
         self._fold([] if total is None else [total])
         self.lends = False
 

@@ -90,6 +90,7 @@ class Kind:
     offers: ClassVar[frozenset[Offer]]
     trains: ClassVar[tuple[str, ...]] = ()  # the roles of parameters that receive gradient
     folds: ClassVar[tuple[Fold, ...]] = ()  # what may become of a stage's update
+    quantized: ClassVar[bool] = False  # whether it may stand beside a base in 4 bits
     folder: ClassVar[str] = "adapter"  # of a stage's folder: where it lies on disk
     by_shape: ClassVar[bool] = False  # whether it refuses layers by their shapes
 

@@ -1,4 +1,4 @@
-"""A stage's factors, and those of past stages stacked: an update is ``(s·B) A`` in fp32, here and nowhere else."""
+"""A stage's factors, and those of past stages stacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cl_runner.adapters.folding import Accumulator
+from cl_runner.adapters.folding import Accumulator, Factors, product
 from cl_runner.adapters.saved import Sized
 
 
@@ -67,14 +67,17 @@ class Pair(Sized):
 
     def update(self, target: str, device: torch.device | str = "cpu") -> Tensor:
         """ΔW of a target, (m, n) fp32, computed on ``device``."""
-        A, B = self._repaid(target)
-        return (self.scale_of(target) * B.to(device)) @ A.to(device)
+        return product(self.of(target), device)
+
+    def of(self, target: str) -> Factors:
+        """A, B and s of a target; of a pair that borrows with what it borrowed."""
+        return *self._repaid(target), self.scale_of(target)
 
     def lent(self, target: str, device: torch.device | str = "cpu") -> Tensor | None:
         """What the weight of a target is without where this pair answers, (m, n) fp32."""
         if target not in self.A0:
             return None
-        return (self.scale_of(target) * self.B0[target].to(device)) @ self.A0[target].to(device)
+        return product((self.A0[target], self.B0[target], self.scale_of(target)), device)
 
 
 def _halves(half: Mapping[str, int]) -> tuple[dict[str, slice], dict[str, slice]]:

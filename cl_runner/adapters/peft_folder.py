@@ -47,7 +47,7 @@ def save_adapter(folder: Path, layers: Beside, held: Held) -> Saved:
     dense: list[str] = []
     exact = True
     for target, accumulator in layers.past.items():
-        n, rank = accumulator.base.shape[1], sum(pair.rank_of(target) for pair in pairs)
+        n, rank = accumulator.shape[1], sum(pair.rank_of(target) for pair in pairs)
         if factors := _factors_of_term(layers, held, target):
             A, B = factors
             alphas[target] = A.shape[0], float(A.shape[0])
@@ -126,7 +126,7 @@ def _factors_of_term(layers: Beside, held: Held, target: str) -> tuple[Tensor, T
     """A (R, n) and B (m, R) of a live term, on the CPU; None where it has none, is not all, or ΔW is smaller."""
     if not isinstance(held.shown, Terms) or held.sums[target] is not None or target not in held.shown.of:
         return None
-    m, n = layers.past[target].base.shape
+    m, n = layers.past[target].shape
     found = held.shown.of[target].factors()
     if found is None or found[0].shape[0] * (m + n) >= m * n:
         return None

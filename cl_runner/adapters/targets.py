@@ -20,8 +20,15 @@ def target_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[i
     """
     check_targets(model, targets)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_target(name, targets)}
-    weights = {name: layer.weight.T if is_transposed(layer) else layer.weight for name, layer in layers.items()}
-    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    return {name: shape_of(layer) for name, layer in layers.items()}
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(m, n), out by in, of a linear layer, whatever its weight is kept in."""
+    if is_transposed(layer):
+        n, m = layer.weight.shape
+        return m, n
+    return layer.out_features, layer.in_features
 
 
 def refuse_conv1d(model: nn.Module, targets: Iterable[str], kind: str) -> None:

@@ -21,7 +21,7 @@ from cl_runner.adapters.base import Adapters, Held
 from cl_runner.adapters.kind import ModelFolder
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import Saved
-from cl_runner.adapters.targets import is_linear, is_transposed
+from cl_runner.adapters.targets import is_linear, shape_of
 
 
 @dataclass(eq=False)
@@ -189,9 +189,7 @@ class FullWeights(Adapters):
 
 def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
     """(m, n), out by in, of every linear layer."""
-    layers = [module for module in model.modules() if is_linear(module)]
-    weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
-    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+    return [shape_of(module) for module in model.modules() if is_linear(module)]
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -111,7 +111,7 @@ def _registered(registry: Registry[Any], sort: str, name: str, facts: Mapping[st
 
 
 def _adapters() -> list[dict[str, Any]]:
-    facts = {"update": "equation", "offers": "offers", "folds": "folds", "paper": "paper"}
+    facts = {"update": "equation", "offers": "offers", "folds": "folds", "4-bit base": "quantized", "paper": "paper"}
     return [_registered(KINDS, "adapter", name, facts) for name in KINDS]
 
 

@@ -43,7 +43,11 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     plan = Plan.make(config, order.name, order.tasks)
     plan.check_shapes()
     processes = part.ranks if part else gpus or 1
-    identity = {"model": model_identity(located), **plan.identity(processes), **plugin_identity()}
+    identity = {
+        "model": model_identity(located, config.model.quantize),
+        **plan.identity(processes),
+        **plugin_identity(),
+    }
     extended = None
     if request.extends is not None and not folder.exists():
         extended = Extended.of(request.extends, order.name, plan, config, identity)

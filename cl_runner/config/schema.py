@@ -45,6 +45,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Precision of the frozen base: auto is bf16 on a GPU, fp32 on the CPU."
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the base's linear layers in 4 bits (QLoRA), by bitsandbytes; past updates stay beside them.",
+    )
     attention: str | None = Field(
         default=None, description="Attention implementation of transformers; default: its own choice."
     )
@@ -320,6 +324,16 @@ class TrainingConfig(Section):
     )
     deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
     offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _not_paged(cls, value: Any) -> Any:
+        if str(value).startswith("paged_"):
+            raise ValueError(
+                "cannot be paged: bitsandbytes frees no paged memory, and each stage has a new optimizer; "
+                "training.offload_optimizer=true keeps an optimizer's states in CPU memory"
+            )
+        return value
 
 
 class EvalConfig(Section):

@@ -19,6 +19,7 @@ from transformers import (
 
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
+from cl_runner.models import quantized
 from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.locate import Located, check, config_of, locate
 from cl_runner.models.tokenizer import first_line, load_tokenizer, quiet
@@ -58,6 +59,7 @@ class Base:
     note: str
     advice: str | None = field(default=None)
     chat: ChatTemplate | None = None  # where prompts go into it
+    sizes: quantized.Sizes | None = None  # of a base in 4 bits
 
     @property
     def encoder_decoder(self) -> bool:
@@ -92,6 +94,8 @@ def load_base(
     facts = check(located)
     folder = _folder(located)
     where = located.name_or_path
+    if model.quantize:
+        quantized.check_device(device)
     tokenizer = load_tokenizer(folder, where, facts.encoder_decoder, model.trust_remote_code)
     chat = ChatTemplate.of(tokenizer, facts.encoder_decoder, where) if chat_template else None
     network = _load_network(folder, where, facts.encoder_decoder, model, device)
@@ -103,7 +107,8 @@ def load_base(
     layout = _layout(network, tokenizer, facts.encoder_decoder, where, chat.end_id if chat else None)
     # Also as the model's own, because generate() fills what a given config leaves open from the model's.
     network.generation_config = neutral_generation(layout)
-    return Base(network, tokenizer, layout, where, located.note, facts.advice, chat)
+    sizes = quantized.sizes(network) if model.quantize else None
+    return Base(network, tokenizer, layout, where, located.note, facts.advice, chat, sizes)
 
 
 def outline(model: ModelConfig) -> PreTrainedModel | None:
@@ -163,6 +168,8 @@ def _load_network(
         options["attn_implementation"] = model.attention
     if device.type == "cuda":
         options["device_map"] = {"": device}  # straight to the GPU: no copy of a large model in host memory per rank
+    if model.quantize:
+        options.update(quantized.options(device))
     try:
         with quiet():
             network, info = auto.from_pretrained(str(folder), output_loading_info=True, **options)
@@ -173,6 +180,8 @@ def _load_network(
         raise UserError(f"model {where}: cannot be loaded{hint} ({first_line(error)})") from error
     assert isinstance(network, PreTrainedModel)
     _account_for_weights(info, where, type(network).__name__)
+    if model.quantize:
+        quantized.settle(network, where)
     _keep_own_head(network)
     return network
 

@@ -183,8 +183,14 @@ def _is_hub_id(name: str) -> bool:
     return len(name) <= 96 and bool(_HUB_ID.fullmatch(name)) and "--" not in name and ".." not in name
 
 
-def model_identity(located: Located) -> dict[str, Any]:
-    """Which base model: where it is from, and for files at hand a hash of them (of large ones, of their size)."""
+def model_identity(located: Located, quantize: str | None = None) -> dict[str, Any]:
+    """Which base model: where it is from, for files at hand a hash of them (of large ones, of their size), and how it
+    is quantised, if it is."""
+    of = {"quantize": quantize} if quantize else {}
+    return {**_files_identity(located), **of}
+
+
+def _files_identity(located: Located) -> dict[str, Any]:
     if located.path is None:
         return {"from": "hub", "revision": located.revision}
     if located.file is not None:

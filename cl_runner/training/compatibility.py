@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from cl_runner.adapters.kind import Kind, Need, lacking
 from cl_runner.config.schema import AdapterConfig, RunConfig
@@ -49,6 +50,32 @@ def fitting_kind(config: RunConfig, method: Method) -> Kind:
             f"{', '.join(others) or 'no kind there is'} would do"
         )
     return kind(config.adapter)
+
+
+def check_quantized(config: RunConfig, method: Method, kind: Kind) -> None:
+    """Refuse a base in 4 bits (``model.quantize``) where it cannot be. Raises UserError."""
+    how = config.model.quantize
+    if how is None:
+        return
+    if method.full:
+        raise UserError(
+            f"model.quantize: {method.name} trains all weights, and what trains is fp32; leave model.quantize out"
+        )
+    if not kind.quantized:
+        others = [name for name, found in KINDS.usable() if found.quantized and not lacking(found, needs(method))]
+        would = ", ".join(others)
+        raise UserError(f"adapter.kind: {kind.name} stands beside no base in 4 bits (model.quantize); {would} would")
+    if config.adapter.borrows:
+        raise UserError(
+            f"adapter.init={config.adapter.init} takes a part of the weight, and nothing can be taken of a base in 4 bits "
+            "(model.quantize); leave one out"
+        )
+    if config.model.dtype != "auto":
+        raise UserError(
+            f"model.dtype {config.model.dtype}: model.quantize={how} says what the base is kept in; set it to auto"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f'model.quantize={how} needs bitsandbytes: pip install "cl-runner[qlora]"')
 
 
 def needs(method: Method) -> tuple[Need, ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from cl_runner.adapters.targets import is_linear, is_transposed
+from cl_runner.adapters.targets import is_linear, shape_of
 from cl_runner.engine import zero as engine
 from cl_runner.engine.precision import AUTO, Compute, Shape, decide
 from cl_runner.engine.process import Place
@@ -48,9 +47,7 @@ def _shapes(plan: Plan, model: PreTrainedModel) -> list[Shape]:
     if shapes := plan.kind.shapes(model):
         return shapes
     head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if is_linear(module) and module is not head]
-    weights: list[Any] = [layer.weight.T if is_transposed(layer) else layer.weight for layer in layers]
-    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+    return [shape_of(module) for module in model.modules() if is_linear(module) and module is not head]
 
 
 def _tokens(plan: Plan, place: Place, rows: Sequence[Example], encoder_decoder: bool) -> int:

@@ -34,7 +34,8 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
     """``environment.json``: versions, git commit, device, data."""
     import torch
 
-    packages = ("torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors")
+    packages = ["torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors"]
+    packages += ["bitsandbytes"] * bool(plan.config.model.quantize)
     device = torch.cuda.get_device_name(place.torch_device) if place.device == "cuda" else platform.processor() or "cpu"
     return {
         "cl_runner": __version__,

@@ -13,7 +13,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.protocol import Method, StagePlan
 from cl_runner.metrics.scores import require
 from cl_runner.tasks.task import Task
-from cl_runner.training.compatibility import check_method, fitting_kind, stage_config, unused_settings
+from cl_runner.training.compatibility import check_method, check_quantized, fitting_kind, stage_config, unused_settings
 from cl_runner.training.data import Data
 from cl_runner.training.options import make_options
 from cl_runner.training.sampling import BatchPlan
@@ -42,13 +42,16 @@ class Plan:
         """
         method = make_method(config)
         kind = fitting_kind(config, method)
+        check_quantized(config, method, kind)
         stages = tuple(method.plan([task.name for task in tasks]))
         if only is None:
             cls._check_training(config, method, stages)
         for task in tasks:
             if only is None or task.name in only:
                 require(task.metric, task.labels)
-        return cls(config, order, method, kind, stages, Data.load(tasks, config, stages, only), only=only)
+        data = Data.load(tasks, config, stages, only)
+        computes = "fp32" if config.model.quantize else None  # what is measured are plain layers
+        return cls(config, order, method, kind, stages, data, only=only, computes=computes)
 
     @staticmethod
     def _check_training(config: RunConfig, method: Method, stages: Sequence[StagePlan]) -> None:

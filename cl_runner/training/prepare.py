@@ -19,10 +19,12 @@ from cl_runner.models.base import Base, load_base
 from cl_runner.models.choose import Choice
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.model_folder import ModelFolder
+from cl_runner.models.quantized import compute_in
 from cl_runner.models.token_cache import Encoded, Joined, TokenCache
 from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
+from cl_runner.terminal.console import size
 from cl_runner.training.compatibility import check_method, stage_config
 from cl_runner.training.computing import computing
 from cl_runner.training.data import Data
@@ -142,6 +144,8 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     tokens = Tokens.make(plan.data, base, most, plan.only)
     rows = Joined(list(tokens.train.values()))
     compute = computing(plan, place, base, rows)
+    if config.model.quantize:
+        compute_in(base.model, torch.bfloat16 if compute.bf16 else torch.float32)
     adapters = _adapters(plan, base, compute.bf16)
     if plan.only is None:
         _check_training(plan, base, adapters)
@@ -149,6 +153,19 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     root = engine.Autocast(adapters.model, place.torch_device, compute.bf16)
     encoder = _encoder(base, config.data, most)
     return Room(base, encoder, adapters, plan.method, place, root, plan.stages, compute=compute), tokens
+
+
+def in_4_bits(plan: Plan, room: Room) -> str:
+    """A line on what a base in 4 bits takes, and what past updates will take beside it; empty of another base."""
+    if room.base.sizes is None:
+        return ""
+    quantized, rest = map(size, room.base.sizes)
+    said = f"the base is {quantized} in 4 bits, and {rest} that stay as they are"
+    if plan.method.past_as == "none":
+        return said
+    dense = plan.method.dense or "factors" not in plan.kind.folds
+    most = room.adapters.beside_bytes(len(plan.stages), plan.config.adapter.largest, dense)
+    return f"{said}; what stages leave stands beside it, at most {size(most)} after the last"
 
 
 def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:

@@ -137,8 +137,9 @@ def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
     if before["stages"] != [[stage.name, *stage.tasks] for stage in plan.stages]:
         stages = ", ".join(stage[0] for stage in before["stages"])
         raise UserError(f"the order {plan.order} has changed: the run {rundir.path} has the stages {stages}")
-    if before["model"] != model_identity(locate(plan.config.model)):
-        raise UserError(f"the base model {plan.config.model.name} is not the one of the run {rundir.path}")
+    model = plan.config.model
+    if before["model"] != model_identity(locate(model), model.quantize):
+        raise UserError(f"the base model {model.name} is not the one of the run {rundir.path}")
     now = plan.data.definitions()
     for task in tasks:
         if before["definitions"][task] != now[task]:

@@ -31,7 +31,7 @@ from cl_runner.training.health import Health
 from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
-from cl_runner.training.prepare import Tokens, open_room, open_stage
+from cl_runner.training.prepare import Tokens, in_4_bits, open_room, open_stage
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import Room, StageRun, commit_update
 from cl_runner.training.step_log import Trained
@@ -65,7 +65,7 @@ class Run:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
         dropout = attention_dropout(room.base.model) if self.plan.config.training.dropout_by == "row" else ""
-        said = filter(None, [room.base.advice, room.compute.said, dropout])
+        said = filter(None, [room.base.advice, room.compute.said, in_4_bits(self.plan, room), dropout])
         for line in [*said, *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))

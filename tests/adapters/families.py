@@ -33,24 +33,20 @@ def base_model(family: str, layers: int = 2, seed: int = 0, **settings: Any) -> 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "t5":
+            own = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_heads": 4, "dropout_rate": 0.0, **settings}
             model: Any = transformers.T5ForConditionalGeneration(
-                transformers.T5Config(
-                    **common, d_model=24, d_kv=6, d_ff=32, num_heads=4, num_layers=layers, dropout_rate=0.0,
-                    decoder_start_token_id=0, **settings,
-                )
-            )  # fmt: skip
+                transformers.T5Config(**common, num_layers=layers, decoder_start_token_id=0, **own)
+            )
         elif family == "llama":
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **{**decoder, **settings}))
         elif family == "qwen2":
             settings = {"num_key_value_heads": 2, **settings}
             model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, **{**decoder, **settings}))
         else:
+            own = {"n_embd": 24, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, **settings}
             model = transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(
-                    **common, n_embd=24, n_layer=layers, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
-                    resid_pdrop=0.0, **settings,
-                )
-            )  # fmt: skip
+                transformers.GPT2Config(**common, n_layer=layers, n_head=4, n_positions=64, **own)
+            )
         for parameter in model.parameters():
             parameter.data.normal_(std=0.3)
     model.requires_grad_(False)

@@ -33,6 +33,7 @@ def order_room(
     dropout: float = 0.0,
     bf16: bool = False,
     blocks: int = 1,
+    model: Any = None,
     **settings: Any,
 ) -> tuple[Room, Any]:
     """A room whose plan is the method's own, and its config: 6 rows a task in global batches of 4, micro-batches of 2.
@@ -43,7 +44,7 @@ def order_room(
     config = tiny_config(**{"training__lr": LR, **settings})
     config = RunConfig.model_validate({**config.model_dump(), "method": {"name": method, **own}})
     made = make_method(config)
-    room = tiny_room(made, config, place, kind, dropout=dropout, bf16=bf16, blocks=blocks)
+    room = tiny_room(made, config, place, kind, dropout=dropout, bf16=bf16, blocks=blocks, model=model)
     room.order = tuple(made.plan(tasks))
     return room, config
 

@@ -34,6 +34,7 @@ class FourierFT(Tuner):
     paper = "2405.03003"
     roles: ClassVar = {"fourierft_spectrum": "spectrum"}
     trains = ("spectrum",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import FourierFTConfig

@@ -34,6 +34,7 @@ class IA3(Tuner):
     paper = "2205.05638"
     roles: ClassVar = {"ia3_l": "scale"}
     trains = ("scale",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import IA3Config

@@ -24,6 +24,7 @@ class Lora(Kind):
     offers = frozenset({"A", "B", "pair", "factors", "update", "terms"})
     trains = ("A", "B")
     folds = ("factors", "dense", "keep", "replace")
+    quantized = True
 
     def fresh(self, m: int, n: int, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """As ``adapter.init`` draws it; of what is made of the weight, or of inputs, as it is until then."""

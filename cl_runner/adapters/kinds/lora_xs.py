@@ -38,6 +38,7 @@ class LoraXS(InLora):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.mixer": "R"}
     trains = ("R",)
+    quantized = True
     frozen = ("lora_A.basis", "lora_B.basis")
     on_disk = "lora"
 

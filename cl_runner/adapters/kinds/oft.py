@@ -35,6 +35,7 @@ class OFT(Tuner):
     paper = "2306.07280"
     roles: ClassVar = {"oft_R.weight": "Q"}
     trains = ("Q",)
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import OFTConfig

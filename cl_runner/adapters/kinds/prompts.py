@@ -19,6 +19,7 @@ class SoftPrompts(Kind):
     paper = "2104.08691"
     offers = frozenset({"prompts"})
     trains = ("prompt",)
+    quantized = True
 
     def open(self, opening: Opening) -> Adapters:
         from cl_runner.adapters.soft_prompts import Prompts

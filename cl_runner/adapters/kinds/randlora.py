@@ -32,6 +32,7 @@ class RandLora(Tuner):
     paper = "2502.00987"
     roles: ClassVar = {"randlora_lambda": "lambda", "randlora_gamma": "gamma"}
     trains = ("lambda", "gamma")
+    quantized = True
     takes_conv1d = True
 
     def peft_config(self, **common: Any) -> Any:
@@ -49,8 +50,9 @@ class RandLora(Tuner):
         return torch.zeros(like.shape) if role == "lambda" else torch.full(like.shape, 1 / max(like.shape))
 
     def update(self, layer: Any, weight: Callable[[], Tensor]) -> Tensor:
-        delta: Tensor = layer.get_delta_weight(NAME)
-        return delta.T if layer.fan_in_fan_out else delta
+        first, then = layer.get_scaled_bases(NAME)  # as PEFT's forward has it; its own ΔW beside 4 bits is another one
+        delta: Tensor = layer.scaling[NAME] * (then @ first)
+        return delta
 
     def trained_count(self, layers: Shapes) -> int:
         r = self.config.r

@@ -28,6 +28,7 @@ class TiedLora(InLora):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.vector": "u", "lora_B.vector": "v", "lora_A.factor": "A", "lora_B.factor": "B"}
     trains = ("A", "B", "u", "v")
+    quantized = True
     on_disk = "lora"
 
     def inject(self, model: nn.Module, config: Any) -> Any:

@@ -49,6 +49,7 @@ class VBLoRA(Tuner):
     roles: ClassVar = {"vblora_logits_A": "logits", "vblora_logits_B": "logits_B"}
     shared: ClassVar = {"vblora_vector_bank": "bank"}
     trains = ("logits", "logits_B", "bank")
+    quantized = True
     takes_conv1d = True
     on_disk = "answers"
 

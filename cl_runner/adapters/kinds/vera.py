@@ -35,6 +35,7 @@ class Vera(Tuner):
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"vera_lambda_d": "d", "vera_lambda_b": "b"}
     trains = ("d", "b")
+    quantized = True
     takes_conv1d = True
 
     def peft_config(self, **common: Any) -> Any:
