@@ -43,9 +43,9 @@ def summed(pairs: Sequence[Factors], device: torch.device | str) -> Tensor | Non
 class Accumulator:
     """The fp32 sum of past updates of one target layer, and the weight that carries it.
 
-    ``lends`` says whether a pair holds a part of the weight now. ``transposed`` layers (GPT-2's Conv1D) keep their weight
-    in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's. Read W0
-    here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
+    ``lends`` says whether a pair holds a part of the weight now. ``transposed`` layers (GPT-2's Conv1D) keep their
+    weight in by out. ``compute`` is the precision of the forward where autocast makes it another than the weight's.
+    Read W0 here, as ``base``: the layer's own ``weight`` has the update in it, or beside it.
     """
 
     def __init__(self, layer: nn.Module, transposed: bool, compute: torch.dtype | None = None) -> None:

@@ -67,8 +67,8 @@ def check_quantized(config: RunConfig, method: Method, kind: Kind) -> None:
         raise UserError(f"adapter.kind: {kind.name} stands beside no base in 4 bits (model.quantize); {would} would")
     if config.adapter.borrows:
         raise UserError(
-            f"adapter.init={config.adapter.init} takes a part of the weight, and nothing can be taken of a base in 4 bits "
-            "(model.quantize); leave one out"
+            f"adapter.init={config.adapter.init} takes a part of the weight, and a base in 4 bits (model.quantize) "
+            "gives none; leave one out"
         )
     if config.model.dtype != "auto":
         raise UserError(
