@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import world
 from benchmarks.precision import by_hand, errors, geometric_mean
-from cl_runner.adapters import layers as lora
+from cl_runner.adapters.folding import Accumulator
 from cl_runner.adapters.pairs import Pair
 from cl_runner.config.schema import ModelConfig
 from cl_runner.engine import zero as engine
@@ -52,14 +52,14 @@ def test_folded_gradients_are_as_near_to_fp64_as_those_with_pairs_in_the_forward
 
 def test_a_fold_that_loses_digits_would_show(made: world.World, monkeypatch: pytest.MonkeyPatch) -> None:
     """With three decimal digits less in the folded weight both figures are far out."""
-    add = lora.Accumulator.set
+    add = Accumulator.set
 
-    def coarse(self: lora.Accumulator, total: torch.Tensor | None) -> None:
+    def coarse(self: Accumulator, total: torch.Tensor | None) -> None:
         add(self, total)
         if total is not None:
             self.weight.data = (self.weight.data.view(torch.int32) & -1024).view(torch.float32)
 
-    monkeypatch.setattr(lora.Accumulator, "set", coarse)
+    monkeypatch.setattr(Accumulator, "set", coarse)
     live = grown(world.random_pair(made.room.adapters, "task3", 3))
     rows = world.tiny_rows(made, 16, "yahoo")
     found = errors(made, live, [rows[at : at + 2] for at in range(0, 16, 2)])

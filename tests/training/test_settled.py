@@ -67,6 +67,7 @@ def said(run: Path) -> dict[str, Any]:
         about = read_json(stage / "metrics.json")
         about.pop("settled_rows", None)
         about.pop("seconds", None)
+        about.get("parameters", {}).get("on_disk", {}).pop("state.json", None)  # it has the method's name in it
         found[stage.name] = ((stage / "predictions.jsonl").read_bytes(), about)
     return found
 
