@@ -81,7 +81,7 @@ def trials() -> Iterator[tuple[Trial, bool]]:
         yield Trial("inclora", kind, "tiny-llama", folders=True), True
     for init in _inits():
         for model in MODELS:
-            yield Trial("inclora", "lora", model, (f"adapter.init={init}",), folders=True), True
+            yield Trial("inclora", "lora", model, init, folders=True), True
 
 
 def _layer_kinds() -> list[str]:
@@ -91,13 +91,15 @@ def _layer_kinds() -> list[str]:
     return [name for name, kind in KINDS.usable() if "update" in kind.offers]
 
 
-def _inits() -> list[str]:
-    """The initialisations of ``lora`` but its default."""
+def _inits() -> list[tuple[str, ...]]:
+    """The settings of every initialisation of ``lora`` but its default."""
     from typing import get_args
 
     from cl_runner.config.schema import Init
 
-    return [name for name in get_args(Init) if name != "default"]
+    names = [name for name in get_args(Init) if name not in ("default", "corda")]
+    modes = [("adapter.init=corda", f"adapter.corda={mode}") for mode in ("ipm", "kpm")]
+    return [*((f"adapter.init={name}",) for name in names), *modes]
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -189,7 +191,8 @@ def _by_plain_peft(trial: Trial) -> str:
     for stage in _stages("run"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(kind.from_pretrained(base.name_or_path), stage / "adapter").eval()
+            plain = kind.from_pretrained(base.name_or_path, dtype=torch.float32)  # as the run computed
+            model = PeftModel.from_pretrained(plain, stage / "adapter").eval()
         said = [json.loads(line) for line in (stage / "predictions.jsonl").read_text().splitlines()]
         for task in dict.fromkeys(row["task"] for row in said):
             for row, example in zip([row for row in said if row["task"] == task], tests[task].examples, strict=True):
