@@ -31,6 +31,7 @@ class BOFT(Tuner):
     paper = "2311.06243"
     roles: ClassVar = {"boft_R": "Q", "boft_s": "scale"}
     trains = ("Q", "scale")
+    quantized = True
 
     def peft_config(self, **common: Any) -> Any:
         from peft import BOFTConfig
