@@ -248,8 +248,10 @@ def results(file: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Methods down, kinds across, as Markdown: what was tried and did as it should."""
+    from cl_runner.registry import KINDS
+
     plain = [line for line in found if not line["more"] and not line["folders"] and line["model"] == "tiny-t5"]
-    kinds = list(dict.fromkeys(line["kind"] for line in plain))
+    kinds = [kind for kind in KINDS if any(line["kind"] == kind for line in plain)]
     rows = ["| method | " + " | ".join(f"`{kind}`" for kind in kinds) + " |", "|---|" + ":-:|" * len(kinds)]
     for method in dict.fromkeys(line["method"] for line in plain):
         marks = {line["kind"]: "FAILED" if line["wrong"] else "✓" if line["possible"] else "" for line in plain
