@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -195,3 +197,21 @@ def _by_shape(factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[str, .
     for target, (A, B) in factors.items():
         found.setdefault((A.shape, B.shape), []).append(target)
     return [tuple(targets) for targets in found.values()]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, PEFT does not warn of what is meant."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers by a name that transformers 5.23 deprecates.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # Conv1D and Linear side by side: PEFT sets it right layer by layer.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        # VeRA and RandLoRA: the frozen matrices are drawn from a seed again.
+        warnings.filterwarnings("ignore", message="Specified to not save", category=UserWarning)
+        yield
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy of its own, fp32 on the CPU."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)

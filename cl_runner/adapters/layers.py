@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
-from cl_runner.adapters.beside import Beside
+from cl_runner.adapters.beside import Beside, copied, quiet
 from cl_runner.adapters.kind import NAME
 from cl_runner.adapters.pairs import Fresh, Pair, fresh_pair
 from cl_runner.adapters.past_dropout import PastDropout
@@ -85,11 +84,7 @@ class Layers(Beside):
             fan_in_fan_out=any(is_transposed(m) for name, m in model.named_modules() if is_target(name, targets)),
             bias="none",
         )
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers by a name that transformers 5.23 deprecates.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            # Conv1D and Linear side by side: PEFT sets it right layer by layer.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        with quiet():
             self.model: Any = get_peft_model(model, peft_config)
         prefix = "base_model.model."
         self.layers: dict[str, Any] = {
@@ -159,7 +154,7 @@ class Layers(Beside):
         for target, layer in self.layers.items():
             layer.lora_A[NAME].weight.data.copy_(A[target])
             layer.lora_B[NAME].weight.data.copy_(B[target])
-        self._borrow({target: _copy(A[target]) for target in A}, {target: _copy(B[target]) for target in B})
+        self._borrow({target: copied(A[target]) for target in A}, {target: copied(B[target]) for target in B})
 
     @torch.no_grad()
     def _borrow(self, A0: Mapping[str, Tensor], B0: Mapping[str, Tensor]) -> None:
@@ -281,8 +276,8 @@ class Layers(Beside):
         assert stage is not None, "nothing is live"
         if self.terms and not self.terms.pair:
             found = {target: term.factors() for target, term in self.terms.of.items()}
-            A = {target: _copy(factors[0]) for target, factors in found.items() if factors}
-            B = {target: _copy(factors[1]) for target, factors in found.items() if factors}
+            A = {target: copied(factors[0]) for target, factors in found.items() if factors}
+            B = {target: copied(factors[1]) for target, factors in found.items() if factors}
             assert len(A) == len(found), "a term without factors has no pair"
             rank = len(next(iter(A.values())))
             return Pair(stage, rank, 1.0, A, B, {t: len(rows) for t, rows in A.items() if len(rows) != rank})
@@ -291,8 +286,8 @@ class Layers(Beside):
             stage,
             self.rank,
             self.scale,
-            {target: _copy(self.layers[target].lora_A[NAME].weight) for target in paired},
-            {target: _copy(self.layers[target].lora_B[NAME].weight) for target in paired},
+            {target: copied(self.layers[target].lora_A[NAME].weight) for target in paired},
+            {target: copied(self.layers[target].lora_B[NAME].weight) for target in paired},
             {target: rank for target, rank in self.ranks.items() if target in paired},
             {target: s for target in paired if (s := self.scale_of(target)) != self.scale},
             *self.began,
@@ -408,7 +403,3 @@ class Layers(Beside):
         from cl_runner.adapters import peft_folder
 
         return peft_folder.load_adapter(where, stage, saved, tensors, live, earlier, kept)
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32, copy=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from cl_runner.adapters import patterns
 from cl_runner.adapters.base import Held
-from cl_runner.adapters.beside import Beside
+from cl_runner.adapters.beside import Beside, copied, quiet
 from cl_runner.adapters.kind import NAME, Opening
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import Saved
@@ -145,7 +144,7 @@ class Tuned(Beside):
         """A copy of what is live."""
         stage = stage or self.live
         assert stage is not None, "nothing is live"
-        return Values(stage, {name: _copy(tensor) for name, tensor in (*self._own.items(), *self._frozen.items())})
+        return Values(stage, {name: copied(tensor) for name, tensor in (*self._own.items(), *self._frozen.items())})
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
@@ -203,8 +202,8 @@ class Tuned(Beside):
             return None
         stage = stage or self.live
         assert stage is not None, "nothing is live"
-        A = {target: _copy(pair[0]) for target, pair in factors.items()}
-        B = {target: _copy(pair[1]) for target, pair in factors.items()}
+        A = {target: copied(pair[0]) for target, pair in factors.items()}
+        B = {target: copied(pair[1]) for target, pair in factors.items()}
         rank = len(next(iter(A.values())))
         ranks = {target: len(rows) for target, rows in A.items() if len(rows) != rank}
         scales = {target: s for target in A if (s := self.scale_of(target)) != self.scale}
@@ -300,19 +299,6 @@ def our_name(peft_name: str) -> str:
     return peft_name.removeprefix(IN_LAYERS).removeprefix(PREFIX)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, PEFT does not warn of what is meant."""
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers by a name that transformers 5.23 deprecates.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        # Conv1D and Linear side by side: PEFT sets it right layer by layer.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
-        # VeRA and RandLoRA: the frozen matrices are drawn from a seed again.
-        warnings.filterwarnings("ignore", message="Specified to not save", category=UserWarning)
-        yield
-
-
 def _compute_in_fp32(layer: Any) -> None:
     """The layer's weight and its forward in fp32, under autocast too."""
     base, forward = layer.get_base_layer(), layer.forward
@@ -325,7 +311,3 @@ def _compute_in_fp32(layer: Any) -> None:
         return out.to(x.dtype)
 
     layer.forward = inner
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32, copy=True)
