@@ -19,6 +19,8 @@ from benchmarks.job import add_model_arguments
 from benchmarks.world import prepared, step_seconds
 from cl_runner.engine import zero as engine
 from cl_runner.engine.precision import decide, has_bf16
+from cl_runner.models.token_cache import Joined
+from cl_runner.training.computing import seconds, usual_rows
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import Room, Tokens, open_stage
 
@@ -64,9 +66,10 @@ def main() -> None:
     more = ["training.precision=fp32", "data.balanced=true", "adapter.r=8", *given.set]
     with tempfile.TemporaryDirectory() as folder:
         plan, room, tokens = prepared(given, given.tasks, more, Path(folder))
-        shapes = [(past.base.shape[0], past.base.shape[1]) for past in room.adapters.past.values()]
         here = "this processor has bf16" if has_bf16() else "this processor has no bf16: it is imitated"
-        print(f"{here}; {decide(shapes, 512, lambda: True).said or 'layers too small to measure'}", flush=True)
+        everything = Joined([each.examples for each in (tokens.source(stage) for stage in plan.stages)])
+        batch = usual_rows(everything, room.base, plan.batches(1)[0].micro_batch)
+        print(f"{here}; {decide(partial(seconds, room.base, batch)).said}", flush=True)
         for index, stage in enumerate(plan.stages):
             ways = {way: partial(training, plan, room, tokens, index, way) for way in WAYS}
             steps = {way: times[1:] for way, times in take_turns(ways, given.rounds + 1).items()}
@@ -74,14 +77,14 @@ def main() -> None:
             found = {way: runs[1:] for way, runs in take_turns(asked, given.rounds + 1).items()}
             ratios = [fp32 / bf16 for bf16, fp32 in zip(steps["bf16"], steps["fp32"], strict=True)]
             said = {way: runs[0][1] for way, runs in found.items()}
-            seconds = {way: median([one for one, _ in runs]) for way, runs in found.items()}
+            spent = {way: median([one for one, _ in runs]) for way, runs in found.items()}
             rows.append(
                 {
                     "task": stage.name,
                     **{f"step {way}, ms": 1e3 * median(steps[way]) for way in WAYS},
                     "fp32 ÷ bf16": median(ratios),
                     "range": spread(ratios),
-                    "answers fp32 ÷ bf16": seconds["fp32"] / seconds["bf16"],
+                    "answers fp32 ÷ bf16": spent["fp32"] / spent["bf16"],
                     "rows": len(said["fp32"]),
                     "differing": sum(a != b for a, b in zip(said["bf16"], said["fp32"], strict=True)),
                 }

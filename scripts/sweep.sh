@@ -5,15 +5,18 @@
 #   scripts/sweep.sh --orders "order1 order2" --methods "seqlora olora" --seeds "1 2 3" [--slots N]
 #                    [--vary "KEY=VALUE VALUE …"]… [--results FILE] [-- TRAIN FLAGS]
 #
-# --vary adds a dimension: a setting and its values, which hold no spaces; it may be given again. --results appends a line
-# to FILE as each run ends (JSON: the cell, and what `cl-runner report --json` says), and skips the cells that have one:
-# the run folders may be gone by then. Everything behind -- goes to every `cl-runner train`, for example:
+# --vary adds a dimension: a setting and its values, which hold no spaces; it may be given again. --results appends a
+# line to FILE as each run ends (JSON: the cell, and what `cl-runner report --json` says but for where), and skips cells
+# that have one: their folders may be gone by then. Everything behind -- goes to every `cl-runner train`, for example:
 #   scripts/sweep.sh --orders order1 --methods "inclora olora" --seeds "1 2 3" -- --preset tiny --output-dir runs
 set -uo pipefail
 
 orders="order1" methods="olora" seeds="42" slots="" results=""
 varied=("")  # a cell's `--set KEY=VALUE …`, of every combination
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+
+# A report, without a path of this machine.
+in_a_line() { tr -s ' \n' ' ' <"$1" | sed 's|"run": "[^"]*", *||'; }
 
 vary() {
   local key=${1%%=*} values=${1#*=} before=("${varied[@]}") cell value
@@ -83,7 +86,7 @@ for order in $orders; do
           # Standard output only ends the run's report; the screen lines stand in its run.log too.
           if "$runner" train --order "$order" --method "$method" --seed "$seed" "${sets[@]}" "$@" \
             >"$out" 2>"$log" </dev/null 9<&-; then
-            [ -z "$results" ] || echo "{\"cell\": \"$label\", \"report\": $(tr -s ' \n' ' ' <"$out")}" >>"$results"
+            [ -z "$results" ] || echo "{\"cell\": \"$label\", \"report\": $(in_a_line "$out")}" >>"$results"
             echo "done   $label"
           else
             code=$?

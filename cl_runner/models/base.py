@@ -19,7 +19,7 @@ from transformers import (
 
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
-from cl_runner.models import quantized
+from cl_runner.models import attention, quantized
 from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.locate import Located, check, config_of, locate
 from cl_runner.models.tokenizer import first_line, load_tokenizer, quiet
@@ -96,6 +96,7 @@ def load_base(
     where = located.name_or_path
     if model.quantize:
         quantized.check_device(device)
+    attention.keep_fp32_on_cpu()
     tokenizer = load_tokenizer(folder, where, facts.encoder_decoder, model.trust_remote_code)
     chat = ChatTemplate.of(tokenizer, facts.encoder_decoder, where) if chat_template else None
     network = _load_network(folder, where, facts.encoder_decoder, model, device)

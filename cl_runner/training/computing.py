@@ -1,20 +1,28 @@
-"""What a run computes in: as its settings say, or, where they leave it to the processor, as was decided once."""
+"""What a run computes in: as its settings say, or, where they leave it to the processor, as was measured once."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
 
 from cl_runner.adapters.targets import is_linear, shape_of
 from cl_runner.engine import zero as engine
-from cl_runner.engine.precision import AUTO, Compute, Shape, decide
+from cl_runner.engine.precision import AUTO, Compute, decide, has_bf16
 from cl_runner.engine.process import Place
 from cl_runner.models.base import Base
-from cl_runner.models.batch import Example
+from cl_runner.models.batch import Batch, Example, collate
+from cl_runner.models.forward import logits, token_loss
 from cl_runner.models.token_cache import lengths
 from cl_runner.training.plan import Plan
+
+# Weights of a layer worth measuring; smaller ones wait for Python, and embedded models keep their numbers on every CPU.
+LARGE = 384 * 384
+TOKENS = 256  # of what is measured: no more than a step takes, and enough for weights to be read once for many
 
 
 def computing(plan: Plan, place: Place, base: Base, rows: Sequence[Example]) -> Compute:
@@ -34,24 +42,60 @@ def computing(plan: Plan, place: Place, base: Base, rows: Sequence[Example]) -> 
     if place.rank == 0:
         if plan.computes == "bf16":
             found = Compute(True, kept=True, said=f"computes in bf16, as the run began ({AUTO})")
-        elif plan.computes == "fp32" or plan.only is not None:
+        elif plan.computes == "fp32" or plan.only is not None or not worth_measuring(base):
             found = Compute(False)
         else:
-            found = decide(_shapes(plan, base.model), _tokens(plan, place, rows, base.encoder_decoder))
+            batch = usual_rows(rows, base, plan.batches(place.ranks)[0].micro_batch)
+            with torch.random.fork_rng(devices=[]):
+                found = decide(partial(seconds, base, batch))
     decided: Compute = engine.broadcast_object(place, found)
     return decided
 
 
-def _shapes(plan: Plan, model: PreTrainedModel) -> list[Shape]:
-    """Of the layers that get adapters; of all, where what trains is something else. The head is not among them."""
-    if shapes := plan.kind.shapes(model):
-        return shapes
-    head = model.get_output_embeddings()
-    return [shape_of(module) for module in model.modules() if is_linear(module) and module is not head]
+def worth_measuring(base: Base) -> bool:
+    """Whether this processor has bf16, and the model layers that are large enough to gain by it.
+
+    Not one in 4 bits: its products are in fp32 unless the settings say otherwise.
+    """
+    if base.sizes is not None or not has_bf16():
+        return False
+    model, head = base.model, base.model.get_output_embeddings()
+    layers = (module for module in model.modules() if is_linear(module) and module is not head)
+    return any(m * n >= LARGE for m, n in map(shape_of, layers))
 
 
-def _tokens(plan: Plan, place: Place, rows: Sequence[Example], encoder_decoder: bool) -> int:
-    """Of a micro-batch with rows of the usual length."""
+def usual_rows(rows: Sequence[Example], base: Base, micro_batch: int) -> Batch:
+    """Rows of the usual length, as many as a micro-batch has, or as make ``TOKENS`` tokens."""
     sources, targets = lengths(rows)
-    usual = float(np.median(sources if encoder_decoder else sources + targets))
-    return round(usual * plan.batches(place.ranks)[0].micro_batch)
+    tokens = sources + targets
+    usual = float(np.median(tokens))
+    count = max(1, min(micro_batch, int(TOKENS // max(usual, 1))))
+    nearest = np.argsort(np.abs(tokens - usual), kind="stable")[:count]
+    return collate([rows[int(row)] for row in nearest], base.layout)
+
+
+def seconds(base: Base, batch: Batch, bf16: bool) -> tuple[float, float]:
+    """Of a step of the frozen base on a batch, forward and backward through all of it, and of a forward alone."""
+    root = engine.Autocast(base.model, torch.device("cpu"), bf16)
+    embedded: list[Tensor] = []
+
+    def see(_: object, __: object, out: Tensor) -> Tensor:
+        embedded.append(out := out.detach().requires_grad_())
+        return out
+
+    weight = base.model.get_input_embeddings().weight  # encoder and decoder may each have a module of it
+    inputs = [module for module in base.model.modules() if getattr(module, "weight", None) is weight]
+    watching = [module.register_forward_hook(see) for module in inputs if isinstance(module, nn.Embedding)]
+    try:
+        started = time.perf_counter()
+        with torch.enable_grad():
+            loss = root(lambda: token_loss(logits(base.model, batch), batch.labels).sum())
+            torch.autograd.grad(loss, embedded)
+        step = time.perf_counter() - started
+    finally:
+        for hook in watching:
+            hook.remove()
+    started = time.perf_counter()
+    with torch.no_grad():
+        root(lambda: logits(base.model, batch))
+    return step, time.perf_counter() - started

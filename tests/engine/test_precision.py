@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from cl_runner.engine.precision import GAIN, TOKENS, Shape, decide, has_bf16, seconds
+from cl_runner.engine.precision import GAIN, decide, has_bf16
 
 
 @pytest.mark.parametrize(
@@ -27,59 +26,37 @@ def test_what_the_processor_has_is_in_its_flags(tmp_path: Path, flags: str, has:
 
 
 class Clock:
-    """A processor that is ``gain`` times as fast in bf16."""
+    """A processor that is so many times as fast in bf16, at a step of 6 seconds and at an answer of 2."""
 
-    def __init__(self, gain: float) -> None:
-        self.gain = gain
-        self.asked: list[tuple[Shape, int]] = []
+    def __init__(self, step: float, answer: float) -> None:
+        self.gains = step, answer
+        self.asked: list[bool] = []
 
-    def __call__(self, shape: Shape, tokens: int) -> tuple[float, float]:
-        self.asked.append((shape, tokens))
-        torch.rand(3)
-        return shape[0] * shape[1] * self.gain, float(shape[0] * shape[1])
-
-
-SHAPES = [(800, 800), (400, 800), (800, 800), (380, 800), (1600, 800), (8, 8)]
+    def __call__(self, bf16: bool) -> tuple[float, float]:
+        self.asked.append(bf16)
+        slow = 100.0 if len(self.asked) <= 2 else 1.0 + len(self.asked)  # kernels are made, then other work comes
+        step, answer = self.gains if bf16 else (1.0, 1.0)
+        return 6 * slow / step, 2 * slow / answer
 
 
-@pytest.mark.parametrize(("gain", "bf16"), [(0.3, False), (1.0, False), (GAIN - 0.01, False), (GAIN + 0.01, True)])
-def test_bf16_only_where_it_is_clearly_faster(gain: float, bf16: bool) -> None:
-    clock, before = Clock(gain), torch.get_rng_state()
-    found = decide(SHAPES, 40, lambda: True, clock)
+@pytest.mark.parametrize(
+    ("step", "answer", "bf16"),
+    [(0.3, 0.3, False), (1.0, 1.0, False), (GAIN - 0.01, GAIN - 0.01, False), (GAIN + 0.01, GAIN + 0.01, True),
+     (1.3, 0.5, False), (1.8, 0.8, True), (1.1, 9.0, True)],
+)  # fmt: skip
+def test_bf16_only_where_step_and_answer_together_are_clearly_faster(step: float, answer: float, bf16: bool) -> None:
+    def even(way: bool) -> tuple[float, float]:
+        return (6 / step, 2 / answer) if way else (6.0, 2.0)
+
+    found = decide(even)
     assert (found.bf16, found.kept) == (bf16, True)
-    assert found.said.startswith(f"computes in {'bf16' if bf16 else 'fp32'}: ") and f"{gain:.2f} times" in found.said
-    assert clock.asked == [((1600, 800), 40), ((800, 800), 40), ((400, 800), 40)], "the largest, each once"
-    assert torch.equal(before, torch.get_rng_state())
+    assert found.said.startswith(f"computes in {'bf16' if bf16 else 'fp32'}: ")
+    assert f"a step is {step:.2f} and an answer {answer:.2f} times as fast" in found.said
 
 
-def test_few_tokens_are_measured_and_no_more() -> None:
-    clock = Clock(2)
-    assert decide(SHAPES, 10**6, lambda: True, clock).bf16 and decide(SHAPES, 0, lambda: True, clock).bf16
-    assert [tokens for _, tokens in clock.asked] == 3 * [TOKENS] + 3 * [1]
-
-
-def test_a_processor_without_bf16_is_not_measured_nor_a_small_model_and_nothing_is_said() -> None:
-    clock = Clock(9)
-    small = [(192, 192), (576, 192), (512, 192)]  # the embedded models
-    for shapes, has in ((SHAPES, False), ([], True), (small, True)):
-        found = decide(shapes, 40, lambda has=has: has, clock)  # type: ignore[misc]
-        assert (found.bf16, found.kept, found.said) == (False, False, "")
-    assert clock.asked == []
-
-
-def test_the_clock_measures_both_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of the product that a step has, in each; also where gradients are off."""
-    products = []
-    linear = torch.nn.functional.linear
-
-    def watched(given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = linear(given, weight)
-        products.append((tuple(weight.shape), tuple(out.shape), out.dtype, out.requires_grad))
-        return out
-
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    with torch.no_grad():
-        fp32, bf16 = seconds((6, 4), 5)
-    assert fp32 > 0 and bf16 > 0
-    assert set(products) == {((6, 4), (5, 6), dtype, True) for dtype in (torch.float32, torch.bfloat16)}
-    assert len(products) % 2 == 0 and [p[2] for p in products[:2]] == [torch.float32, torch.bfloat16]
+def test_the_quickest_turn_counts_and_the_first_one_does_not() -> None:
+    clock = Clock(2, 2)
+    found = decide(clock)
+    assert clock.asked == [False, True] * 3
+    # Of the turns 4, 5 and 6, 7 the quicker ones.
+    assert f"a step is {2 * 4 / 5:.2f} " in found.said, found.said

@@ -67,14 +67,14 @@ def test_wrong_flag_is_refused(tmp_path: Path) -> None:
 def test_settings_vary_and_each_finished_cell_leaves_a_line(tmp_path: Path) -> None:
     """Started again after a failure, only what has no line runs."""
     given = ["--seeds", "1 13", "--vary", "adapter.r=2 8", "--vary", "training.epochs=1", "--results", "found.jsonl"]
-    runner = RUNNER + 'echo "{ \\"AA\\":\n  50 }"\n'
+    runner = RUNNER + 'echo "{ \\"run\\": \\"$PWD/runs/a b\\",\n \\"AA\\":\n  50 }"\n'
     found = sweep(tmp_path, *given, runner=runner, cwd=tmp_path)
     assert found.returncode == 1 and "4 runs, 2 done, 2 failed" in found.stdout
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert sorted(line["cell"] for line in lines) == [
         f"order1 olora adapter.r={r} training.epochs=1 seed 1" for r in (2, 8)
     ]
-    assert all(line["report"] == {"AA": 50} for line in lines)
+    assert all(line["report"] == {"AA": 50} for line in lines), "no path of this machine"
     assert any("--set adapter.r=8 --set training.epochs=1 --json" in call for call in calls(tmp_path))
     again = sweep(tmp_path, *given, runner=runner.replace("--seed 13", "--seed none"), cwd=tmp_path)
     assert again.returncode == 0 and "4 runs, 4 done, 2 of them before, 0 failed" in again.stdout

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
-from cl_runner.engine.precision import Compute, decide
+from cl_runner.config.schema import ModelConfig
+from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
-from cl_runner.models.batch import Example
+from cl_runner.models.base import Layout, load_base
+from cl_runner.models.batch import Example, collate
 from cl_runner.training import computing as module
 from tests.command_line import NANO, ORDER, Result, call, tree
 from tests.distributed import on_ranks
@@ -28,7 +31,9 @@ def never(*_: Any) -> Compute:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, where even the smallest model is worth measuring."""
+    monkeypatch.setattr(module, "worth_measuring", lambda _: True)
     (tmp_path / "three.yaml").write_text(ORDER)
     (tmp_path / "longer.yaml").write_text("name: longer\ntasks: [dbpedia, amazon, agnews, yahoo]\n")
     return tmp_path
@@ -89,6 +94,7 @@ def test_bf16_is_said_recorded_and_kept_on_resume_extension_and_eval(here: Path,
 
 
 def test_a_run_of_before_has_fp32_whatever_the_processor_can(here: Path, decided: Any) -> None:
+    decided(Compute(False))
     train(here, "--name", "old")
     run = here / "runs/old"
     before = stages(run)
@@ -115,47 +121,43 @@ def test_a_run_begun_meanwhile_by_another_process_is_not_gone_on_with_otherwise(
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 384) -> None:
         super().__init__()
-        self.one, self.two, self.head = nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 99)
+        self.one, self.two, self.head = nn.Linear(6, 4), nn.Linear(width, 384), nn.Linear(400, 999)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
 
-ROWS = [Example([1] * n, [2] * 3) for n in (4, 10, 7)]
+NETWORK = Network()
 
 
 def asked(
     place: Place,
     precision: str = "auto",
-    shapes: Any = ((500, 600),),
     computes: Any = None,
     only: Any = None,
-    **more: Any,
+    model: nn.Module = NETWORK,
+    sizes: Any = None,
 ) -> Compute:
-    """``computing`` of a plan with micro-batches of 8, on a network of three layers and rows of 7 + 3 tokens."""
+    """``computing`` of a plan with micro-batches of 8, on a network with one layer that is large enough."""
     plan: Any = SimpleNamespace(
         config=SimpleNamespace(training=SimpleNamespace(precision=precision)),
-        kind=SimpleNamespace(shapes=lambda _: list(shapes)),
         batches=lambda _: [SimpleNamespace(micro_batch=8)],
         computes=computes,
         only=only,
     )
-    base: Any = SimpleNamespace(model=Network(), encoder_decoder=more.get("encoder_decoder", True))
-    return module.computing(plan, place, base, ROWS)
+    layout = Layout(False, 0, 1, (1,), None, 9)
+    base: Any = SimpleNamespace(model=model, layout=layout, sizes=sizes)
+    return module.computing(plan, place, base, [Example([1] * n, [2] * 3) for n in (4, 10, 7)])
 
 
-def test_the_layers_and_tokens_of_a_micro_batch_are_measured(decided: Any) -> None:
-    seen: list[Any] = []
-    decided(lambda *given: seen.append(given) or BF16)
-    assert asked(Place()) == BF16
-    asked(Place(), encoder_decoder=False)
-    asked(Place(), shapes=())
-    assert seen == [([(500, 600)], 56), ([(500, 600)], 80), ([(4, 6), (6, 4)], 56)]
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_bf16", lambda: True)
 
 
-def test_settings_gpus_records_and_evaluation_ask_no_clock(decided: Any) -> None:
+def test_settings_gpus_records_and_evaluation_ask_no_clock(decided: Any, able: None) -> None:
     decided(never)
     assert not asked(Place(), "fp32").bf16 and asked(Place(), "bf16").bf16 and asked(Place(device="cuda")).bf16
     assert not asked(Place(device="cuda"), "fp32").bf16
@@ -163,23 +165,79 @@ def test_settings_gpus_records_and_evaluation_ask_no_clock(decided: Any) -> None
     assert not asked(Place(), computes="fp32").bf16 and not asked(Place(), only=["a"]).bf16
 
 
+def test_nor_small_layers_four_bits_and_processors_without_bf16(
+    decided: Any, able: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided(BF16)
+    assert asked(Place()) == BF16
+    assert asked(Place(), sizes=(1, 2)) == asked(Place(), model=Network(383)) == Compute(False)
+    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    assert asked(Place()) == Compute(False)
+
+
+def test_random_numbers_are_left_as_they_are(decided: Any, able: None) -> None:
+    decided(lambda *_: (torch.rand(3), BF16)[1])
+    before = torch.get_rng_state()
+    assert asked(Place()).bf16 and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("micro", "most", "lengths"),
+    [(2, 256, [9, 7]), (8, 256, [9, 7, 11, 3, 200]), (8, 20, [9, 7]), (8, 5, [9])],
+)
+def test_usual_rows_are_measured(micro: int, most: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a micro-batch has, or as make so many tokens; the nearest to the median, 9."""
+    monkeypatch.setattr(module, "TOKENS", most)
+    rows = [Example([5] * (n - 2), [6, 1]) for n in (200, 9, 7, 3, 11)]
+    base: Any = SimpleNamespace(layout=Layout(False, 0, 1, (1,), None, 9))
+    batch = module.usual_rows(rows, base, micro)
+    assert batch.attention_mask.sum(1).tolist() == [n - 1 for n in lengths], "a decoder-only model reads no end token"
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_and_an_answer_are_what_is_timed(model: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward and a backward through every block, then a forward that keeps nothing; nothing of it stays."""
+    base = load_base(ModelConfig(name=model), torch.device("cpu"))
+    seen: list[tuple[bool, torch.dtype]] = []
+    backward: list[Any] = []
+    layers = [module for name, module in base.model.named_modules() if name.endswith((".q", "q_proj"))]
+
+    def look(_: Any, inputs: Any, out: torch.Tensor) -> None:
+        seen.append((out.requires_grad, out.dtype))
+        if out.requires_grad:
+            out.register_hook(backward.append)
+
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    before = {name: len(part._forward_hooks) for name, part in base.model.named_modules()}
+    batch = collate([Example([5, 6, 7], [8, base.eos_id]), Example([5, 6], [9, base.eos_id])], base.layout)
+    with torch.no_grad():
+        step, answer = module.seconds(base, batch, bf16)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert step > 0 and answer > 0
+    assert seen == len(layers) * [(True, dtype)] + len(layers) * [(False, dtype)]
+    assert len(backward) == len(layers)
+    assert {name: len(part._forward_hooks) for name, part in base.model.named_modules()} == before
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
+    for hook in hooks:
+        hook.remove()
+
+
 def on_rank(place: Place) -> tuple[Compute, int]:
     """Rank 1's clock says otherwise than rank 0's."""
     calls = []
 
-    def clock(shape: Any, tokens: int) -> tuple[float, float]:
-        calls.append(shape)
-        return (2.0, 1.0) if place.rank == 0 else (1.0, 2.0)
+    def clock(*given: Any) -> tuple[float, float]:
+        calls.append(given)
+        bf16 = given[-1]
+        return (1.0, 1.0) if bf16 == (place.rank == 0) else (2.0, 2.0)
 
-    before, module.decide = module.decide, lambda *given: decide(*given, lambda: True, clock)  # type: ignore[assignment]
-    try:
+    with patch.multiple(module, seconds=clock, has_bf16=lambda: True):
         return asked(place), len(calls)
-    finally:
-        module.decide = before
 
 
 def test_rank_0_decides_for_all() -> None:
     (first, measured), (second, never_measured) = on_ranks(2, on_rank)
     assert first == second and first.bf16 and first.kept
-    assert (measured, never_measured) == (1, 0)
+    assert (measured, never_measured) == (6, 0)
     assert not torch.distributed.is_initialized()
