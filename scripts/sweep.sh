@@ -5,25 +5,34 @@
 #   scripts/sweep.sh --orders "order1 order2" --methods "seqlora olora" --seeds "1 2 3" [--slots N]
 #                    [--vary "KEY=VALUE VALUE …"]… [--results FILE] [-- TRAIN FLAGS]
 #
-# --vary adds a dimension: a setting and its values, which hold no spaces; it may be given again. --results appends a
-# line to FILE as each run ends (JSON: the cell, and what `cl-runner report --json` says but for where), and skips cells
-# that have one: their folders may be gone by then. Everything behind -- goes to every `cl-runner train`, for example:
+# --vary adds a dimension: a setting and its values, which hold no spaces, or several that go together
+# ("adapter.r,adapter.alpha=8,8 8,16"); it may be given again. --results appends a line to FILE as each run ends (JSON:
+# the cell, and what `cl-runner report --json` says but for where), and skips cells that have one: their folders may be
+# gone by then. Everything behind -- goes to every `cl-runner train`, for example:
 #   scripts/sweep.sh --orders order1 --methods "inclora olora" --seeds "1 2 3" -- --preset tiny --output-dir runs
 set -uo pipefail
 
 orders="order1" methods="olora" seeds="42" slots="" results=""
 varied=("")  # a cell's `--set KEY=VALUE …`, of every combination
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 
 # A report, without a path of this machine.
 in_a_line() { tr -s ' \n' ' ' <"$1" | sed 's|"run": "[^"]*", *||'; }
 
 vary() {
-  local key=${1%%=*} values=${1#*=} before=("${varied[@]}") cell value
+  local keys parts before=("${varied[@]}") cell value i set
   case "$1" in [a-z]*.*=?*) ;; *) echo "sweep.sh: --vary wants \"section.key=VALUE VALUE …\", not \"$1\"" >&2; exit 2 ;; esac
+  IFS=, read -ra keys <<<"${1%%=*}"
   varied=()
   for cell in "${before[@]}"; do
-    for value in $values; do varied+=("$cell${cell:+ }$key=$value"); done
+    for value in ${1#*=}; do
+      parts=("$value")
+      [ ${#keys[@]} -eq 1 ] || IFS=, read -ra parts <<<"$value"
+      [ ${#keys[@]} -eq ${#parts[@]} ] || { echo "sweep.sh: --vary ${1%%=*} wants ${#keys[@]} values, not \"$value\"" >&2; exit 2; }
+      set=$cell
+      for i in "${!keys[@]}"; do set+="${set:+ }${keys[$i]}=${parts[$i]}"; done
+      varied+=("$set")
+    done
   done
 }
 while [ $# -gt 0 ]; do

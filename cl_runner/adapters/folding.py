@@ -65,6 +65,11 @@ class Accumulator:
         return weight
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing was folded."""
+        return self._sum is None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(m, n), out by in."""
         return shape_of(self.layer)

@@ -2,7 +2,8 @@
 
 Drawn on the CPU, with B A zero: ``gaussian``, ``orthogonal`` (and PEFT's own default, ``pairs.fresh_pair``). From the
 inputs of the layer, B zero: ``leading_inputs`` (EVA). Of the weight, which is then to be computed with less ``s·B A``,
-so that both together answer as before: ``qr_part`` (OLoRA), ``singular_part`` (PiSSA), ``context_part`` (CorDA).
+so that both together answer as before: ``qr_part`` (OLoRA), ``singular_part`` (PiSSA), ``context_part`` (CorDA). Of
+what quantising took from the weight, ``singular_part`` again (LoftQ).
 
 A weight W is (m, n), out by in, fp32, with all past updates in it; a moment is the mean of x xᵀ over inputs, (n, n)
 fp64; s scales the pair. What is made of a weight or a moment is on its device.
@@ -42,7 +43,11 @@ def qr_part(W: Tensor, rank: int) -> Factors:
 
 
 def singular_part(W: Tensor, rank: int, scale: float) -> Factors:
-    """s·B A is what the r leading singular directions make of W, halved evenly (PiSSA, 2404.02948); r ≤ min(m, n)."""
+    """s·B A is what the r leading singular directions make of W, halved evenly; r ≤ min(m, n).
+
+    PiSSA (2404.02948) of the weight; LoftQ (2310.08659) of the weight less what 4 bits made of it, after one
+    alternation: a second one would quantise the weight less s·B A, and give each stage's pair a base of its own.
+    """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:rank] / scale).sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from cl_runner.adapters.base import Adapters
 
-Offer = Literal["A", "B", "pair", "factors", "update", "terms", "weights", "prompts"]
+Offer = Literal["A", "B", "pair", "product", "factors", "update", "terms", "weights", "prompts"]
 OFFERS: Mapping[Offer, str] = {
     "A": "a factor A that trains",
     "B": "a factor B that trains",
     "pair": "factors A and B that are parameters, to be written",
+    "product": "an update that is the product of its factors",
     "factors": "factors A and B in the graph, one of which trains",
     "update": "the update ΔW of a layer",
     "terms": "layers that take a method's own terms",

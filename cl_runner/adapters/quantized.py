@@ -54,6 +54,10 @@ class Quantized(Accumulator):
         self.right: Tensor | None = None  # (k, n): A of every pair; None beside ΔW
 
     @property
+    def empty(self) -> bool:
+        return self.left is None
+
+    @property
     def base(self) -> Tensor:
         return dequantized(self.layer)
 

@@ -63,7 +63,7 @@ def _save_with_past(where: Path, adapters: Tuned, held: Held, values: Values) ->
     live = adapters.update_of(values, held.sums)
     whole = {t: live[t] if total is None else total.to(live[t]) + live[t] for t, total in held.sums.items()}
     saved = peft_folder.save_adapter(where, adapters, Held(dense=held.dense, sums=whole))
-    pairs = tuple(PairOnDisk(pair.stage, pair.rank, pair.scale) for pair in held.folded)
+    pairs = tuple(PairOnDisk(pair.stage, pair.rank, pair.scale, pair.ranks, pair.scales) for pair in held.folded)
     past = {peft_folder.PAST_PREFIX + t: total for t, total in held.sums.items() if total is not None}
     return replace(saved, own="state", pairs=pairs), _named(values) | past
 

@@ -62,7 +62,7 @@ def _kinds(schema: dict[str, Any]) -> None:
     schema["enum"] = list(KINDS)
 
 
-Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda"]
+Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "loftq"]
 
 
 def _one_or_many(schema: dict[str, Any]) -> None:
@@ -94,7 +94,8 @@ class AdapterConfig(Section):
         default="default",
         description="How a stage's pair begins. A drawn, B zero: default (Kaiming-uniform), gaussian (N(0, 1/r²)); "
         "both drawn, B A zero: orthogonal. A part of the weight, which gives it up: olora (QR), pissa (its leading "
-        "singular directions), corda (of W·C, C the inputs' covariance). eva: A the leading directions of the inputs.",
+        "singular directions), corda (of W·C, C the inputs' covariance). eva: A the leading directions of the inputs. "
+        "loftq: of what a base in 4 bits (model.quantize) lost.",
     )
     corda: Literal["ipm", "kpm"] | None = Field(
         default=None,

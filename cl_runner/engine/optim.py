@@ -73,7 +73,8 @@ def ordinary_groups(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tables = [head, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
     by_row = {id(table.weight) for table in tables if table is not None}
-    matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and id(p) not in by_row}
+    # A vector is no map either, whichever way it lies (IA3's scales are (m, 1) and (1, n)).
+    matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and 1 not in p.shape and id(p) not in by_row}
     others = {name: p for name, p in parameters.items() if name not in matrices}
     return [
         ParameterGroup(matrices, "muon", weight_decay=decay),

@@ -49,7 +49,7 @@ class MIGU(Sequential):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return super().needs if self.full else (("pair",),)  # whose rows have to do with a layer's output
+        return super().needs if self.full else (("pair",), ("product",))  # whose rows have to do with a layer's output
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

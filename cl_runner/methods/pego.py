@@ -43,7 +43,7 @@ class PEGO(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",), ("B",))
+        return (("A",), ("B",), ("product",))
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "pego takes B_i A_i for the updates of a group")

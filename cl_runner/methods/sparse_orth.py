@@ -51,7 +51,7 @@ class SparseOrth(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",), ("B",))
+        return (("A",), ("B",), ("product",))
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "sparse-orth penalises the size of B A as that of the update")

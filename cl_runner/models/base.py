@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cl_runner.adapters.targets import is_transposed
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.models import attention, quantized
@@ -110,6 +112,24 @@ def load_base(
     network.generation_config = neutral_generation(layout)
     sizes = quantized.sizes(network) if model.quantize else None
     return Base(network, tokenizer, layout, where, located.note, facts.advice, chat, sizes)
+
+
+def before_quantising(model: ModelConfig, device: torch.device, targets: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Linear layers of a base that is kept in 4 bits, each with the weight (m, n), fp32, that was quantised.
+
+    The whole base is loaded for it, on the CPU, and let go of at the end. Raises UserError.
+
+    Args:
+        device: where the base in 4 bits is, which decides the precision that it was quantised from.
+    """
+    located = locate(model)
+    as_it_was = model.model_copy(update={"quantize": None, "dtype": "bf16" if device.type == "cuda" else "fp32"})
+    encoder_decoder = check(located).encoder_decoder
+    network = _load_network(_folder(located), located.name_or_path, encoder_decoder, as_it_was, torch.device("cpu"))
+    for target in targets:
+        layer: Any = network.get_submodule(target)
+        weight = layer.weight.detach().float()
+        yield target, weight.T if is_transposed(layer) else weight
 
 
 def outline(model: ModelConfig) -> PreTrainedModel | None:

@@ -56,6 +56,8 @@ def check_quantized(config: RunConfig, method: Method, kind: Kind) -> None:
     """Refuse a base in 4 bits (``model.quantize``) where it cannot be. Raises UserError."""
     how = config.model.quantize
     if how is None:
+        if config.adapter.init == "loftq":
+            raise UserError("adapter.init=loftq begins from what 4 bits lost: set model.quantize=nf4, or leave it out")
         return
     if method.full:
         raise UserError(

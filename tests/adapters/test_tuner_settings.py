@@ -16,6 +16,7 @@ from cl_runner.registry import KINDS
 from tests.adapters.families import base_model
 from tests.adapters.tuners import SETTINGS, tuner
 from tests.command_line import NANO, call
+from tests.families import FAMILIES
 from tests.nano import nano_t5
 
 ORDER = ("--order", "three.yaml")
@@ -152,10 +153,12 @@ def test_ia3_names_layers_by_family_and_refuses_what_no_update_can_be() -> None:
     """A bias that is scaled too, or a family whose keys, values and feed-forward blocks are not known."""
     own = {"target_modules": None}
     assert {name.rsplit(".", 1)[-1] for name in tuner("ia3", **own).layers(layers("t5"))} == {"k", "v", "wo"}
-    found = tuner("ia3", "llama", **own).layers(layers("llama"))
+    for family in ("LLaMA 2", "Gemma", "Qwen 3"):  # of the last two PEFT takes queries for keys
+        found = tuner("ia3", "llama", **own).layers(FAMILIES[family].model())
+        assert {name.rsplit(".", 1)[-1] for name in found} == {"k_proj", "v_proj", "down_proj"}
     assert {name.rsplit(".", 1)[-1] for name in found} == {"k_proj", "v_proj", "down_proj"}
     with pytest.raises(
-        UserError, match=r"ia3 scales what a layer gives, the bias too, .*this model's .*q_proj has one"
+        UserError, match=r"ia3 scales what a layer gives, the bias too, .*this model's .*k_proj has one"
     ):
         tuner("ia3", **own).layers(layers("qwen2"))
     assert len(tuner("ia3", target_modules=["down_proj", "o_proj"]).layers(layers("qwen2"))) == 2

@@ -123,6 +123,13 @@ def test_which_parameters_muon_takes() -> None:
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < set(others.parameters)
 
 
+def test_a_vector_is_no_matrix_whichever_way_it_lies() -> None:
+    parameters = {f"{m}x{n}": torch.nn.Parameter(torch.ones(m, n)) for m, n in ((5, 1), (1, 5), (5, 2))}
+    training = tiny_config(training__optimizer="muon").training
+    matrices, others = ordinary_groups(parameters, training, torch.nn.Module())
+    assert (list(matrices.parameters), list(others.parameters)) == (["5x2"], ["5x1", "1x5"])
+
+
 class Backwards(SeqLoRA):
     """B by its own rule, A by what ``training.optimizer`` says elsewhere."""
 

@@ -84,3 +84,13 @@ def test_settings_vary_and_each_finished_cell_leaves_a_line(tmp_path: Path) -> N
 def test_a_setting_to_vary_is_named_with_its_section(tmp_path: Path) -> None:
     found = sweep(tmp_path, "--vary", "r=2 8")
     assert found.returncode == 2 and 'not "r=2 8"' in found.stderr
+
+
+def test_settings_that_go_together_vary_together(tmp_path: Path) -> None:
+    found = sweep(tmp_path, "--vary", "adapter.r,adapter.alpha=8,8 8,16", "--vary", "adapter.target_modules=[q,v]")
+    assert found.returncode == 0, found.stderr
+    assert [call.split(" --seed 42 ")[1] for call in calls(tmp_path)] == [
+        f"--set adapter.r=8 --set adapter.alpha={alpha} --set adapter.target_modules=[q,v]" for alpha in (16, 8)
+    ]
+    wrong = sweep(tmp_path, "--vary", "adapter.r,adapter.alpha=8,8 8")
+    assert wrong.returncode == 2 and 'wants 2 values, not "8"' in wrong.stderr

@@ -23,9 +23,9 @@ class FourierFT(Tuner):
         """Settings of fourierft."""
 
         unused: ClassVar = Tuner.Config.unused | {"r", "alpha", "dropout"}
-        lr_ratio: float = rate(10.0, "published: 3e-2, LoRA 3e-3")
+        lr_ratio: float = rate(10.0, "published with scaling 300: 3e-2, LoRA 3e-3")
         frequencies: int = Field(default=1000, ge=1, description="Coefficients of each layer.")
-        scaling: float = Field(default=150.0, gt=0, description="The update is scaled by this.")
+        scaling: float = Field(default=300.0, gt=0, description="The update is scaled by this.")
         projection_seed: int = Field(default=777, ge=0, description="Seed of their places, the same at every stage.")
 
     name = "fourierft"

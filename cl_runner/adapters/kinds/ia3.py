@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 # The second layer of a feed-forward block, whose input is scaled, in the names that families have for it.
 FEEDFORWARD = ("wo", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2")
+KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj")
 
 
 class IA3(Tuner):
-    """Keys, values and the inner features of feed-forward blocks; which layers of a family these are, PEFT says."""
+    """Keys, values and the inner features of feed-forward blocks; where a family fuses them, what PEFT takes."""
 
     class Config(Tuner.Config):
         """Settings of ia3."""
@@ -45,7 +46,11 @@ class IA3(Tuner):
     def default_targets(self, model: nn.Module) -> list[str]:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as known
 
+        from cl_runner.adapters.target_sets import FAMILIES
+
         family = getattr(getattr(model, "config", None), "model_type", "")
+        if family in FAMILIES and (apart := [name for name in FAMILIES[family].attention if name in KEYS_AND_VALUES]):
+            return [*apart, *(name for name in FAMILIES[family].mlp if name in FEEDFORWARD)]
         if family not in known:
             raise UserError(
                 f"adapter.target_modules: cannot tell keys, values and feed-forward blocks of a {family or 'model'}; "

@@ -21,7 +21,7 @@ class Lora(Kind):
     title = "a low-rank pair beside each target layer"
     equation = "ΔW = s·B A, s = alpha / r"
     paper = "2106.09685"
-    offers = frozenset({"A", "B", "pair", "factors", "update", "terms"})
+    offers = frozenset({"A", "B", "pair", "product", "factors", "update", "terms"})
     trains = ("A", "B")
     folds = ("factors", "dense", "keep", "replace")
     quantized = True

@@ -34,7 +34,7 @@ class LoraXS(InLora):
     title = "an r × r matrix between the leading singular vectors of W"
     equation = "ΔW = s·U_r R Σ_r V_rᵀ, W = U Σ Vᵀ, s = alpha / r"
     paper = "2405.17604"
-    offers = frozenset({"factors", "update"})
+    offers = frozenset({"product", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.mixer": "R"}
     trains = ("R",)

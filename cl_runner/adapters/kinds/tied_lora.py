@@ -24,7 +24,7 @@ class TiedLora(InLora):
     title = "a low-rank pair that layers share, scaled by two vectors a layer"
     equation = "ΔW = s·diag(v) B diag(u) A, A and B shared, s = alpha / r"
     paper = "2311.09578"
-    offers = frozenset({"A", "B", "factors", "update"})
+    offers = frozenset({"A", "B", "product", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"lora_A.vector": "u", "lora_B.vector": "v", "lora_A.factor": "A", "lora_B.factor": "B"}
     trains = ("A", "B", "u", "v")

@@ -44,7 +44,7 @@ class VBLoRA(Tuner):
     title = "factors whose pieces are mixtures of a shared bank's vectors"
     equation = "ΔW = B A, each piece of length b the softmax mixture of its k best of h vectors"
     paper = "2405.15179"
-    offers = frozenset({"A", "B", "factors", "update"})
+    offers = frozenset({"A", "B", "product", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"vblora_logits_A": "logits", "vblora_logits_B": "logits_B"}
     shared: ClassVar = {"vblora_vector_bank": "bank"}

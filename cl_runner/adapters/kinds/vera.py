@@ -31,7 +31,7 @@ class Vera(Tuner):
     title = "one frozen random pair for all layers, scaled by two vectors a layer"
     equation = "ΔW = diag(b) B diag(d) A, A and B random, frozen and shared"
     paper = "2310.11454"
-    offers = frozenset({"factors", "update"})
+    offers = frozenset({"product", "factors", "update"})
     folds = ("factors", "dense", "keep", "replace")
     roles: ClassVar = {"vera_lambda_d": "d", "vera_lambda_b": "b"}
     trains = ("d", "b")

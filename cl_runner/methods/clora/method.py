@@ -59,7 +59,7 @@ class CLoRA(Sequential):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",), ("B",))
+        return (("A",), ("B",), ("product",))
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

@@ -61,7 +61,7 @@ class Grassmann(Method):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if self.config.stiefel and self.config.reorthogonalise:
             raise UserError("method.reorthogonalise: method.stiefel=true puts A back after each step; leave one out")
-        if self.config.stiefel and (config.adapter.borrows or config.adapter.init == "orthogonal"):
+        if self.config.stiefel and (config.adapter.borrows or config.adapter.init in ("orthogonal", "loftq")):
             raise UserError(
                 f"adapter.init={config.adapter.init}: method.stiefel=true turns A before the first step, and beside "
                 "a B that is not zero the model would answer otherwise; leave one out"

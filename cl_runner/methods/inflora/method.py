@@ -59,7 +59,7 @@ class InfLoRA(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("pair",), ("B",))
+        return (("pair",), ("B",), ("product",))
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

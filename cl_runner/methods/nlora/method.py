@@ -46,7 +46,7 @@ class NLoRA(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (("A",), ("B",))
+        return (("A",), ("B",), ("product",))
 
     @property
     def form(self) -> str:

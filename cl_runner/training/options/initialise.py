@@ -1,9 +1,11 @@
-"""A stage's pair that begins from the weight, or from what its layers read (``adapter.init``).
+"""A stage's pair that begins from the weight, from what its layers read, or from what 4 bits lost (``adapter.init``).
 
 olora, pissa and corda take a part ``s·B0 A0`` of the weight W, as it stands with all past updates in it, and the weight
 is computed with without it: what the stage learns is ``ΔW = s (B A − B0 A0)``. eva and corda read ``adapter.init_rows``
-of the stage's rows. A pair that trains on from stage to stage begins once, at the first. Drawn pairs (gaussian,
-orthogonal) are the kind's own; what does not fit them is refused here too, as is all that only a pair can have.
+of the stage's rows. loftq takes nothing: beside a base in 4 bits the pair begins as the best of its rank for what that
+lost, which is part of what it leaves, so that pairs after it begin as usual. A pair that trains on from stage to stage
+begins once, at the first. Drawn pairs (gaussian, orthogonal) are the kind's own; what does not fit them
+is refused here too, as is all that only a pair can have.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.adapters.kind import rank_at
+from cl_runner.adapters.quantized import is_quantized
 from cl_runner.config.schema import AdapterConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
@@ -32,20 +35,23 @@ class Initialisation(Option):
     """Of every method that trains the kind's pair; one that sets A itself, or goes by B A, refuses what it cannot."""
 
     name = "initialise"
-    title = "a pair that begins from the weight (olora, pissa, corda) or from its layers' inputs (eva, corda)"
+    title = (
+        "a pair that begins from the weight (olora, pissa, corda), from inputs (eva, corda), or 4 bits' loss (loftq)"
+    )
     setting = "adapter.init=pissa"
-    paper = "2406.01775 (OLoRA), 2404.02948 (PiSSA), 2406.05223 (CorDA), 2410.07170 (EVA)"
+    paper = "2406.01775 (OLoRA), 2404.02948 (PiSSA), 2406.05223 (CorDA), 2410.07170 (EVA), 2310.08659 (LoftQ)"
     by_shape = True
 
     def __init__(self) -> None:
         self.began: dict[str, Tensor] = {}  # A0 and B0, where they are a part of the weight
         self.spans: dict[str, int] = {}  # eva: target → directions that its inputs have, where that is less than r
+        self.lost: dict[str, float] = {}  # loftq: norms over all targets, of what 4 bits lost and of what is left of it
 
     def takes(self, method: type[Method]) -> bool:
         return not method.only_kind and method.past_as != "other"
 
     def wanted(self, config: RunConfig, method: Method) -> bool:
-        return config.adapter.borrows or config.adapter.reads_inputs
+        return config.adapter.borrows or config.adapter.reads_inputs or config.adapter.init == "loftq"
 
     def check(self, config: RunConfig, method: Method, shapes: Shapes | None = None) -> None:
         adapter = config.adapter
@@ -56,7 +62,7 @@ class Initialisation(Option):
                     raise UserError(f"adapter.{name}: {method.name} trains {trains}; leave it out")
         _check_settings(adapter)
         for shape in (shapes or ()) if self.wanted(config, method) and adapter.r != "auto" else ():
-            r, most = rank_at(adapter, shape), min(shape) if adapter.borrows else shape[1]
+            r, most = rank_at(adapter, shape), shape[1] if adapter.init == "eva" else min(shape)
             if r > most:
                 raise UserError(
                     f"adapter.r: adapter.init={adapter.init} takes {r} directions of each layer, and one has {most}; "
@@ -73,10 +79,13 @@ class Initialisation(Option):
         ]
 
     def begin(self, stage: StageRun, own: Source) -> None:
-        self.began, self.spans = {}, {}
+        self.began, self.spans, self.lost = {}, {}, {}
         if stage.start is not None:
             return  # it trains on
         adapter = stage.config.adapter
+        if adapter.init == "loftq":
+            self._of_loss(stage)
+            return
         moments = dict(_moments(stage, own)) if adapter.reads_inputs else {}
         if adapter.init == "eva":
             names = stage.named("A")
@@ -90,6 +99,34 @@ class Initialisation(Option):
         stage.adapters.begin_from_weight(A, B)
         self.began = under("A", A) | under("B", B)
 
+    def _of_loss(self, stage: StageRun) -> None:
+        """The pair's s·B A is the best of its rank for what 4 bits lost of each layer. *Collective*; rank 0 reads it.
+
+        Layers that are not in 4 bits, or that hold what an earlier pair learned of it, begin as usual.
+        """
+        import torch
+
+        from cl_runner.adapters.initialise import singular_part
+        from cl_runner.models.base import before_quantising
+
+        names = {role: stage.named(role) for role in ("A", "B")}
+        within_4_bits = [t for t, past in stage.adapters.past.items() if is_quantized(past.layer) and past.empty]
+        values: dict[str, Tensor] = {}
+        lost = left = 0.0
+        whole = before_quantising(stage.config.model, stage.device, within_4_bits if stage.rank == 0 else [])
+        for target in within_4_bits:
+            A, B = (torch.zeros_like(stage.all_parameters()[names[role][target]]) for role in ("A", "B"))
+            if stage.rank == 0:
+                _, W = next(whole)
+                loss = W.to(stage.device) - stage.whole_weight(target)
+                A, B = singular_part(loss, len(A), stage.scale_of(target))
+                lost += float(loss.square().sum())
+                left += float((loss - stage.scale_of(target) * B @ A).square().sum())
+            values |= {names["A"][target]: stage.broadcast(A), names["B"][target]: stage.broadcast(B)}
+        stage.write(values)
+        if within_4_bits:
+            self.lost = {"lost": lost**0.5, "left": left**0.5}
+
     def _of_inputs(self, stage: StageRun, moments: Mapping[tuple[str, ...], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Each target with its A (r, n): layers that share an input begin alike. *Collective*."""
         from cl_runner.adapters.initialise import leading_inputs
@@ -102,9 +139,17 @@ class Initialisation(Option):
             yield from ((target, A[: ranks[target]]) for target in targets)
 
     def about(self) -> dict[str, Any]:
-        return {"init_spans": self.spans} if self.spans else {}
+        return {
+            **({"init_spans": self.spans} if self.spans else {}),
+            **({"init_residual": self.lost} if self.lost else {}),
+        }
 
     def said(self) -> str:
+        if self.lost:
+            lost, left = self.lost["lost"], self.lost["left"]
+            return (
+                f"adapter.init=loftq: of what 4 bits lost (norm {lost:.3g}) the pairs begin without {left / lost:.0%}"
+            )
         if not self.spans:
             return ""
         return (
@@ -113,10 +158,10 @@ class Initialisation(Option):
         )
 
     def step_state(self) -> State:
-        return State(dict(self.began), {"spans": self.spans})
+        return State(dict(self.began), {"spans": self.spans, "lost": self.lost})
 
     def load_step_state(self, stage: StageRun, state: State) -> None:
-        self.began, self.spans = {}, state.json["spans"]
+        self.began, self.spans, self.lost = {}, state.json["spans"], state.json.get("lost", {})
         if state.tensors:
             self._begin_from_weight(stage, within("A", state.tensors), within("B", state.tensors))
 
