@@ -4,7 +4,8 @@
     python scripts/study.py FILE --figure PNG --x training.epochs --lines adapter.r # learned and forgotten, over x
 
 A cell is an order, a method and the settings that the sweep varied; numbers are means ± standard deviations over its
-seeds, percent exact match.
+seeds, percent exact match. *stored*: what the first stage's own set takes, in thousands of numbers; *train s*: the
+stages' training, median, with whatever the machine was doing beside.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Cell:
     method: str
     settings: dict[str, str]
     synthetic: bool
+    stored: float | None  # numbers of the first stage's own set, by formula
     found: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MEASURES})
+    seconds: list[float] = field(default_factory=list)  # of training, a run each
 
     def named(self, key: str) -> str:
-        """A varied setting, or ``order`` or ``method``."""
-        return {"order": self.order, "method": self.method, **self.settings}[key]
+        """A varied setting, or ``order`` or ``method``; nothing where others alone vary it."""
+        return {"order": self.order, "method": self.method, **self.settings}.get(key, "")
 
     def mean(self, measure: str) -> float:
         return statistics.fmean(self.found[measure])
@@ -43,6 +46,8 @@ class Cell:
 
     def text(self, measure: str) -> str:
         values = self.found[measure]
+        if not values:
+            return "–"
         return f"{self.mean(measure):.1f}" + (f" ± {self.spread(measure):.1f}" if len(values) > 1 else "")
 
 
@@ -54,9 +59,13 @@ def cells(lines: Iterable[str]) -> list[Cell]:
         name, _, _ = row["cell"].rpartition(" seed ")
         order, method, *settings = name.split(" ")
         pairs = dict(setting.split("=", 1) for setting in settings)
-        cell = found.setdefault(name, Cell(order, method, pairs, row["report"]["synthetic"]))
+        report = row["report"]
+        stored = report["parameters"][0]["stored_by_formula"] if report["parameters"] else None
+        cell = found.setdefault(name, Cell(order, method, pairs, report["synthetic"], stored))
+        cell.seconds.append(report["seconds"]["train"])
         for measure, values in cell.found.items():
-            values.append(float(row["report"][measure]))
+            if report[measure] is not None:  # as forgetting is where all is learned at once
+                values.append(float(report[measure]))
     return list(found.values())
 
 
@@ -65,13 +74,19 @@ def table(found: Sequence[Cell]) -> str:
     keys = ["order", "method", *dict.fromkeys(key for cell in found for key in cell.settings)]
     keys = [key for key in keys if len({cell.named(key) for cell in found}) > 1]
     marks = {cell.synthetic for cell in found}
-    head = [*keys, *(f"{name}{' (synthetic)' * (marks == {True})}" for name in MEASURES.values()), "seeds"]
+    measures = [f"{name}{' (synthetic)' * (marks == {True})}" for name in MEASURES.values()]
+    head = [*keys, *measures, "stored", "train s", "seeds"]
     rows = [
-        [*(cell.named(key) for key in keys), *(cell.text(measure) for measure in MEASURES),
-         str(len(cell.found["forgetting"]))]
+        [
+            *(cell.named(key) for key in keys),
+            *(cell.text(measure) for measure in MEASURES),
+            "–" if cell.stored is None else f"{cell.stored / 1e3:.1f}",
+            f"{statistics.median(cell.seconds):.0f}",
+            str(len(cell.seconds)),
+        ]
         for cell in found
-    ]  # fmt: skip
-    align = ["---"] * len(keys) + ["---:"] * (len(MEASURES) + 1)
+    ]
+    align = ["---"] * len(keys) + ["---:"] * (len(measures) + 3)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
 
 
@@ -87,8 +102,12 @@ def figure(found: Sequence[Cell], x: str, lines: str, file: Path) -> None:
     for axis, measure in zip(axes, ("learning_accuracy", "forgetting"), strict=True):
         for value in dict.fromkeys(cell.named(lines) for cell in found):
             at = points([cell for cell in found if cell.named(lines) == value], x, measure)
-            axis.errorbar(list(at), [mean for mean, _ in at.values()], [off for _, off in at.values()],
-                          label=f"{lines.rpartition('.')[2]} {value}", marker="o", capsize=2)  # fmt: skip
+            joined = "-" if all(name.replace(".", "").isdigit() for name in at) else ""
+            means, spreads = zip(*at.values(), strict=True)
+            name = f"{lines.rpartition('.')[2]} {value}"
+            axis.errorbar(list(at), means, spreads, label=name, marker="o", capsize=2, linestyle=joined)
+            if not joined:
+                axis.tick_params("x", rotation=60)
         axis.set(xlabel=x, ylabel=f"{MEASURES[measure]}, %{synthetic}")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")

@@ -75,11 +75,12 @@ for ((slot = 0; slot < slots; slot++)); do echo "$slot" >&9; done
 
 total=0 there=0
 for order in $orders; do
+  named=${order##*/} named=${named%.yaml}
   for method in $methods; do
     for cell in "${varied[@]}"; do
       for seed in $seeds; do
         total=$((total + 1))
-        label="$order $method${cell:+ $cell} seed $seed"
+        label="$named $method${cell:+ $cell} seed $seed"
         if [ -n "$results" ] && grep -qF "{\"cell\": \"$label\"," "$results" 2>/dev/null; then
           there=$((there + 1))
           continue
@@ -93,8 +94,11 @@ for order in $orders; do
           [ -n "$results" ] && sets+=(--json)
           echo "start  $label"
           # Standard output only ends the run's report; the screen lines stand in its run.log too.
-          if "$runner" train --order "$order" --method "$method" --seed "$seed" "${sets[@]}" "$@" \
-            >"$out" 2>"$log" </dev/null 9<&-; then
+          "$runner" train --order "$order" --method "$method" --seed "$seed" "${sets[@]}" "$@" \
+            >"$out" 2>"$log" </dev/null 9<&- &
+          run=$!
+          trap 'kill "$run" 2>/dev/null; wait "$run"; exit 130' TERM # bash would leave it running
+          if wait "$run"; then
             [ -z "$results" ] || echo "{\"cell\": \"$label\", \"report\": $(in_a_line "$out")}" >>"$results"
             echo "done   $label"
           else

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 SWEEP = Path(__file__).parents[2] / "scripts" / "sweep.sh"
 RUNNER = """#!/usr/bin/env bash
@@ -94,3 +99,27 @@ def test_settings_that_go_together_vary_together(tmp_path: Path) -> None:
     ]
     wrong = sweep(tmp_path, "--vary", "adapter.r,adapter.alpha=8,8 8")
     assert wrong.returncode == 2 and 'wants 2 values, not "8"' in wrong.stderr
+
+
+def test_a_sweep_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
+    runner = '#!/usr/bin/env bash\necho $$ >"$CALLS"; exec sleep 60\n'
+    (tmp_path / "runner").write_text(runner)
+    (tmp_path / "runner").chmod(0o755)
+    env = {**os.environ, "CL_RUNNER": str(tmp_path / "runner"), "CALLS": str(tmp_path / "calls")}
+    running = subprocess.Popen([SWEEP], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (tmp_path / "calls").exists() and bool((tmp_path / "calls").read_text()))
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=30) == 130
+    finally:
+        running.kill()
+        running.communicate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "calls").read_text()), 0)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)

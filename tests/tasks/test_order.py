@@ -20,6 +20,7 @@ ORDERS = {
     "order2": "dbpedia amazon agnews yahoo",
     "order3": "yahoo amazon agnews dbpedia",
     "order4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
+    "order4-eight": "MNLI QQP BoolQA IMDB amazon SST-2 dbpedia agnews",
     "order5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
     "order6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
 }

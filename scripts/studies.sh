@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# The studies of docs/studies.md and the real rows of docs/results.md, each a sweep. What is finished stands in
+# docs/studies/NAME.jsonl, a line a cell, and is not run again: started anew, a study does what is missing, and prints its
+# table.
+#
+#   scripts/studies.sh NAME [--slots N]
+#
+# On the embedded tiny-t5 and synthetic rows:
+#   rank      rank × alpha × epochs
+#   kinds     adapter kinds at about equal stored size
+#   targets   which layers are adapted
+# On SmolLM2-135M (scripts/get_smollm2.sh smollm2) and real rows, DATA=FOLDER, the benchmark's:
+#   coefficients   of penalties, on train rows that no other study reads: amazon → dbpedia
+#   real           ten methods on dbpedia → amazon → agnews
+#   real-eight     four methods on eight tasks
+#   real-rank      rank × epochs on dbpedia → amazon → agnews
+# FOLDER=… is where results stand, RUNS=… where runs go (default runs/studies).
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+results=${FOLDER:-$here/../docs/studies}
+runs=${RUNS:-runs/studies}
+name=${1:-} slots=()
+[ $# -eq 0 ] || shift
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --slots) slots=(--slots "${2:?--slots needs a number}") && shift 2 ;;
+    *) echo "studies.sh: unknown flag $1" >&2 && exit 2 ;;
+  esac
+done
+mkdir -p "$results"
+
+# Cells, as sweep.sh has them, then what all runs are given.
+cells() { "$here/sweep.sh" "${slots[@]}" --results "$results/$name.jsonl" "$@" --output-dir "$runs/$name"; }
+tiny() { cells --orders order1 "$@" -- --preset tiny --data synthetic --set data.max_train=400 --set data.max_test=100; }
+# fp32 everywhere, so that no cell depends on whose processor it ran on.
+real() {
+  [ -f "${DATA:-}/TC/dbpedia/train.json" ] || { echo "studies.sh: DATA=FOLDER has to be the benchmark's (docs/data.md)" >&2; exit 2; }
+  cells "$@" --preset smollm2-q4 --set training.precision=fp32
+}
+
+# Rows 1000 to 1059 of a task's train file to be tested on, those before to train on.
+validation() {
+  python3 - "$DATA" "$runs/validation" SC/amazon TC/dbpedia <<'PYTHON'
+import json, sys
+from pathlib import Path
+
+source, made = map(Path, sys.argv[1:3])
+for task in sys.argv[3:]:
+    (made / task).mkdir(parents=True, exist_ok=True)
+    rows = json.loads((source / task / "train.json").read_text())
+    (made / task / "train.json").write_text(json.dumps(rows[:1000]))
+    (made / task / "test.json").write_text(json.dumps(rows[1000:1060]))
+    (made / task / "labels.json").write_text((source / task / "labels.json").read_text())
+PYTHON
+  printf 'name: amazon-dbpedia\ntasks: [amazon, dbpedia]\n' >"$runs/amazon-dbpedia.yaml"
+}
+
+case "$name" in
+  rank)
+    tiny --methods seqlora --seeds "1 2 3" --vary "adapter.r,adapter.alpha=2,2 2,4 8,8 8,16 32,32 32,64" \
+      --vary "training.epochs=1 2 4 8"
+    ;;
+  kinds) # 10,752 numbers are a LoRA of rank 2; what has no setting for its size stands beside
+    for size in kind,adapter.r,adapter.alpha=lora,2,2 kind,adapter.r,adapter.alpha=dora,1,1 kind,adapter.r=vera,576 \
+      kind,adapter.vectors=vblora,160 kind,adapter.r,adapter.alpha=tied-lora,14,14 \
+      kind,adapter.r,adapter.alpha=lora-xs,28,28 kind,adapter.r=loha,1 kind,adapter.r,adapter.factor=lokr,4,2 kind=ia3 \
+      kind,adapter.block_size=oft,8 kind,adapter.block_size=boft,4 kind,adapter.r=hra,4 kind,adapter.r=randlora,64 \
+      kind,adapter.frequencies=fourierft,768; do
+      tiny --methods "seqlora inclora" --seeds "1 2 3" --vary "adapter.$size"
+    done
+    ;;
+  targets)
+    tiny --methods "seqlora inclora" --seeds "1 2 3" --vary "adapter.target_modules=qv attention mlp all-linear"
+    ;;
+  coefficients)
+    mkdir -p "$runs" && validation
+    for which in inclora "olora method.lambda1=0.02 0.1" "nlora method.lambda1=30 3000" "ewc method.lambda1=400 4000" \
+      "sparse-orth method.lambda1,method.lambda2=30,2000 300,20000" "inflora method.threshold=0.95 0.99"; do
+      vary=()
+      [ "$which" = inclora ] || vary=(--vary "${which#* }")
+      real --orders "$runs/amazon-dbpedia.yaml" --methods "${which%% *}" --seeds 1 "${vary[@]}" -- \
+        --data-dir "$runs/validation" --set data.max_train=120 --set data.max_test=60
+    done
+    ;;
+  real)
+    for seed in 1 2; do
+      methods="seqlora inclora olora inflora"
+      [ $seed = 2 ] || methods+=" nlora sparse-orth ewc replay pertask mtl"
+      real --orders order1-three --methods "$methods" --seeds $seed -- --data-dir "$DATA"
+    done
+    ;;
+  real-eight)
+    real --orders order4-eight --methods "seqlora inclora olora replay" --seeds 1 -- --data-dir "$DATA"
+    ;;
+  real-rank)
+    real --orders order1-three --methods seqlora --seeds 1 --vary "adapter.r,adapter.alpha=2,4 8,8 8,16 32,64" \
+      --vary "training.epochs=1 2 4" -- --data-dir "$DATA" --set data.max_train=120 --set data.max_test=60
+    ;;
+  *)
+    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
+"${PYTHON:-python3}" "$here/study.py" "$results/$name.jsonl"
