@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -108,7 +110,14 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the loader's bars and its own report: what it would report is checked and raised by us."""
+    """Without the loader's bars and its own report: what it would report is checked and raised by us.
+
+    DeepSpeed, which is looked for as a model is saved, is told what there is, where nobody else told it: it says aloud
+    that it found no GPU.
+    """
+    untold = "DS_ACCELERATOR" not in os.environ
+    if untold:
+        os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -119,6 +128,8 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+        if untold:
+            os.environ.pop("DS_ACCELERATOR", None)
 
 
 def first_line(error: Exception) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cl_runner.models.tokenizer import load_tokenizer
+from cl_runner.models.tokenizer import load_tokenizer, quiet
 
 LINES = ["Pay 12345 or 1,000.5, I'll say, not 12345!", "  the year 2024\r\n\tand 日本 naïve"] * 20
 
@@ -51,3 +53,14 @@ def test_special_tokens_that_only_the_class_knows_stay(tmp_path: Path, splits: s
     (folder / "tokenizer_config.json").unlink()
     bare = load_tokenizer(folder, "x", encoder_decoder=False)
     assert (bare.eos_token_id, bare.pad_token_id, bare.bos_token) == (0, 0, None)
+
+
+def test_deepspeed_is_told_what_there_is_where_nobody_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with quiet():
+        assert os.environ["DS_ACCELERATOR"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setenv("DS_ACCELERATOR", "hpu")
+    with quiet():
+        assert os.environ["DS_ACCELERATOR"] == "hpu"
+    assert os.environ["DS_ACCELERATOR"] == "hpu"
