@@ -140,6 +140,8 @@ class AdapterConfig(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("names no layer; leave it out for the model's query and value")
         return [value] if isinstance(value, str) else value
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")

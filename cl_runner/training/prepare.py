@@ -124,9 +124,11 @@ def _tree(encoder: Encoder, task: Task) -> Choice | None:
 def _encoder(base: Base, data: DataConfig, max_new_tokens: int) -> Encoder:
     most = base.layout.max_positions
     if most is not None and not base.encoder_decoder and data.max_source + max_new_tokens > most:
+        room = most - max_new_tokens
+        hint = f"set data.max_source={room}" if room > 0 else "set both lower"
         raise UserError(
             f"data.max_source {data.max_source} and eval.max_new_tokens {max_new_tokens} together exceed "
-            f"the model's {most} positions; set data.max_source={most - max_new_tokens}"
+            f"the model's {most} positions; {hint}"
         )
     return Encoder(base.tokenizer, base.layout, data.max_source, data.max_target, data.truncate, base.chat)
 

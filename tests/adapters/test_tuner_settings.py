@@ -67,6 +67,7 @@ def test_what_layers_cannot_take_is_refused_before_weights_are_loaded(
     ("settings", "says"),
     [
         (("kind=vera", "r=auto"), "adapter.r must be a whole number, 1 or more"),
+        (("kind=lora", "target_modules=[]"), "adapter.target_modules names no layer; leave it out"),
         (("kind=dora", "r=0"), "adapter.r must be a whole number, 1 or more"),
         (("kind=ia3", "r=auto"), "adapter.r: ia3 has no use for it; leave it out"),
         (("kind=vera", "alpha=16"), "adapter.alpha: vera has no use for it; leave it out"),
