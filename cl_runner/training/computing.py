@@ -1,16 +1,23 @@
-"""What a run computes in: as its settings say, or, where they leave it to the processor, as was measured once."""
+"""What a run computes in: as its settings say, or, where they leave it to the processor, as was measured once.
+
+Under autocast a weight in fp32 is rounded to bf16 at every forward. Those that nothing trains or folds into are rounded
+once instead (``rounded``): the same bits, at half the memory.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from cl_runner.adapters.targets import is_linear, shape_of
+from cl_runner.adapters.targets import is_linear, shape_of, weight_owners
 from cl_runner.engine import zero as engine
 from cl_runner.engine.precision import AUTO, Compute, decide, has_bf16
 from cl_runner.engine.process import Place
@@ -76,6 +83,13 @@ def usual_rows(rows: Sequence[Example], base: Base, micro_batch: int) -> Batch:
 
 def seconds(base: Base, batch: Batch, bf16: bool) -> tuple[float, float]:
     """Of a step of the frozen base on a batch, forward and backward through all of it, and of a forward alone."""
+    if not bf16:
+        return _seconds(base, batch, bf16)
+    with _for_a_while(base.model):
+        return _seconds(base, batch, bf16)
+
+
+def _seconds(base: Base, batch: Batch, bf16: bool) -> tuple[float, float]:
     root = engine.Autocast(base.model, torch.device("cpu"), bf16)
     embedded: list[Tensor] = []
 
@@ -99,3 +113,31 @@ def seconds(base: Base, batch: Batch, bf16: bool) -> tuple[float, float]:
     with torch.no_grad():
         root(lambda: logits(base.model, batch))
     return step, time.perf_counter() - started
+
+
+def rounded(model: PreTrainedModel, but: Collection[str] = ()) -> list[nn.Module]:
+    """Round the weights of a frozen model's linear layers to bf16, for forwards under autocast alone; which they were.
+
+    but: names of layers that keep theirs. So do layers that share a weight with an embedding, whose rows are read as
+    they are.
+    """
+    owners = weight_owners(model)
+    found = []
+    for name, module in model.named_modules():
+        if is_linear(module) and name not in but and len(owners[id(module.weight)]) == 1:
+            weight: Any = module.weight
+            weight.data = weight.data.bfloat16()
+            found.append(module)
+    return found
+
+
+@contextmanager
+def _for_a_while(model: PreTrainedModel) -> Iterator[None]:
+    """``rounded``, and afterwards as they were."""
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    rounded(model)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = before[name]

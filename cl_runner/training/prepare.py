@@ -26,7 +26,7 @@ from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
 from cl_runner.terminal.console import size
 from cl_runner.training.compatibility import check_method, stage_config
-from cl_runner.training.computing import computing
+from cl_runner.training.computing import computing, rounded
 from cl_runner.training.data import Data
 from cl_runner.training.evaluation import TestSet
 from cl_runner.training.plan import Plan
@@ -148,6 +148,8 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     compute = computing(plan, place, base, rows)
     if config.model.quantize:
         compute_in(base.model, torch.bfloat16 if compute.bf16 else torch.float32)
+    elif compute.bf16 and place.device != "cuda" and not full:
+        rounded(base.model, but=plan.kind.layers(base.model))
     adapters = _adapters(plan, base, compute.bf16)
     if plan.only is None:
         _check_training(plan, base, adapters)

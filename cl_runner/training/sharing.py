@@ -120,7 +120,9 @@ class Sharing:
             return "training.dropout_by: micro drops otherwise in each row's"
         if attention_dropout(stage.room.base.model):
             return "the attention drops otherwise in each row's"
-        if not goes_on(stage.adapters.model):
+        with stage.room.root.context():
+            keeps = goes_on(stage.adapters.model)
+        if not keeps:
             return "this model keeps no keys and values that rows could go on from"
         return ""
 

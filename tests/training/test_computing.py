@@ -19,6 +19,7 @@ from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
 from cl_runner.models.base import Layout, load_base
 from cl_runner.models.batch import Example, collate
+from cl_runner.models.forward import logits
 from cl_runner.training import computing as module
 from tests.command_line import NANO, ORDER, Result, call, tree
 from tests.distributed import on_ranks
@@ -219,8 +220,30 @@ def test_a_step_and_an_answer_are_what_is_timed(model: str, bf16: bool, monkeypa
     assert len(backward) == len(layers)
     assert {name: len(part._forward_hooks) for name, part in base.model.named_modules()} == before
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in base.model.parameters())
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+def test_weights_rounded_once_give_the_same_bits_at_half_the_memory(model: str) -> None:
+    """But of layers that are to keep theirs, and of a head that is the embedding, too."""
+    base = load_base(ModelConfig(name=model), torch.device("cpu"))
+    batch = collate([Example([5, 6, 7], [8, base.eos_id]), Example([5, 6], [9, base.eos_id])], base.layout)
+    names = {name for name, part in base.model.named_modules() if isinstance(part, nn.Linear)}
+    keeps = {name for name in names if name.endswith((".q", "q_proj"))}
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return logits(base.model, batch)
+
+    before = answer()
+    rounded = module.rounded(base.model, but=keeps)
+    now = {name for name in names if base.model.get_submodule(name).weight.dtype == torch.bfloat16}
+    tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    assert now == names - keeps - ({"lm_head"} if tied else set()) and len(rounded) == len(now)
+    assert base.model.get_input_embeddings().weight.dtype == torch.float32
+    assert torch.equal(answer(), before)
 
 
 def on_rank(place: Place) -> tuple[Compute, int]:
