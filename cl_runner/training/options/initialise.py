@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.adapters.kind import rank_at
-from cl_runner.adapters.quantized import is_quantized
 from cl_runner.config.schema import AdapterConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
@@ -107,6 +106,7 @@ class Initialisation(Option):
         import torch
 
         from cl_runner.adapters.initialise import singular_part
+        from cl_runner.adapters.quantized import is_quantized
         from cl_runner.models.base import before_quantising
 
         names = {role: stage.named(role) for role in ("A", "B")}
