@@ -162,6 +162,23 @@ def report(
     command.report(run or [], root=Path(output_dir or "runs"), form=form)
 
 
+@app.command()
+def forgotten(
+    run: RunName = None,
+    task: Annotated[str | None, typer.Option("--task", help="One task; default: all that the run has learned.")] = None,
+    stage: Annotated[int | None, typer.Option("--stage", help="As it was after it, from 1; default: the last.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", help="Only rows that one of the two runs keeps.")
+    ] = None,
+    output_dir: OutputDir = None,
+    as_json: Json = False,
+) -> None:
+    """Test rows that were right and are wrong now: what is said, whose label it is, when they were lost."""
+    from cl_runner.commands import forgotten as command
+
+    command.forgotten(run, root=Path(output_dir or "runs"), task=task, stage=stage, against=against, as_json=as_json)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[

@@ -32,14 +32,7 @@ def evaluate(
     rundir = catalog.find(root, wanted)
     about = rundir.about()
     with readable(rundir):
-        names = stage_names(about)
-        done = rundir.committed(names)
-    if done == 0:
-        raise UserError(f"the run {rundir.path} has no finished stage yet")
-    number = done if stage is None else stage
-    if not 1 <= number <= done:
-        there = "stage 1 alone" if done == 1 else f"stages 1 to {done}"
-        raise UserError(f"--stage {number}: the run {rundir.path} has finished {there}")
+        number = rundir.finished(stage_names(about), stage)
     for item in sets:
         if not item.startswith("eval."):
             raise UserError(f"--set {item}: eval takes only --set eval.…; the rest is the run's own")

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cl_runner.errors import UserError
 from cl_runner.report import tables
@@ -13,6 +14,7 @@ from cl_runner.report.compare import compare
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
+from cl_runner.runs.forgotten import forgotten_counts
 from cl_runner.runs.results import summary_of
 from cl_runner.terminal.console import print_json, rich_print
 
@@ -28,7 +30,7 @@ def report(wanted: Sequence[str], *, root: Path, form: str) -> None:
     if not wanted:
         print(f"the newest run: {rundir.path}", file=sys.stderr)
     if form == "json":
-        print_json(tables.report_json(summary))
+        print_json(_json(rundir, summary))
     elif form == "csv":
         print(tables.title(summary), file=sys.stderr)
         print(tables.csv(summary), end="")
@@ -50,11 +52,16 @@ def _compare(summaries: Sequence[RunSummary], form: str) -> None:
         rich_print(found)
 
 
+def _json(run: RunDir, summary: RunSummary) -> dict[str, Any]:
+    """One run for machines, with how many rows it has forgotten."""
+    return {**tables.report_json(summary), "forgotten": forgotten_counts(run)}
+
+
 def print_result(folder: RunDir, as_json: bool) -> None:
     """The table, the folder, the next command; or one JSON object."""
     summary = summary_of(folder)
     if as_json:
-        print_json({"run": str(folder.path), **tables.report_json(summary)})
+        print_json({"run": str(folder.path), **_json(folder, summary)})
         return
     rich_print(tables.table(summary))
     print(f"\nrun folder: {folder.path}")

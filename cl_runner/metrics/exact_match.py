@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, InvalidOperation
-from typing import Literal
+from typing import Literal, cast
 
 Rule = Literal["normalised", "label", "text", "number", "set"]
 
@@ -73,6 +73,12 @@ class Comparison:
                 return f"labels '{seen[key]}' and '{label}' are the same to the score ({WORDS[self.rule]})"
             seen[key] = label
         return ""
+
+    @classmethod
+    def parse(cls, text: str) -> Comparison:
+        """The inverse of ``str``: ``text``, ``number within 0.1``."""
+        rule, _, off = text.partition(" within ")
+        return cls(cast(Rule, rule), float(off or 0))
 
     def __str__(self) -> str:
         off = f" within {self.tolerance:g}" if self.rule == "number" and self.tolerance else ""

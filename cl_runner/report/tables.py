@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cl_runner.metrics import accuracy
 from cl_runner.metrics.accuracy import Matrix
-from cl_runner.metrics.exact_match import Comparison, Rule
+from cl_runner.metrics.exact_match import Comparison
 from cl_runner.metrics.scores import MATCHES
 from cl_runner.report import published
 from cl_runner.report.published import Published
@@ -349,8 +349,7 @@ def _undefined(run: RunSummary) -> Iterable[str]:
 
 def scored_by(rule: str) -> str:
     """A rule of ``Comparison`` in words: ``text``, ``number within 0.1``."""
-    name, _, off = rule.partition(" within ")
-    return Comparison(cast(Rule, name), float(off or 0)).words
+    return Comparison.parse(rule).words
 
 
 def _shown(m: Matrix, t: int, task: str, value: float | None, digits: int = 2) -> str:

@@ -18,6 +18,7 @@ from cl_runner.errors import UserError
 
 LAYOUT = 2
 READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no options
+PREDICTIONS = "predictions.jsonl"  # of a stage: task, id, gold, output, correct a row
 PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
 
 
@@ -175,6 +176,17 @@ class RunDir:
             if not (self.stage_dir(index, name) / "DONE").is_file():
                 return index
         return len(names)
+
+    def finished(self, names: Sequence[str], wanted: int | None = None) -> int:
+        """The finished stage (from 1) that is asked for; the last one without. Raises UserError if it is not there."""
+        done = self.committed(names)
+        if done == 0:
+            raise UserError(f"the run {self.path} has no finished stage yet")
+        number = done if wanted is None else wanted
+        if not 1 <= number <= done:
+            there = "stage 1 alone" if done == 1 else f"stages 1 to {done}"
+            raise UserError(f"--stage {number}: the run {self.path} has finished {there}")
+        return number
 
     def refuse_gaps(self, names: Sequence[str]) -> None:
         """A stage stands on those before it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +296,11 @@ class Task(Frozen):
             "name": self.called,
             "metric": metric,
         }
+
+    @property
+    def definition(self) -> str:
+        """A hash of what is asked, by which a run knows its tasks again."""
+        return hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest()
 
     @property
     def sets(self) -> bool:

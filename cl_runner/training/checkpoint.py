@@ -19,11 +19,10 @@ from cl_runner.atomic import read_json, read_jsonl, sha256, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
 from cl_runner.runs.commit import remove
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import PREDICTIONS, RunDir
 from cl_runner.runs.state import METHOD, NEXT, OPTION, TENSORS, Record, Reference, StageState
 from cl_runner.training.stage import StageRun
 
-PREDICTIONS = "predictions.jsonl"
 NEXT_PREFIX = "next."  # of tensors of what the next stage begins from, where that is not what answers
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,10 +118,7 @@ class Data:
 
     def definitions(self) -> dict[str, str]:
         """A hash of what each task asks, and of its metric; where its rows are from is not in it."""
-        return {
-            name: hashlib.sha256(json.dumps(task.asked, sort_keys=True).encode()).hexdigest()
-            for name, task in self.tasks.items()
-        }
+        return {name: task.definition for name, task in self.tasks.items()}
 
     def scoring(self) -> dict[str, str]:
         """The rule by which answers are right, of each task whose score is made of right answers."""

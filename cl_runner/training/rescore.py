@@ -11,7 +11,7 @@ from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.models.locate import locate, model_identity
-from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.folder import PREDICTIONS, RunDir, readable, stage_names
 from cl_runner.runs.results import chosen
 from cl_runner.runs.resume_guard import computes, other_rules
 from cl_runner.settings import Resolved
@@ -100,7 +100,7 @@ def rescore(
         folder = rundir.stage_dir(index, stage_names(rundir.about())[index])
         refuse_removed(folder)
         committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
-        outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / "predictions.jsonl")}
+        outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / PREDICTIONS)}
         wanted = list(tasks or committed)
         if run_of(order):
             order = with_files(order, rundir, config, ("test",), wanted)

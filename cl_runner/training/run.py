@@ -19,12 +19,12 @@ from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import PREDICTIONS, RunDir
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen, ShownStage
 from cl_runner.training.accounting import Counts, parameters
-from cl_runner.training.checkpoint import PREDICTIONS, answers_to, committed, remove_models, restore_stage, save_stage
+from cl_runner.training.checkpoint import answers_to, committed, remove_models, restore_stage, save_stage
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health

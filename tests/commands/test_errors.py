@@ -219,13 +219,16 @@ OUTPUT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*THREE, "--output-dir", "taken", "--name", "file"), ("taken/file", "no folder")),
     ((*THREE, "--output-dir", "own.csv", "--dry-run"), ("own.csv", "no folder")),
 ]
+READERS = ("eval", "report", "forgotten")
 RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    *[((command, "taken/mine"), ("taken/mine", "no run folder")) for command in ("eval", "report")],
-    *[((command, "nowhere/x"), ("nowhere/x", "does not exist")) for command in ("eval", "report")],
-    *[((command, "nope"), ("nope", "in runs")) for command in ("eval", "report")],
-    *[((command,), ("no run in runs", "cl-runner train")) for command in ("eval", "report")],
-    *[((command, ""), ("empty",)) for command in ("eval", "report")],
-    *[((command, "own.csv"), ("own.csv",)) for command in ("eval", "report")],
+    *[((command, "taken/mine"), ("taken/mine", "no run folder")) for command in READERS],
+    *[((command, "nowhere/x"), ("nowhere/x", "does not exist")) for command in READERS],
+    *[((command, "nope"), ("nope", "in runs")) for command in READERS],
+    *[((command,), ("no run in runs", "cl-runner train")) for command in READERS],
+    *[((command, ""), ("empty",)) for command in READERS],
+    *[((command, "own.csv"), ("own.csv",)) for command in READERS],
+    (("forgotten", "--against", ""), ("--against", "empty")),
+    (("forgotten", "--stage", "x"), ("--stage: must be a whole number",)),
 ]
 ALL = [*USAGE, *SETTINGS, *METHOD, *DATA, *MODEL, *OUTPUT, *RUNS]
 
@@ -286,8 +289,8 @@ def test_none_of_it_needs_torch(place: Path) -> None:
     helps = [
         [*command.split(), "--help"]
         for command in (
-            "", "train", "eval", "report", "list", "show", "config", "config show", "config schema", "data",
-            "data check", "data show", "new", "new order",
+            "", "train", "eval", "report", "forgotten", "list", "show", "config", "config show", "config schema",
+            "data", "data check", "data show", "new", "new order",
         )
     ]  # fmt: skip
     assert len(bad) > 60, heavy

@@ -98,6 +98,7 @@ def test_tolerance_is_exact() -> None:
     assert not comparison_of("numeric", None).same("0.70000000000000000001", "0.7")
     assert comparison_of("numeric", None, 1e-12).same("0.70000000000000000001", "0.7")
     assert str(near) == "number within 0.1"
+    assert Comparison.parse("number within 0.1") == near and Comparison.parse("label") == Comparison("label")
 
 
 @given(st.lists(st.text(max_size=4).filter(str.strip), min_size=1, max_size=6, unique=True))
