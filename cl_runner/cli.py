@@ -173,7 +173,7 @@ def forgotten(
     output_dir: OutputDir = None,
     as_json: Json = False,
 ) -> None:
-    """Test rows that were right and are wrong now: what is said, whose label it is, when they were lost."""
+    """Test rows that were right and are wrong now, and what is said."""
     from cl_runner.commands import forgotten as command
 
     command.forgotten(run, root=Path(output_dir or "runs"), task=task, stage=stage, against=against, as_json=as_json)
