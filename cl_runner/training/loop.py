@@ -50,7 +50,8 @@ def train_stage(
         stage: built by its method.
         own: the stage's own rows.
         log: takes a row of ``log.jsonl`` (rank 0 writes it).
-        tick: called after every step with steps done, loss and examples/s (those two at logged steps).
+        tick: called before the first step and after every one with steps done, loss and examples/s (those two at
+            logged steps).
         state: of this stage, taken between two of its steps: it is entered there, and the rest is to the bit that of a
             stage that was never left.
         between: called after every step, on every rank, with what takes the state (a collective).
@@ -100,6 +101,7 @@ def train_stage(
         to_come = steps[stage.step :]
         dropout = stage.dropout.installed() if by_row else nullcontext()
         with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
+            tick(stage.step, None, None)  # the clock of steps begins here: what a method did before was none
             for rows in to_come:
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)

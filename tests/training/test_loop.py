@@ -1078,6 +1078,6 @@ def test_the_log(ranks: int) -> None:
         assert [row["loss"] for row in rows] == pytest.approx(losses[1:], rel=1e-4)  # the whole batch's, on every rank
         assert all(row["steps"] == 3 and row["stage"] == "one" and row["lr"] == 0.01 for row in rows)
         assert all(row["memory_mb"] > 0 and row["examples_per_second"] > 0 for row in rows)
-        assert ticks == [(1, False), (2, True), (3, True)]
+        assert ticks == [(0, False), (1, False), (2, True), (3, True)]
         assert (done.steps, done.examples, done.skipped) == (3, ROWS, 0)
         assert done.loss == rows[-1]["loss"] and done.penalty == rows[-1]["penalty"] > 0
