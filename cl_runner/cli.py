@@ -53,6 +53,7 @@ DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub, syn
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder of the run folders (default runs).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+AGAIN = "may be given again, or with commas."
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.")
 ]
@@ -146,6 +147,28 @@ def evaluate(
 
 
 @app.command()
+def rescore(
+    run: RunName = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="[TASK=]NAME",
+            help=f"exact, normalised, f1, … (docs/data.md), of all tasks or of one; default: each task's own; {AGAIN}",
+        ),
+    ] = None,
+    output_dir: OutputDir = None,
+    csv: Annotated[bool, typer.Option("--csv", help="The new matrix as CSV.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score the kept answers again by another metric, no model needed. Writes nothing into the run."""
+    from cl_runner.commands import rescore as command
+
+    form = "json" if as_json else "csv" if csv else "table"
+    command.rescore(run, metric or [], root=Path(output_dir or "runs"), form=form)
+
+
+@app.command()
 def report(
     run: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]...", help="As for eval; several are compared, over seeds.")
@@ -185,6 +208,20 @@ def list_(
         str, typer.Argument(help="orders, tasks, methods, adapters, compatibility, sources, models, presets or runs.")
     ],
     output_dir: OutputDir = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help=f"Runs: of these methods alone; {AGAIN}")] = None,
+    order: Annotated[list[str] | None, typer.Option("--order", help=f"Runs: of these orders alone; {AGAIN}")] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option("--state", help=f"Runs: done, running, stopped, failed, broken or unfinished ones alone; {AGAIN}"),
+    ] = None,
+    sort: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sort",
+            help="Runs: by name, AA, forgetting, time (default, newest first), method, order, model, seed, state, or "
+            f"a setting; {AGAIN}",
+        ),
+    ] = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -193,7 +230,21 @@ def list_(
     from cl_runner.settings import load_plugins
 
     load_plugins(plugin or [])
-    list.show_list(what, root=Path(output_dir or "runs"), as_json=as_json)
+    flags = {"method": method, "order": order, "state": state, "sort": sort}
+    if what != "runs":
+        for flag, given in flags.items():
+            if given is not None:
+                raise UserError(f"--{flag}: goes with list runs, not with list {what}")
+        list.show_list(what, as_json=as_json)
+        return
+    list.show_runs(
+        root=Path(output_dir or "runs"),
+        methods=method or [],
+        orders=order or [],
+        states=state or [],
+        sort=sort or [],
+        as_json=as_json,
+    )
 
 
 @app.command()

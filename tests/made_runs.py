@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_runner.atomic import sha256
 from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.order import load_order
 
@@ -66,8 +67,14 @@ def make_run(
         scores = dict.fromkeys(said, 50.0)
         metrics = {"scores": scores, "counts": {name: len(rows) for name, rows in said.items()}, "seconds": {}}
         (folder / "metrics.json").write_text(json.dumps(metrics))
-        (folder / "DONE").write_text("{}")
+        seal(folder)
     return run
+
+
+def seal(folder: Path) -> None:
+    """Say that a stage's files are what it committed."""
+    hashes = {name: sha256(folder / name) for name in ("predictions.jsonl", "metrics.json")}
+    (folder / "DONE").write_text(json.dumps({"sha256": hashes}))
 
 
 SPLITS = ("train", "test")

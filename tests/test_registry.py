@@ -58,7 +58,7 @@ def said(name: str, among: registry.Registry[object] = METHODS) -> str:
 
 
 def listed(what: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    show_list(what, root=Path(), as_json=False)
+    show_list(what, as_json=False)
     return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
 
 

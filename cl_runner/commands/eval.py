@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cl_runner import methods
+from cl_runner.commands.given import several
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
@@ -53,7 +54,7 @@ def evaluate(
     with light_imports():
         from cl_runner.engine.process import here
         from cl_runner.terminal.progress import Screen
-        from cl_runner.training.rescore import rescore
+        from cl_runner.training.ask_again import ask_again
 
         place = here()
     with Screen(enabled=place.rank == 0) as screen:
@@ -61,7 +62,7 @@ def evaluate(
             screen.line(f"the newest run: {rundir.path}")
         if other := other_plugins(rundir, about["identity"], plugin_identity()):
             screen.line(other)
-        found = rescore(resolved, rundir, number - 1, chosen, place, screen)
+        found = ask_again(resolved, rundir, number - 1, chosen, place, screen)
     if place.rank != 0:
         return
     if as_json:
@@ -74,9 +75,7 @@ def evaluate(
 
 def _tasks_of(given: str, known: Sequence[str]) -> list[str]:
     """``--tasks a,b`` as a list. Raises UserError."""
-    chosen = list(dict.fromkeys(task.strip() for task in given.split(",") if task.strip()))
-    if not chosen:
-        raise UserError(f"--tasks '{given}': names no task; this run has {', '.join(known)}")
+    chosen = several("--tasks", [given], known)
     for task in chosen:
         if task not in known:
             hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"

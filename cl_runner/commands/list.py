@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_runner.commands.given import several
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, METHODS, SOURCES, Registry
 from cl_runner.terminal.console import aligned, print_json
@@ -14,8 +14,8 @@ from cl_runner.terminal.console import aligned, print_json
 LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "runs")
 
 
-def show_list(what: str, *, root: Path, as_json: bool) -> None:
-    """``cl-runner list``. Raises UserError for a kind there is not."""
+def show_list(what: str, *, as_json: bool) -> None:
+    """``cl-runner list``, but for runs. Raises UserError for a kind there is not."""
     if what not in LISTS:
         hint = did_you_mean(what, LISTS) or f" (there are {', '.join(LISTS)})"
         raise UserError(f"list {what}: there is nothing of that kind{hint}")
@@ -28,32 +28,36 @@ def show_list(what: str, *, root: Path, as_json: bool) -> None:
         "sources": _sources,
         "models": _models,
         "presets": _presets,
-        "runs": lambda: _runs(root),
     }
     rows = lists[what]()
     if as_json:
         print_json({what: rows})
-    elif not rows:
-        print(f"there are no {what} in {root}")
     else:
-        rows = [_run_row(row) for row in rows] if what == "runs" else rows
         head = list(rows[0])
-        print(aligned(head, [[_cell(row[key]) for key in head] for row in rows], right=("seed", "AA")))
+        print(aligned(head, [[_cell(row[key]) for key in head] for row in rows]))
 
 
-def _run_row(run: dict[str, Any]) -> dict[str, Any]:
-    """A run as people read it."""
-    from cl_runner.report.tables import number
+def show_runs(
+    *, root: Path, methods: Sequence[str], orders: Sequence[str], states: Sequence[str], sort: Sequence[str],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """``cl-runner list runs``. Raises UserError for a method, order, state or key to sort by that there is not."""
+    from cl_runner.runs.listing import listing
+    from cl_runner.terminal.console import rich_print
 
-    score = run["average_accuracy"]
-    without = f" without {', '.join(run['undefined'])}" if run["undefined"] and score is not None else ""
-    marks = ["synthetic"] * run["synthetic"] + ["choose"] * run["chosen"]
-    return {
-        **{key: run[key] for key in ("name", "method", "order", "model", "seed")},
-        "stage": f"{run['stage']}/{run['stages']}",
-        "state": run["state"],
-        "AA": number(score) + without + (f" ({', '.join(marks)})" if marks and score is not None else ""),
-    }
+    found = listing(
+        root,
+        methods=several("--method", methods),
+        orders=several("--order", orders),
+        states=several("--state", states),
+        sort=several("--sort", sort),
+    )
+    if as_json:
+        print_json(found.to_json())
+    elif found.runs:
+        rich_print(found)
+    else:
+        print(f"there are no {'such ' if methods or orders or states else ''}runs in {root}")
 
 
 def _cell(value: Any) -> str:
@@ -138,9 +142,3 @@ def _presets() -> list[dict[str, Any]]:
         rows.append({"preset": name, "what": comment.split(". ")[0].rstrip(".:")})
     rows[-1] = {"preset": PUBLISHED, "what": "what was published for the method, the model's family and the order"}
     return rows
-
-
-def _runs(root: Path) -> list[dict[str, Any]]:
-    from cl_runner.runs import catalog
-
-    return [asdict(catalog.listed(run)) for run in catalog.all_runs(root)]

@@ -70,9 +70,9 @@ def first_fault(kind: type[Model], values: Mapping[str, Any]) -> tuple[Model | N
 
 def _hint(kind: type[BaseModel], fault: Mapping[str, Any]) -> str:
     """What the parts of a setting are called, where one is unknown."""
-    *above, name = fault["loc"]
     if fault["type"] != "extra_forbidden":
         return ""
+    *above, name = fault["loc"]
     for part in above:
         inner = parts_of(kind, str(part))
         if inner is None:

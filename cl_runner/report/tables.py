@@ -209,7 +209,7 @@ class ResultTable:
         if not self.run.matrix.stages:
             yield Text("no stage is committed yet")
         else:
-            yield from self._matrix(console, options)
+            yield from self.matrix(console, options)
             yield Text("")
             yield self._measures(wide=options.max_width >= 60)
             if line := what_trained(self.run):
@@ -223,7 +223,8 @@ class ResultTable:
         for note in notes(self.run):
             yield Text(note)
 
-    def _matrix(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def matrix(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The scores alone."""
         what = self.run.unit
         wide = options.update(max_width=10_000)  # measured in its own width, a table says what it needs
         plain, turned = self._plain(), self._turned()

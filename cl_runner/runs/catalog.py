@@ -1,18 +1,17 @@
-"""Run folders under one ``runs``: their names, which one is meant, what stands in them. Nothing here imports torch."""
+"""Run folders under one ``runs``: their names, and which one is meant. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cl_runner.config.yamlfile import as_yaml
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.metrics.accuracy import average_accuracy
-from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.results import _matrix, chosen
+from cl_runner.runs.folder import RunDir
 from cl_runner.settings import Resolved, differing_from_presets
 
 
@@ -22,6 +21,12 @@ def folder_name(resolved: Resolved) -> str:
     assert resolved.order is not None
     parts = [resolved.order.name, config.method.name, model_label(config.model.name), f"s{config.seed}"]
     return "-".join([*parts, *([digits] if (digits := variant(resolved)) else [])])
+
+
+def names_all(name: str, about: Mapping[str, Any]) -> bool:
+    """Whether a folder's name says order, method, model and seed of the run (``run.json``) that is in it."""
+    parts = [about["order"], about["method"], model_label(about["model"]), f"s{about['seed']}"]
+    return f"{name}-".startswith("-".join(map(str, parts)) + "-")
 
 
 def variant(resolved: Resolved) -> str:
@@ -99,65 +104,13 @@ def all_runs(root: Path) -> list[RunDir]:
         runs = [RunDir(path) for path in root.iterdir() if not path.name.startswith(".") and RunDir(path).exists()]
     except OSError:
         return []
-    return sorted(runs, key=lambda run: (_trained_at(run), run.name), reverse=True)
+    return sorted(runs, key=lambda run: (trained_at(run), run.name), reverse=True)
 
 
-def _trained_at(run: RunDir) -> int:
+def trained_at(run: RunDir) -> int:
     """When its state was last written, in ns."""
     status, plan = run.path / "status.json", run.path / "run.json"
     try:
         return (status if status.exists() else plan).stat().st_mtime_ns
     except OSError:
         return 0
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A run in a list."""
-
-    name: str
-    method: str
-    order: str
-    model: str
-    seed: int
-    stage: int
-    stages: int
-    state: str  # running, stopped, failed or done
-    average_accuracy: float | None
-    undefined: tuple[str, ...]  # tasks that the average is without
-    synthetic: bool
-    chosen: bool  # answers among the labels (``eval.mode: choose``)
-
-
-def listed(run: RunDir) -> Listed:
-    """How a run stands; one whose files cannot be read is listed as broken."""
-    try:
-        with readable(run):
-            about = run.about()
-            names = stage_names(about)
-            done, matrix = run.committed(names), _matrix(run)
-            return Listed(
-                run.name,
-                str(about["method"]),
-                str(about["order"]),
-                str(about["model"]),
-                int(about["seed"]),
-                done,
-                len(names),
-                state_of(run, done, len(names)),
-                average_accuracy(matrix),
-                tuple(matrix.unscored()),
-                bool(about["synthetic"]),
-                chosen(about),
-            )
-    except UserError:
-        return Listed(run.name, "-", "-", "-", 0, 0, 0, "broken", None, (), False, False)
-
-
-def state_of(run: RunDir, done: int, stages: int) -> str:
-    """running, stopped, failed or done."""
-    if done == stages:
-        return "done"
-    if run.locked():
-        return "running"
-    return "failed" if run.status().get("state") == "failed" else "stopped"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cl_runner.atomic import read_json, sha256, sync, write_folder, write_json
+from cl_runner.errors import UserError
 from cl_runner.runs.folder import RunDir
 
 
@@ -27,6 +28,23 @@ def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) ->
 
     write_folder(final, whole)
     return final
+
+
+def sealed(folder: Path) -> dict[str, str]:
+    """File → hash, as a stage committed them. Raises UserError."""
+    hashes = read_json(folder / "DONE").get("sha256")
+    if not isinstance(hashes, dict):
+        raise UserError(f"{folder} is damaged: DONE holds no hashes")
+    return hashes
+
+
+def refuse_other(folder: Path, name: str, digest: str | None) -> None:
+    """A file of a stage is there, and is what was committed. Raises UserError."""
+    file = folder / name
+    if not file.is_file():
+        raise UserError(f"{folder} is damaged: {name} is missing")
+    if sha256(file) != digest:
+        raise UserError(f"{folder} is damaged: {name} is not what was committed")
 
 
 def remove(run: RunDir, index: int, name: str, parts: Sequence[str]) -> None:

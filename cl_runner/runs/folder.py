@@ -18,7 +18,6 @@ from cl_runner.errors import UserError
 
 LAYOUT = 2
 READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no options
-PREDICTIONS = "predictions.jsonl"  # of a stage: task, id, gold, output, correct a row
 PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
 
 

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cl_runner.atomic import read_jsonl
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.metrics.exact_match import Comparison
 from cl_runner.metrics.forgotten import Answer, Difference, Forgetting, LabelSet, LabelSets, counts, differ, follow
 from cl_runner.metrics.scores import judges
-from cl_runner.runs.folder import PREDICTIONS, RunDir, readable, stage_names
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.predictions import predictions
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.order import load_order
 from cl_runner.tasks.task import Task
@@ -171,10 +171,9 @@ def _answers(run: RunDir, names: Sequence[str], learned: Mapping[str, int]) -> d
     found: dict[str, dict[int, list[Answer]]] = {task: {} for task in learned}
     for number, name in enumerate(names, 1):
         wanted = {task for task, since in learned.items() if since <= number}
-        for row in read_jsonl(run.stage_dir(number - 1, name) / PREDICTIONS) if wanted else ():
-            if row["task"] in wanted:
-                answer = Answer(row["id"], row["gold"], row["output"], row["correct"])
-                found[row["task"]].setdefault(number, []).append(answer)
+        for task, rows in predictions(run.stage_dir(number - 1, name)).items() if wanted else ():
+            if task in wanted:
+                found[task][number] = [Answer(row["id"], row["gold"], row["output"], row["correct"]) for row in rows]
         for task in wanted:
             if number not in found[task]:
                 raise ValueError(f"stage {number} has no answers of {task}")

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from cl_runner.config.schema import MethodConfig, RunConfig
-from cl_runner.config.yamlfile import Key, load
+from cl_runner.config.yamlfile import Key
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.registry import plugins
 from cl_runner.runs.folder import RunDir, readable
-from cl_runner.settings import differing, dotted
+from cl_runner.settings import differing, dotted, read_dump
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
 # fingerprint). Of a single task or position too.
@@ -33,16 +33,28 @@ def recorded(run: RunDir) -> RunConfig:
     Raises:
         UserError: the file is broken.
     """
-    values = load(run.config_file).data
+    config = as_written(run)
+    try:
+        own = make_method(config).config.model_dump(mode="json")
+    except ValidationError as error:
+        raise _not_as_written(run, error) from None
+    return config.model_copy(update={"method": MethodConfig(**{**own, "name": config.method.name})})
+
+
+def as_written(run: RunDir) -> RunConfig:
+    """The same, a method's own settings as they stand: for runs of methods that may not be here. Raises UserError."""
+    values = read_dump(run.config_file)
     if isinstance(values, dict) and isinstance(values.get("training"), dict):
         values["training"].setdefault("dropout_by", "micro")
     try:
-        config = RunConfig.model_validate(values)
-        own = make_method(config).config.model_dump(mode="json")
-        return config.model_copy(update={"method": MethodConfig(**{**own, "name": config.method.name})})
+        return RunConfig.model_validate(values)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{run.config_file}: {key} is not as a run writes it") from None
+        raise _not_as_written(run, error) from None
+
+
+def _not_as_written(run: RunDir, error: ValidationError) -> UserError:
+    key = ".".join(map(str, error.errors()[0]["loc"]))
+    return UserError(f"{run.config_file}: {key} is not as a run writes it")
 
 
 def refuse_other_settings(

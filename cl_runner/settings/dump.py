@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from cl_runner.config.schema import RunConfig
 from cl_runner.config.validation import section_of
-from cl_runner.config.yamlfile import as_yaml
+from cl_runner.config.yamlfile import as_yaml, load, parse, read_text
+from cl_runner.errors import UserError
 from cl_runner.settings.layers import SETTABLE
 
 if TYPE_CHECKING:
     from cl_runner.settings import Resolved
+
+_LINE = re.compile(r'( *)(?:[\w.-]+|"(?:[^"\\]|\\.)*"):( \S.*)?')
 
 
 def show(resolved: Resolved) -> str:
@@ -27,6 +34,51 @@ def show(resolved: Resolved) -> str:
 def dump(config: RunConfig) -> str:
     """The config as YAML without comments."""
     return "\n".join(text for text, _ in _lines(config)) + "\n"
+
+
+def read_dump(file: Path) -> Any:
+    """The data of a file that ``dump`` wrote, as ``load`` has them, in a tenth of the time where many files are read.
+
+    Of the files of a sweep nearly all lines are the same: each is parsed once. A file that somebody has written
+    otherwise is read as a whole. Raises UserError.
+    """
+    try:
+        return _mappings(read_text(file).removesuffix("\n").split("\n"))
+    except (UserError, ValueError):
+        return load(file).data
+
+
+def _mappings(lines: list[str]) -> dict[Any, Any]:
+    """Mappings within mappings, a key and its value on each line. ValueError: it is more than that."""
+    data: dict[Any, Any] = {}
+    within = [data]  # the mapping of each depth
+    opened = None  # the key above, where it has no value yet
+    for line in lines:
+        depth, key, value, opens = _line(line)
+        if depth == len(within) and opened is not None:
+            within[-1][opened] = {}
+            within.append(within[-1][opened])
+        elif depth >= len(within):
+            raise ValueError("deeper than what is above it")
+        del within[depth + 1 :]
+        if key in within[depth]:
+            raise ValueError("a key twice")
+        within[depth][key] = deepcopy(value)
+        opened = key if opens else None
+    return data
+
+
+@lru_cache(maxsize=10_000)
+def _line(line: str) -> tuple[int, Any, Any, bool]:
+    """Depth, key, value, and whether there may be more below it instead. ValueError: it is no such line."""
+    found = _LINE.fullmatch(line)
+    data = parse(line.strip(), "").data if found else None
+    if found is None or len(found[1]) % 2 or not isinstance(data, dict):
+        raise ValueError("no line of a mapping")
+    [(key, value)] = data.items()
+    if value is None and found[2] not in (None, " null"):
+        raise ValueError("a comment, or what YAML has for null beside that")
+    return len(found[1]) // 2, key, value, found[2] is None
 
 
 def dump_order(written: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ MethodSchema = Callable[[str], type[BaseModel]]
 StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 
 # What is in the name of the run's folder already, or changes no number.
-_NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir", "data.source")
+_NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir")
 _NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
 
 
@@ -354,15 +354,16 @@ def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
     """
     config, baseline = resolved.config, resolved.baseline
     values = {dotted(path): value for path, value in settings_of(config)}
-    found = {
-        key: values.get(key)
-        for key in difference(config, baseline)
-        if key not in _NOT_DIFFERENT and not key.startswith("output.") and not key.endswith(_NO_ROW_BY)
-    }
+    found = {key: values.get(key) for key in difference(config, baseline) if key != "data.source" and tells_apart(key)}
     source = _source(config, config.model.name)
     if source != _source(baseline, config.model.name):
         found["data.source"] = source
     return found
+
+
+def tells_apart(key: str) -> bool:
+    """Whether a setting may change a number and is not in the name of the run's folder: order, method, model, seed."""
+    return key not in _NOT_DIFFERENT and not key.startswith("output.") and not key.endswith(_NO_ROW_BY)
 
 
 def _source(config: RunConfig, model: str) -> str:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.saved import Saved
-from cl_runner.atomic import read_json, read_jsonl, sha256, write_json
+from cl_runner.atomic import read_json, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
-from cl_runner.runs.commit import remove
-from cl_runner.runs.folder import PREDICTIONS, RunDir
+from cl_runner.runs.commit import refuse_other, remove, sealed
+from cl_runner.runs.folder import RunDir
+from cl_runner.runs.predictions import FILE as PREDICTIONS
+from cl_runner.runs.predictions import predictions
 from cl_runner.runs.state import METHOD, NEXT, OPTION, TENSORS, Record, Reference, StageState
 from cl_runner.training.stage import StageRun
 
@@ -162,12 +164,8 @@ def verify(folder: Path, removed: bool = False) -> None:
     """
     if not removed:
         refuse_removed(folder)
-    for name, digest in _sealed(folder).items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{folder} is damaged: {name} is missing")
-        if sha256(file) != digest:
-            raise UserError(f"{folder} is damaged: {name} is not what was committed")
+    for name, digest in sealed(folder).items():
+        refuse_other(folder, name, digest)
 
 
 def answers_to(folder: Path, task: str, rows: Sequence[str]) -> list[str] | None:
@@ -176,21 +174,10 @@ def answers_to(folder: Path, task: str, rows: Sequence[str]) -> list[str] | None
     Raises:
         UserError: the file is not what was committed, or is of other rows.
     """
-    file = folder / PREDICTIONS
-    if not file.is_file() or sha256(file) != _sealed(folder).get(PREDICTIONS):
-        raise UserError(f"{folder} is damaged: {PREDICTIONS} is not what was committed")
-    answers = {row["id"]: row["output"] for row in read_jsonl(file) if row["task"] == task}
+    answers = {row["id"]: row["output"] for row in predictions(folder).get(task, [])}
     if answers and list(answers) != list(rows):
         raise UserError(f"{folder}: {PREDICTIONS} is of other rows of {task}")
     return list(answers.values()) or None
-
-
-def _sealed(folder: Path) -> dict[str, str]:
-    """File → hash, as committed."""
-    hashes = read_json(folder / "DONE").get("sha256")
-    if not isinstance(hashes, dict):
-        raise UserError(f"{folder} is damaged: DONE holds no hashes")
-    return hashes
 
 
 def _references(folder: Path, stage: StageRun, names: Sequence[str]) -> dict[str, Reference]:
@@ -200,7 +187,7 @@ def _references(folder: Path, stage: StageRun, names: Sequence[str]) -> dict[str
         other = f"../{_folder_name(stage, name)}"
         where, saved = _newest(folder / other, stage)
         file = TENSORS if saved.own == "state" else f"{where}/{stage.adapters.file}"
-        found[name] = Reference(f"{other}/{file}", _sealed(folder / other)[file])
+        found[name] = Reference(f"{other}/{file}", sealed(folder / other)[file])
     return found
 
 
@@ -214,7 +201,7 @@ def _referenced(stage: StageRun, folder: Path, name: str, reference: Reference) 
     """The own parameter set of an earlier stage that ``folder`` names by file and hash."""
     other = folder.parent / Path(reference.file).parts[1]
     verify(other)
-    if _sealed(other).get(Path(*Path(reference.file).parts[2:]).as_posix()) != reference.sha256:
+    if sealed(other).get(Path(*Path(reference.file).parts[2:]).as_posix()) != reference.sha256:
         raise UserError(f"{other} is not the stage that {folder.name} was committed with")
     where, saved = _newest(other, stage)
     tensors = load_file(other / TENSORS) if saved.own == "state" else {}

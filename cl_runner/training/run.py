@@ -19,7 +19,8 @@ from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import PREDICTIONS, RunDir
+from cl_runner.runs.folder import RunDir
+from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen, ShownStage

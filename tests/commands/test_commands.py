@@ -215,10 +215,10 @@ def test_lists(finished: Finished) -> None:
         assert (text.code, text.err) == (0, "")
         assert all(name in text.out for name in names)
     [run] = call("list", "runs", "--json", cwd=finished.cwd).json["runs"]
-    run.pop("average_accuracy")
+    assert run.pop("average_accuracy") is not None and run.pop("forgetting") is not None and run.pop("trained_at")
     assert run == {
         "name": finished.name, "method": "olora", "order": "three", "model": "tiny-t5", "seed": 42, "stage": 3,
-        "stages": 3, "state": "done", "undefined": [], "synthetic": True, "chosen": False,
+        "stages": 3, "state": "done", "undefined": [], "synthetic": True, "chosen": False, "differs": {},
     }  # fmt: skip
 
 

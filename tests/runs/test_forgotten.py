@@ -12,7 +12,7 @@ import pytest
 from cl_runner.errors import UserError
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import RunForgetting, forgotten_counts, read_difference, read_forgotten
-from tests.made_runs import ANIMALS, COLOURS, SIGNS, SUMS, TAGS, TALK, make_run, said
+from tests.made_runs import ANIMALS, COLOURS, SIGNS, SUMS, TAGS, TALK, make_run, said, seal
 
 THREE = [("colours", ["colours"]), ("animals", ["animals"]), ("signs", ["signs"])]
 RGRG, CD = "red green red green", "cat dog"
@@ -196,6 +196,7 @@ def test_labels_of_the_benchmark_are_known_from_its_name(tmp_path: Path) -> None
     assert [(row.now, row.whose.kind) for row in old.tasks[0].forgotten] == [("Bad", "none"), ("very.", "none")]
     file = run.stage_dir(1, "amazon") / "predictions.jsonl"
     file.write_text(file.read_text().replace('"Bad"', '"VERY negative."'))
+    seal(file.parent)
     assert read_forgotten(run).tasks[0].forgotten[0].whose.tasks == ("amazon",), "normalised, as all was then"
     about["identity"]["definitions"]["amazon"] = "another"
     (run.path / "run.json").write_text(json.dumps(about))
@@ -232,11 +233,14 @@ def test_broken_folders_are_refused_and_a_report_says_nothing(run: RunDir) -> No
         ("[]\n", "broken file"),
     ):
         file.write_text(text)
+        with pytest.raises(UserError, match="is not what was committed"):
+            read_forgotten(run)
+        seal(file.parent)
         with pytest.raises(UserError, match=why):
             read_forgotten(run)
         assert forgotten_counts(run) is None
     file.unlink()
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl is missing"):
         read_forgotten(run)
 
 

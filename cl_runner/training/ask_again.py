@@ -1,4 +1,7 @@
-"""``cl-runner eval``: a committed stage scored again, beside what was committed. Writes nothing into the run."""
+"""``cl-runner eval``: a committed stage asked again, beside what was committed. Writes nothing into the run.
+
+To score the kept answers again by another metric, no model is asked: ``runs/rescoring.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_runner.atomic import read_json, read_jsonl
+from cl_runner.atomic import read_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.models.locate import locate, model_identity
-from cl_runner.runs.folder import PREDICTIONS, RunDir, readable, stage_names
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.predictions import predictions
 from cl_runner.runs.results import chosen
 from cl_runner.runs.resume_guard import computes, other_rules
 from cl_runner.settings import Resolved
@@ -31,7 +35,7 @@ _CHOSEN = {
 
 
 @dataclass(frozen=True)
-class Rescored:
+class AskedAgain:
     """Scores now and as committed (percent), and the ids of the rows whose answer differs (None: not committed).
 
     ``chosen``: whether answers were chosen among the labels, now and then. ``rules``: of the tasks that today's rule of
@@ -86,10 +90,10 @@ class Rescored:
         return lines
 
 
-def rescore(
+def ask_again(
     resolved: Resolved, rundir: RunDir, index: int, tasks: Sequence[str] | None, place: Place, screen: Screen
-) -> Rescored:
-    """Score stage ``index`` (from 0) on ``tasks``, by default those it was scored on.
+) -> AskedAgain:
+    """Ask stage ``index`` (from 0) for ``tasks`` and score it, by default for those it was scored on.
 
     Raises:
         UserError: the data are not those of the run, or the stage is damaged.
@@ -100,7 +104,7 @@ def rescore(
         folder = rundir.stage_dir(index, stage_names(rundir.about())[index])
         refuse_removed(folder)
         committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
-        outputs = {(row["task"], row["id"]): row["output"] for row in read_jsonl(folder / PREDICTIONS)}
+        outputs = {(row["task"], row["id"]): row["output"] for rows in predictions(folder).values() for row in rows}
         wanted = list(tasks or committed)
         if run_of(order):
             order = with_files(order, rundir, config, ("test",), wanted)
@@ -118,7 +122,7 @@ def rescore(
         else None
         for one in scored
     }
-    return Rescored(
+    return AskedAgain(
         index + 1,
         plan.names[index],
         tuple(one.task for one in scored if plan.data.test[one.task].synthetic),
