@@ -202,6 +202,26 @@ def forgotten(
     command.forgotten(run, root=Path(output_dir or "runs"), task=task, stage=stage, against=against, as_json=as_json)
 
 
+@app.command()
+def analyze(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN|FOLDER]...", help="A run, as for eval, or folders of PEFT LoRA adapters."),
+    ] = None,
+    output_dir: OutputDir = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="REGEX", help="Only layers in whose names this is found.")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="A row for each layer and update.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What each stage, or adapter, changed of the weights, and how these updates overlap."""
+    from cl_runner.commands import analyze as command
+
+    form = "json" if as_json else "csv" if csv else "table"
+    command.analyze(what or [], root=Path(output_dir or "runs"), layers=layers, form=form)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[

@@ -143,3 +143,18 @@ def _in_4_bits(m: int, n: int) -> Any:
     layer = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
     layer.source_cls = torch.nn.Linear
     return layer.to(torch.bfloat16).cuda().requires_grad_(False)
+
+
+def test_metrics_of_updates_are_those_of_a_cpu() -> None:
+    from cl_runner.metrics.updates.layer import layer_metrics
+    from cl_runner.metrics.updates.update import Update
+
+    dice = torch.Generator().manual_seed(0)
+    pairs = [Update(torch.randn(300, r, generator=dice), torch.randn(r, 200, generator=dice)) for r in (3, 4, 5)]
+    for updates in (pairs, [Update(each.whole()) for each in pairs]):
+        here, there = layer_metrics(updates), layer_metrics([each.to(torch.device("cuda")) for each in updates])
+        for of in ("by_stage", "between"):
+            for name, values in getattr(here, of).items():
+                torch.testing.assert_close(getattr(there, of)[name], values, rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(there.density, here.density, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(there.acr, here.acr, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from cl_runner.config.schema import AdapterConfig
@@ -34,9 +34,9 @@ def decided(setting: str, patterns: Mapping[str, Value], targets: Sequence[str])
 
     Raises UserError for a pattern that decides for no target.
     """
-    first = {target: next((key for key in patterns if _matches(key, target)), None) for target in targets}
+    found = {target: first(patterns, target) for target in targets}
     for key in patterns:
-        if key in first.values():
+        if key in found.values():
             continue
         if any(_matches(key, target) for target in targets):
             raise UserError(f"adapter.{setting}: all that '{key}' matches is matched by a pattern before it")
@@ -44,7 +44,12 @@ def decided(setting: str, patterns: Mapping[str, Value], targets: Sequence[str])
         raise UserError(
             f"adapter.{setting}: '{key}' matches none of the layers that are adapted ({', '.join(endings)})"
         )
-    return {target: patterns[key] for target, key in first.items() if key is not None}
+    return {target: patterns[key] for target, key in found.items() if key is not None}
+
+
+def first(patterns: Iterable[str], target: str) -> str | None:
+    """The first pattern that matches a target's name; None where none does."""
+    return next((key for key in patterns if _matches(key, target)), None)
 
 
 def _matches(key: str, target: str) -> bool:

@@ -64,10 +64,10 @@ def listing(located: Located) -> folder_check.Files:
                 raise _explained(located, error) from error
         else:
             return Repository(located, {s.rfilename for s in info.siblings or [] if "/" not in s.rfilename})
-    cached = _cached(located)
-    if cached is None:
+    here = cached(located)
+    if here is None:
         raise _offline(located)
-    return folder_check.Folder(cached, located.name_or_path)
+    return folder_check.Folder(here, located.name_or_path)
 
 
 def fetch(located: Located) -> Path:
@@ -98,7 +98,7 @@ def fetch(located: Located) -> Path:
         raise _explained(located, error) from error
 
 
-def _cached(located: Located) -> Path | None:
+def cached(located: Located) -> Path | None:
     """The snapshot folder in the local cache. That it is whole is the folder check's to say."""
     from huggingface_hub import try_to_load_from_cache
 

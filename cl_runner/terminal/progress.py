@@ -336,6 +336,21 @@ class Screen:
         self._start_bars()
         self._draw(what=f"evaluating {task}", completed=done, total=total)
 
+    def parts(self, what: str, done: int, total: int) -> None:
+        """``done`` of the ``total`` parts (layers, …) of something that is no training are there, from 0 on."""
+        if not self.enabled:
+            return
+        if self._left is None:
+            self.begin([ShownStage("", 0, total)])
+        assert self._left is not None
+        self._left.note("row", done - self._left.rows)
+        if self._clock() - self._said_at >= PATIENCE:
+            left = self._left.left()
+            more = f", {duration(left)} left" if left else ""
+            self._say(f"{clean(what)}: {done}/{total} done{more}", screen=not self.bars)
+        self._start_bars()
+        self._draw(what=clean(what), completed=done, total=total)
+
     def scores(self, scores: Mapping[str, float | None], mark: str = "", average: float | None = None) -> None:
         """The evaluation's results, percent by task; ``mark`` (``"synthetic"``) is said beside them.
 

@@ -277,6 +277,24 @@ def test_evaluation_alone_has_a_screen_too() -> None:
     assert "evaluation: scores (%): agnews 40.00" in text
 
 
+def test_what_is_no_training_has_a_bar_or_lines() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Screen(force_plain=False, stream=out, clock=clock) as screen:
+        screen.parts("layers", 0, 10)
+        for i in range(1, 7):
+            clock.now += 2
+            screen.parts("layers", i, 10)
+    text = clean(out.getvalue())
+    assert "layers" in text and "6/10" in text and "8.0 s left" in text
+    out = io.StringIO()
+    with Screen(stream=out, clock=clock) as screen:
+        screen.parts("layers", 0, 10)
+        for i in range(1, 9):
+            clock.now += 6
+            screen.parts("layers", i, 10)
+    assert out.getvalue().splitlines() == ["layers: 5/10 done, 30 s left"]
+
+
 def test_duration() -> None:
     assert [duration(s) for s in (0.44, 9.96, 42, 59.7, 185, 3599.7, 7620)] == [
         "0.4 s", "10 s", "42 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min",

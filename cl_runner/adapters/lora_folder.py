@@ -1,0 +1,191 @@
+"""A PEFT folder of LoRA pairs, whoever made it: what it adds to each layer, read layer by layer without the base.
+
+``s·B A`` as PEFT 0.21 computes it: alpha / r or alpha / √r, ranks and alphas by pattern, one adapter, under a name or
+none. What ``fan_in_fan_out`` says is how the base keeps its weight: A and B lie the same way in any case.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_runner.adapters import patterns
+from cl_runner.atomic import read_json
+from cl_runner.errors import UserError, first_line
+from cl_runner.metrics.updates.update import Update
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_)?(?P<factor>[AB])"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
+)
+# Of LoRA's config: what makes ΔW another thing than s·B A, and what it would take.
+_OTHERWISE = {
+    "use_dora": "DoRA: ΔW = m ∘ (W + s·B A) / ‖W + s·B A‖ − W needs the base",
+    "use_qalora": "QA-LoRA: A reads a pooled input",
+    "use_bdlora": "BD-LoRA: its factors are block-diagonal",
+    "kasa_config": "KaSA: it takes singular values off the base",
+    "monteclora_config": "MonteCLoRA: its factors are drawn",
+    "target_parameters": "a pair for each expert of a layer (target_parameters)",
+}
+_BORROWS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # as the weight began, so did the pair
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a file: name → shape, and how one is read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+class LoraFolder:
+    """``shapes``: layer → (m, n), out by in. ``base``: what it names as its base, if it does. ``notes``: lines on what
+    else there is to say.
+
+    Raises:
+        UserError: it is no LoRA adapter, or a broken one, or its updates cannot be told without the base.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.name = path, name or path.name
+        self._config = _config(path)
+        self.base = str(self._config.get("base_model_name_or_path") or "")
+        self._tensors = _tensors(path)
+        self.notes: list[str] = []
+        self._names = self._factors()
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self._scales: dict[str, float] = {}
+        for layer, names in self._names.items():
+            self._check(layer, *(self._tensors.shapes[name] for name in names))
+        if not self.shapes:
+            raise UserError(f"{path}: holds no lora_A and lora_B of a linear layer")
+        self._note()
+
+    def of(self, layer: str) -> Update:
+        """ΔW of a layer; a matrix, where A is the identity."""
+        A, B = (self._read(name) for name in self._names[layer])
+        if A.shape[0] == A.shape[1] and torch.equal(A, torch.eye(len(A))):
+            return Update(self._scales[layer] * B)
+        return Update(self._scales[layer] * B, A)
+
+    def _read(self, name: str) -> Tensor:
+        return self._tensors.read(name).float()
+
+    def _factors(self) -> dict[str, tuple[str, str]]:
+        """Layer → the names of its A and its B."""
+        found: dict[str, dict[str, str]] = {}
+        adapters, others = set(), []
+        for name in self._tensors.shapes:
+            match = _FACTOR.fullmatch(name)
+            if match is None:
+                others.append(name)
+                continue
+            adapters.add(match["adapter"])
+            found.setdefault(match["layer"], {})[match["factor"]] = name
+        if len(adapters) > 1:
+            names = ", ".join(sorted(str(name) for name in adapters))
+            raise UserError(f"{self.path}: its file holds several adapters ({names}); save each in a folder of its own")
+        for layer, pair in found.items():
+            if len(pair) < 2:
+                there = next(iter(pair))
+                raise UserError(f"{self.path}: broken: {layer} has lora_{there} alone")
+        if others:
+            several = len(others) > 1
+            names = f"{len(others)} tensors ({others[0]}, …)" if several else others[0]
+            self.notes.append(f"{names} {'are' if several else 'is'} left out, no part of a pair")
+        return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+
+    def _check(self, layer: str, A: tuple[int, ...], B: tuple[int, ...]) -> None:
+        if len(A) != 2 or len(B) != 2:
+            self.notes.append(f"{layer} is no linear layer and is left out")
+            return
+        if A[0] != B[1] or 0 in (*A, *B):
+            raise UserError(f"{self.path}: broken: {layer} has lora_A {A} and lora_B {B}")
+        rank = self._decided("r", "rank_pattern", layer)
+        if A[0] != rank:
+            raise UserError(f"{self.path}: broken: {layer} has rank {A[0]}, and {rank:g} in {CONFIG}")
+        for name in self._names[layer]:
+            if not self._read(name).isfinite().all():
+                raise UserError(f"{self.path}: {name} holds values that are not finite")
+        alpha = self._decided("lora_alpha", "alpha_pattern", layer)
+        self._scales[layer] = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        self.shapes[layer] = B[0], A[1]
+
+    def _decided(self, setting: str, pattern: str, layer: str) -> float:
+        """A layer's own value of a setting: that of the first pattern that fits its name."""
+        values, usual = self._config.get(pattern) or {}, self._config.get(setting)
+        try:
+            key = patterns.first(values, layer)
+            found = usual if key is None else values[key]
+        except (re.error, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path / CONFIG}: {pattern}: {error}") from None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise UserError(f"{self.path / CONFIG}: {setting}: must be a number, not {found!r}")
+        return found
+
+    def _note(self) -> None:
+        init = str(self._config.get("init_lora_weights")).lower()
+        if init.startswith(_BORROWS):
+            self.notes.append(f"began with a part of the weight (init_lora_weights {init}), which s·B A has in it")
+        if self._config.get("alora_invocation_tokens"):
+            self.notes.append("is added only after its invocation tokens (aLoRA)")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: {'is no folder' if path.exists() else 'does not exist'}")
+    if not (path / CONFIG).is_file():
+        inside = sorted(each.parent.name for each in path.glob(f"*/{CONFIG}"))
+        hint = f"; {path / inside[0]} does" if inside else ""
+        raise UserError(f"{path}: is no PEFT adapter, it holds no {CONFIG}{hint}")
+    config = read_json(path / CONFIG)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: is of the kind {kind}; LoRA's updates alone can be told without the base")
+    for setting, why in _OTHERWISE.items():
+        if config.get(setting):
+            raise UserError(f"{path}: {why}")
+    return config
+
+
+def _tensors(path: Path) -> Tensors:
+    if (path / WEIGHTS).is_file():
+        return _safe(path / WEIGHTS)
+    if (path / PICKLED).is_file():
+        return _pickled(path / PICKLED)
+    raise UserError(f"{path}: holds no {WEIGHTS} (nor {PICKLED})")
+
+
+def _safe(file: Path) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened: Any = safe_open(file, "pt")
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _broken(file, error) from None
+    return Tensors(shapes, opened.get_tensor)
+
+
+def _pickled(file: Path) -> Tensors:
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        shapes = {str(name): tuple(tensor.shape) for name, tensor in found.items()}
+    except Exception as error:  # a pickle may be broken, or refused, in any way
+        raise _broken(file, error) from None
+    return Tensors(shapes, found.__getitem__)
+
+
+def _broken(file: Path, error: Exception) -> UserError:
+    with file.open("rb") as opened:
+        pointer = opened.read(24).startswith(b"version https://git-lfs")
+    why = "is a git-lfs pointer; run `git lfs pull` there" if pointer else f"is broken ({first_line(error)[:100]})"
+    return UserError(f"{file}: {why}")
