@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The studies of docs/studies.md and the real rows of docs/results.md, each a sweep. What is finished stands in
-# docs/studies/NAME.jsonl, a line a cell, and is not run again: started anew, a study does what is missing, and prints its
-# table.
+# Studies, and the real rows of docs/results.md, each a sweep. What is finished stands in docs/studies/NAME.jsonl, a line a
+# cell, and is not run again: started anew, a study does what is missing, and prints its table.
 #
 #   scripts/studies.sh NAME [--slots N]
 #
@@ -19,7 +18,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 results=${FOLDER:-$here/../docs/studies}
-runs=${RUNS:-runs/studies}
+runs=${RUNS:-runs/studies} python=${PYTHON:-python3}
 name=${1:-} slots=()
 [ $# -eq 0 ] || shift
 while [ $# -gt 0 ]; do
@@ -41,7 +40,7 @@ real() {
 
 # Rows 1000 to 1059 of a task's train file to be tested on, those before to train on.
 validation() {
-  python3 - "$DATA" "$runs/validation" SC/amazon TC/dbpedia <<'PYTHON'
+  "$python" - "$DATA" "$runs/validation" SC/amazon TC/dbpedia <<'PYTHON'
 import json, sys
 from pathlib import Path
 
@@ -98,8 +97,8 @@ case "$name" in
       --vary "training.epochs=1 2 4" -- --data-dir "$DATA" --set data.max_train=120 --set data.max_test=60
     ;;
   *)
-    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
-"${PYTHON:-python3}" "$here/study.py" "$results/$name.jsonl"
+"$python" "$here/study.py" "$results/$name.jsonl"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -83,9 +83,7 @@ def usual_rows(rows: Sequence[Example], base: Base, micro_batch: int) -> Batch:
 
 def seconds(base: Base, batch: Batch, bf16: bool) -> tuple[float, float]:
     """Of a step of the frozen base on a batch, forward and backward through all of it, and of a forward alone."""
-    if not bf16:
-        return _seconds(base, batch, bf16)
-    with _for_a_while(base.model):
+    with _rounded_meanwhile(base.model) if bf16 else nullcontext():
         return _seconds(base, batch, bf16)
 
 
@@ -132,7 +130,7 @@ def rounded(model: PreTrainedModel, but: Collection[str] = ()) -> list[nn.Module
 
 
 @contextmanager
-def _for_a_while(model: PreTrainedModel) -> Iterator[None]:
+def _rounded_meanwhile(model: PreTrainedModel) -> Iterator[None]:
     """``rounded``, and afterwards as they were."""
     before = {name: parameter.data for name, parameter in model.named_parameters()}
     rounded(model)

@@ -109,13 +109,13 @@ class Initialisation(Option):
         from cl_runner.adapters.quantized import is_quantized
         from cl_runner.models.base import before_quantising
 
-        names = {role: stage.named(role) for role in ("A", "B")}
+        names, parameters = {role: stage.named(role) for role in ("A", "B")}, stage.all_parameters()
         within_4_bits = [t for t, past in stage.adapters.past.items() if is_quantized(past.layer) and past.empty]
         values: dict[str, Tensor] = {}
         lost = left = 0.0
         whole = before_quantising(stage.config.model, stage.device, within_4_bits if stage.rank == 0 else [])
         for target in within_4_bits:
-            A, B = (torch.zeros_like(stage.all_parameters()[names[role][target]]) for role in ("A", "B"))
+            A, B = (torch.zeros_like(parameters[names[role][target]]) for role in ("A", "B"))
             if stage.rank == 0:
                 _, W = next(whole)
                 loss = W.to(stage.device) - stage.whole_weight(target)
