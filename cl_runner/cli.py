@@ -176,13 +176,17 @@ def report(
     output_dir: OutputDir = None,
     csv: Annotated[bool, typer.Option("--csv", help="The matrix as CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html into the run's folder: one page.")] = False,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy matrix, AA, forgetting, transfer of a run."""
     from cl_runner.commands import report as command
 
-    form = "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
-    command.report(run or [], root=Path(output_dir or "runs"), form=form)
+    form = "html" if html else "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
+    command.report(run or [], root=Path(output_dir or "runs"), form=form, figures_in=figures)
 
 
 @app.command()

@@ -31,6 +31,7 @@ SMALL = tuple(
     for setting in (
         "data.max_train=8", "data.max_test=4", "training.epochs=1", "training.lr=1e-2", "training.global_batch=4",
         "training.micro_batch=2", "output.log_every=1", "eval.max_new_tokens=6",
+        "output.html=false",
     )
 )  # fmt: skip
 # The same on a model whose steps take a third of the time, where neither its name nor its answers are the matter.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_runner.atomic import write_text
 from cl_runner.errors import UserError
 from cl_runner.report import tables
 from cl_runner.report.compare import compare
@@ -15,12 +16,15 @@ from cl_runner.report.tables import RunSummary
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import forgotten_counts
+from cl_runner.runs.page import FILE, read_page
 from cl_runner.runs.results import summary_of
-from cl_runner.terminal.console import print_json, rich_print
+from cl_runner.terminal.console import one_line, print_json, rich_print
 
 
-def report(wanted: Sequence[str], *, root: Path, form: str) -> None:
+def report(wanted: Sequence[str], *, root: Path, form: str, figures_in: Path | None = None) -> None:
     """``cl-runner report``: one run, or several side by side."""
+    if figures_in is not None and form != "html":
+        raise UserError("--figures: the figures are those of the page; say --html too")
     if len(wanted) > 1:
         updates = form in ("markdown", "json")  # more columns than a terminal has room for, and more to read
         _compare([summary_of(catalog.find(root, name), updates=updates) for name in wanted], form)
@@ -36,8 +40,32 @@ def report(wanted: Sequence[str], *, root: Path, form: str) -> None:
         print(tables.csv(summary), end="")
     elif form == "markdown":
         print(tables.markdown(summary))
+    elif form == "html":
+        print(write_page(rundir, figures_in))
     else:
         rich_print(tables.table(summary))
+
+
+def write_page(run: RunDir, figures_in: Path | None = None) -> Path:
+    """Write the run's page, and its figures as files into a folder, if one is given; returns the page's place.
+
+    Raises:
+        UserError: a file of the run is broken, or nothing can be written there.
+    """
+    from cl_runner.report.page.run_page import figures, run_page
+
+    page = read_page(run)
+    drawn = figures(page)
+    file = run.path / FILE
+    try:
+        if figures_in is not None:
+            figures_in.mkdir(parents=True, exist_ok=True)
+            for each in drawn:
+                each.save(figures_in)
+        write_text(file, run_page(page, drawn))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from None
+    return file
 
 
 def _compare(summaries: Sequence[RunSummary], form: str) -> None:
@@ -57,12 +85,24 @@ def _json(run: RunDir, summary: RunSummary) -> dict[str, Any]:
     return {**tables.report_json(summary), "forgotten": forgotten_counts(run)}
 
 
-def print_result(folder: RunDir, as_json: bool) -> None:
-    """The table, the folder, the next command; or one JSON object."""
+def print_result(folder: RunDir, as_json: bool, page: bool) -> None:
+    """The table, the folder, its page, the next command; or one JSON object. ``page``: whether to write one."""
     summary = summary_of(folder)
+    written = _page_after(folder) if page else None
     if as_json:
         print_json({"run": str(folder.path), **_json(folder, summary)})
         return
     rich_print(tables.table(summary))
     print(f"\nrun folder: {folder.path}")
+    if written is not None:
+        print(f"page to open: {written}")
     print(f"again at any time: cl-runner report {shlex.quote(str(folder.path))}")
+
+
+def _page_after(folder: RunDir) -> Path | None:
+    """The page of a run that has just ended: the run is done, whatever becomes of the page, and what does is said."""
+    try:
+        return write_page(folder)
+    except Exception as error:
+        print(f"{folder.path / FILE} is not written: {one_line(str(error))}", file=sys.stderr)
+        return None

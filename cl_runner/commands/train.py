@@ -63,7 +63,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
         if part is None or part.rank == 0:
             finish(folder)
             print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
-            print_result(folder, as_json)
+            print_result(folder, as_json, config.output.html)
         return 0
     if processes > 1 and part is None:
         if folder.exists():
@@ -75,7 +75,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     session = Session(resolved, located, plan, identity, folder, part, extended)
     code = session.run()
     if code == 0 and session.place.rank == 0:
-        print_result(session.folder, as_json)
+        print_result(session.folder, as_json, config.output.html)
     return code
 
 

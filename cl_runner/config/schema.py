@@ -364,6 +364,7 @@ class OutputConfig(Section):
     dir: str = Field(default="runs", description="Folder of the run folders.")
     name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
+    html: bool = Field(default=True, description="Write report.html, the run's page, when it ends.")
     keep_stages: int | Literal["all"] = Field(
         default="all",
         description="Full fine-tuning: how many of the last stages keep their model (those that answer always do).",

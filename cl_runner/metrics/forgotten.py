@@ -162,6 +162,17 @@ def follow(task: str, stages: Mapping[int, Sequence[Answer]], sets: LabelSets) -
     return Forgetting(task, numbers[0], len(ids), tuple(turns), tuple(forgotten), again)
 
 
+def answered_with(answers: Iterable[Answer], sets: LabelSets) -> Counter[Whose | None]:
+    """How many rows are right (None), and how many of the others are answered with whose labels; ``sets`` as then."""
+    found: Counter[Whose | None] = Counter()
+    known: dict[str, Whose] = {}
+    for answer in answers:
+        if not answer.correct and answer.output not in known:
+            known[answer.output] = sets.whose(answer.output)
+        found[None if answer.correct else known[answer.output]] += 1
+    return found
+
+
 def by_labels(forgotten: Iterable[Lost]) -> list[tuple[Whose, int]]:
     """How many rows are answered by whose labels now, the most first."""
     return Counter(row.whose for row in forgotten).most_common()

@@ -372,6 +372,14 @@ def _pairs(run: RunSummary, beside: Published) -> Iterable[tuple[str, float | No
         yield "weighted average", accuracy.weighted_average_accuracy(run.matrix), beside.weighted_average
 
 
+BESIDE = ("after the last stage, %", "this run", "published", "difference")
+
+
+def beside_published(run: RunSummary, beside: Published) -> list[list[str]]:
+    """Rows under ``BESIDE``: each task that was published, and the averages."""
+    return [[name, *_three(ours, theirs)] for name, ours, theirs in _pairs(run, beside)]
+
+
 def _three(ours: float | None, theirs: float | None) -> tuple[str, str, str]:
     difference = None if ours is None or theirs is None else ours - theirs
     return (
@@ -417,8 +425,7 @@ def markdown(run: RunSummary) -> str:
         blocks.append(f"{line}\n")
     beside = comparable(run)
     if beside is not None:
-        pairs = [[name, *_three(ours, theirs)] for name, ours, theirs in _pairs(run, beside)]
-        blocks.append(markdown_table(["after the last stage, %", "this run", "published", "difference"], pairs))
+        blocks.append(markdown_table(BESIDE, beside_published(run, beside)))
         blocks.append(f"Published: {beside.label}, {beside.source}.\n")
     blocks += [f"{note}\n" for note in notes(run)]
     return "\n".join(blocks)

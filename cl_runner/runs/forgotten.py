@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,18 @@ from typing import Any
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.metrics.exact_match import Comparison
-from cl_runner.metrics.forgotten import Answer, Difference, Forgetting, LabelSet, LabelSets, counts, differ, follow
+from cl_runner.metrics.forgotten import (
+    Answer,
+    Difference,
+    Forgetting,
+    LabelSet,
+    LabelSets,
+    Whose,
+    answered_with,
+    counts,
+    differ,
+    follow,
+)
 from cl_runner.metrics.scores import judges
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.predictions import predictions
@@ -82,6 +94,26 @@ def read_forgotten(run: RunDir, *, stage: int | None = None, task: str | None = 
     if task is not None:
         skipped, to_come = {}, ()
     return RunForgetting(run, tuple(names[:now]), tuple(found), skipped, to_come, tuple(notes))
+
+
+def read_answered(run: RunDir) -> dict[str, dict[int, Counter[Whose | None]]]:
+    """Task → stage (from the one that last trained it) → how its test rows are answered (``answered_with``).
+
+    Without tasks whose answers are not right or wrong. Raises UserError.
+    """
+    with readable(run):
+        about = run.about()
+        names = stage_names(about)
+        now = run.committed(names)
+        known, _ = _label_sets(run, about)
+        learned = {task: at for task, at in _learned(about, now).items() if not _why_not(task, about, known)}
+        return {
+            task: {
+                stage: answered_with(rows, _sets_of(task, learned[task], stage, about, known))
+                for stage, rows in stages.items()
+            }
+            for task, stages in _answers(run, names[:now], learned).items()
+        }
 
 
 def forgotten_counts(run: RunDir) -> dict[str, Any] | None:

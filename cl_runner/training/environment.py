@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -39,6 +41,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
     device = torch.cuda.get_device_name(place.torch_device) if place.device == "cuda" else platform.processor() or "cpu"
     return {
         "cl_runner": __version__,
+        "command": shlex.join(["cl-runner", *sys.argv[1:]]),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},

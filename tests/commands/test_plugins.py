@@ -23,7 +23,8 @@ from cl_runner.methods.seqlora import SeqLoRA
 from cl_runner.tasks.sources import RowSource, found, source_of
 
 log = Path({log!r})
-log.write_text(log.read_text() + "x" if log.exists() else "x")
+with log.open("a") as file:  # of several processes at once
+    file.write("x")
 
 
 class Small(SeqLoRA):

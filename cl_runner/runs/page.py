@@ -1,0 +1,120 @@
+"""What a run's page is made of, read from its folder without model or torch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cl_runner.atomic import read_json, read_jsonl
+from cl_runner.errors import UserError
+from cl_runner.methods import METHODS
+from cl_runner.report.page.run_page import RunPage
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.forgotten import RunForgetting, read_answered, read_forgotten
+from cl_runner.runs.results import summary_of
+from cl_runner.runs.updates import peak_megabytes
+
+ANALYSIS = "analysis.json"
+_WARNING = re.compile(r"(?:stage (\d+) of \d+ (\S+): )?warning: (.*)")
+
+
+FILE = "report.html"
+
+
+def read_page(run: RunDir) -> RunPage:
+    """All that stands on the page of a run. Raises UserError where a file of it is broken."""
+    summary = summary_of(run)
+    forgetting: RunForgetting | None = None
+    with suppress(UserError):  # no stage yet
+        forgetting = read_forgotten(run)
+    with readable(run):
+        about = run.about()
+        names = stage_names(about)[: summary.stages_done]
+        stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(names)]
+        environment = _read(run.path / "environment.json")
+        log = run.path / "log.jsonl"
+        rows = [row for row in read_jsonl(log) if row["stage"] in names] if log.is_file() else []
+        return RunPage(
+            run=summary,
+            title=METHODS.get(about["method"]).title if about["method"] in METHODS.ours else "",
+            rows=_rows(about, summary.metrics),
+            forgotten=[] if forgetting is None else forgetting.tasks,
+            answered={} if forgetting is None else read_answered(run),
+            log=rows,
+            stages=stages,
+            peak=peak_megabytes(run),
+            analysis=_analysis(run, names),
+            health=_warnings(run),
+            command=environment.get("command", ""),
+            environment=_told(environment),
+            again=shlex.quote(run.name),
+            notes=_notes(forgetting),
+        )
+
+
+def _rows(about: Mapping[str, Any], metrics: Mapping[str, str]) -> list[list[str]]:
+    """Of each task: its metric, train and test rows, those left out, where they come from."""
+    found = []
+    for task in about["tasks"]:
+        splits = about["identity"]["data"][task]
+        dropped = sum(split["dropped"] for split in splits.values())
+        sources = dict.fromkeys(split["source"] for split in splits.values())
+        count = [f"{splits[name]['rows']:,}" if name in splits else "–" for name in ("train", "test")]
+        found.append([task, metrics.get(task, ""), *count, f"{dropped:,}", "; ".join(sources)])
+    return found
+
+
+def _analysis(run: RunDir, names: Sequence[str]) -> dict[str, Any] | None:
+    """``analysis.json``, if it is of the stages there are by now: all layers, and made since the last was committed."""
+    file = run.path / ANALYSIS
+    if not names or not file.is_file():
+        return None
+    last = run.stage_dir(len(names) - 1, names[-1]) / "DONE"
+    found = read_json(file)
+    whole = "pattern" not in found and file.stat().st_mtime_ns >= last.stat().st_mtime_ns
+    return found if whole else None
+
+
+def _warnings(run: RunDir) -> list[str]:
+    """What the screen warned of, each once."""
+    if not run.log_file.is_file():
+        return []
+    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [match for line in lines if (match := _WARNING.fullmatch(line))]
+    return list(dict.fromkeys(f"stage {m[1]} {m[2]}: {m[3]}" if m[1] else m[3] for m in found))
+
+
+def _told(environment: Mapping[str, Any]) -> dict[str, str]:
+    """What a run ran on, in words."""
+    words = {
+        "cl_runner": "cl-runner",
+        "git_commit": "commit",
+        "python": "Python",
+        "platform": "platform",
+        "device": "device",
+        "processes": "processes",
+        "threads": "threads",
+        "started": "started",
+    }
+    told = {word: str(environment[key]) for key, word in words.items() if environment.get(key) is not None}
+    packages = environment.get("packages", {})
+    if packages:
+        told["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
+    if environment.get("later"):
+        told["went on"] = f"{len(environment['later'])} times after an interruption"
+    return told
+
+
+def _notes(forgetting: RunForgetting | None) -> list[str]:
+    if forgetting is None:
+        return []
+    skipped = [f"{task}: no rows are right or wrong; {why}" for task, why in forgetting.skipped.items()]
+    return [*skipped, *forgetting.notes]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
