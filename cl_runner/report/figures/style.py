@@ -7,7 +7,9 @@ is drawn.
 from __future__ import annotations
 
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +64,24 @@ def drawing(height: float, rows: int = 1, columns: int = 1, **more: Any) -> Iter
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with rc_context(_STYLE):
+    with rc_context(_STYLE), _quiet():
         figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04))
         yield figure, figure.subplots(rows, columns, **more)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of fonts on the screen: that they are looked for, the first time; that one lacks a letter of a task's
+    name, which a browser takes from another."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class Drawn:
@@ -93,8 +110,9 @@ class Drawn:
         out = io.BytesIO()
         # No date, and ids that are the same each time: the same run makes the same file.
         metadata = {"Date": None} if form == "svg" else {}
-        with rc_context({**_STYLE, "svg.hashsalt": self.name, "savefig.facecolor": "white"}):
+        with rc_context({**_STYLE, "svg.hashsalt": self.name, "savefig.facecolor": "white"}), _quiet():
             self._figure.savefig(out, format=form, dpi=300, transparent=form == "svg", metadata=metadata)
+        self._figure.set_layout_engine("none")  # which would move things a hair each time
         return out.getvalue()
 
 
