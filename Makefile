@@ -20,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/cl-runner train --order order1 --method seqlora --preset tiny --data synthetic
 	$(BIN)/cl-runner train --order order1 --method olora --preset tiny --data synthetic
-	$(BIN)/cl-runner report runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42
+	$(BIN)/cl-runner compare runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42
+	$(BIN)/cl-runner compare runs/order1-seqlora-tiny-t5-s42 runs/order1-olora-tiny-t5-s42 --html runs/demo.html
 
 # The same on a small real model and real rows, which are yours to bring: asked for before anything is fetched.
 DATA ?= $(CL_RUNNER_DATA)
@@ -36,7 +37,8 @@ endif
 demo-real: setup smollm2
 	$(BIN)/cl-runner train $(REAL) --method seqlora
 	$(BIN)/cl-runner train $(REAL) --method olora
-	$(BIN)/cl-runner report runs/order1-three-seqlora-smollm2-s42 runs/order1-three-olora-smollm2-s42
+	$(BIN)/cl-runner compare runs/order1-three-seqlora-smollm2-s42 runs/order1-three-olora-smollm2-s42
+	$(BIN)/cl-runner compare runs/order1-three-seqlora-smollm2-s42 runs/order1-three-olora-smollm2-s42 --html runs/demo-real.html
 
 smollm2: | setup
 	PYTHON=$(BIN)/python scripts/get_smollm2.sh $@

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import parser, publish, run_process
 from cl_runner.methods.colora.mathematics import tempered_counts
 from cl_runner.methods.colora.method import CoLoRA
-from cl_runner.report.compare import spread
+from cl_runner.report.comparison.measures import spread
 
 LARGE, SMALL = "dbpedia", "agnews"
 ROUNDS = 2

@@ -171,7 +171,7 @@ def rescore(
 @app.command()
 def report(
     run: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="As for eval; several are compared, over seeds.")
+        list[str] | None, typer.Argument(metavar="[RUN]", help="As for eval; several: cl-runner compare.")
     ] = None,
     output_dir: OutputDir = None,
     csv: Annotated[bool, typer.Option("--csv", help="The matrix as CSV.")] = False,
@@ -187,6 +187,36 @@ def report(
 
     form = "html" if html else "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
     command.report(run or [], root=Path(output_dir or "runs"), form=form, figures_in=figures)
+
+
+@app.command()
+def compare(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Names, unique prefixes, patterns ('order1-*'), folders that hold runs."),
+    ] = None,
+    output_dir: OutputDir = None,
+    against: Annotated[
+        str, typer.Option("--against", metavar="METHOD", help="Hold all others against it alone; default: every pair.")
+    ] = "",
+    csv: Annotated[bool, typer.Option("--csv", help="A row for each method and order.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown tables.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="As LaTeX tabulars (booktabs).")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one page to this file.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Methods over orders and seeds: means, intervals, paired tests, ranks, cost."""
+    from cl_runner.commands import compare as command
+
+    form = "json" if as_json else "csv" if csv else "markdown" if markdown else "latex" if latex else "table"
+    root = Path(output_dir or "runs")
+    if html is not None or figures is not None:
+        command.write_page(run or [], root=root, against=against, file=html, figures_in=figures)
+    else:
+        command.compare(run or [], root=root, against=against, form=form)
 
 
 @app.command()

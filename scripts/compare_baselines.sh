@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every method on orders 1 to 3 with three seeds, on the embedded tiny model and synthetic data, then the table of all
-# finished runs on stdout: AA, forgetting, training time, state size. Safe to start again: finished runs are skipped,
+# finished runs on stdout: AA, intervals, tests, forgetting, training time, state size. Safe to start again: finished runs are skipped,
 # unfinished ones go on.
 #
 #   scripts/compare_baselines.sh [--orders "order1"] [--methods "seqlora ewc replay-full"] [--seeds "1 2"] [--slots N]
@@ -50,8 +50,7 @@ sweep() {
 [ -z "$pair" ] || sweep "$pair" "$@"
 [ -z "$full" ] || sweep "$full" "$@" --set method.train=full
 
-mapfile -t found < <(cd "$dir" 2>/dev/null && ls)
-if [ ${#found[@]} -gt 0 ]; then
-  "$runner" report --output-dir "$dir" --markdown "${found[@]}" || exit
+if [ -n "$(ls "$dir" 2>/dev/null)" ]; then
+  "$runner" compare --markdown "$dir" || exit
 fi
 exit "$failed"

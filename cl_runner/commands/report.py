@@ -1,4 +1,4 @@
-"""``cl-runner report``: one run, or several side by side."""
+"""``cl-runner report``: what one run has learned and forgotten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from cl_runner.atomic import write_text
 from cl_runner.errors import UserError
 from cl_runner.report import tables
-from cl_runner.report.compare import compare
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
@@ -22,13 +21,11 @@ from cl_runner.terminal.console import one_line, print_json, rich_print
 
 
 def report(wanted: Sequence[str], *, root: Path, form: str, figures_in: Path | None = None) -> None:
-    """``cl-runner report``: one run, or several side by side."""
+    """``cl-runner report``. Raises UserError."""
     if figures_in is not None and form != "html":
         raise UserError("--figures: the figures are those of the page; say --html too")
     if len(wanted) > 1:
-        updates = form in ("markdown", "json")  # more columns than a terminal has room for, and more to read
-        _compare([summary_of(catalog.find(root, name), updates=updates) for name in wanted], form)
-        return
+        raise UserError(f"report is of one run; cl-runner compare {shlex.join(wanted)} holds several beside each other")
     rundir = catalog.find(root, wanted[0] if wanted else None)
     summary = summary_of(rundir)
     if not wanted:
@@ -66,18 +63,6 @@ def write_page(run: RunDir, figures_in: Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from None
     return file
-
-
-def _compare(summaries: Sequence[RunSummary], form: str) -> None:
-    found = compare(summaries)
-    if form == "json":
-        print_json(found.to_json())
-    elif form == "csv":
-        raise UserError("--csv is the matrix of one run; several are compared as a table, --markdown or --json")
-    elif form == "markdown":
-        print(found.markdown())
-    else:
-        rich_print(found)
 
 
 def _json(run: RunDir, summary: RunSummary) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Scores of answers as text: the share that is right, and others per task.
 
-What is right is the comparison's to say. scikit-learn, scipy, rouge-score and sacrebleu come with the extra
-``cl-runner[metrics]``; shares of right answers and the F1 of words or of sets need none of them.
+What is right is the comparison's to say. scikit-learn, rouge-score and sacrebleu come with the extra
+``cl-runner[metrics]``; shares of right answers, the F1 of words or of sets, and correlations need none of them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def require(metric: str, labels: Sequence[str] | None = None) -> None:
     needs = {
         "f1": "sklearn.metrics",
         "matthews": "sklearn.metrics",
-        "pearson": "scipy.stats",
         "rouge-l": "rouge_score.rouge_scorer",
         "bleu": "sacrebleu",
     }
@@ -158,7 +157,9 @@ def _pearson(predictions: Sequence[str], golds: Sequence[str]) -> float:
     _varied(parsed, right)
     middle = fmean(parsed)
     filled = [middle if value is None else value for value in said]
-    return 100 * float(_library("scipy.stats", "pearson").pearsonr(filled, right).statistic)
+    from scipy import stats
+
+    return 100 * float(stats.pearsonr(filled, right).statistic)
 
 
 def _varied(said: Sequence[float], right: Sequence[float]) -> None:

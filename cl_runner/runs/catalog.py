@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,37 @@ def find(root: Path, wanted: str | None) -> RunDir:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UserError(f"'{wanted}' is the beginning of {len(names)} runs: {', '.join(names[:5])}{more}")
     raise UserError(f"there is no run '{wanted}' in {root}{did_you_mean(wanted, [run.name for run in runs])}")
+
+
+def find_several(root: Path, wanted: Sequence[str]) -> list[tuple[RunDir, bool]]:
+    """The runs that are meant, each once, and whether one was named itself.
+
+    Beside what ``find`` takes: a pattern (``order1-*``, of names or of folders), and a folder that holds runs. Their
+    runs come in the order of their names.
+
+    Raises:
+        UserError: as ``find``, or nothing fits a pattern.
+    """
+    found: dict[Path, tuple[RunDir, bool]] = {}
+    for name in wanted:
+        for run, named in _several(root, name):
+            key = run.path.resolve()
+            found[key] = (run, named or (key in found and found[key][1]))
+    return list(found.values())
+
+
+def _several(root: Path, name: str) -> list[tuple[RunDir, bool]]:
+    path = Path(name)
+    if name and not RunDir(path).exists() and path.is_dir() and (inside := all_runs(path)):
+        return [(run, False) for run in sorted(inside, key=lambda run: run.name)]
+    if not any(sign in name for sign in "*?[") or RunDir(path).exists():
+        return [(find(root, name), True)]
+    folders = sorted(path.parent.glob(path.name)) if "/" in name else []
+    runs = [RunDir(folder) for folder in folders if RunDir(folder).exists()]
+    runs += [run for run in sorted(all_runs(root), key=lambda run: run.name) if fnmatchcase(run.name, name)]
+    if not runs:
+        raise UserError(f"no run in {path.parent if '/' in name else root} is called '{path.name}'")
+    return [(run, False) for run in runs]
 
 
 def all_runs(root: Path) -> list[RunDir]:

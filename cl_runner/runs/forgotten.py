@@ -81,7 +81,7 @@ def read_forgotten(run: RunDir, *, stage: int | None = None, task: str | None = 
         now = run.finished(names, stage)
         learned = _learned(about, now)
         known, notes = _label_sets(run, about)
-        skipped = {name: why for name in learned if (why := _why_not(name, about, known))}
+        skipped = {name: why for name in learned if (why := why_not_judged(name, about, known))}
         if task is not None:
             if task not in learned:
                 raise UserError(f"--task {task}: the run {run.path} has not learned it by stage {now}")
@@ -106,7 +106,7 @@ def read_answered(run: RunDir) -> dict[str, dict[int, Counter[Whose | None]]]:
         names = stage_names(about)
         now = run.committed(names)
         known, _ = _label_sets(run, about)
-        learned = {task: at for task, at in _learned(about, now).items() if not _why_not(task, about, known)}
+        learned = {task: at for task, at in _learned(about, now).items() if not why_not_judged(task, about, known)}
         return {
             task: {
                 stage: answered_with(rows, _sets_of(task, learned[task], stage, about, known))
@@ -160,19 +160,23 @@ def read_difference(run: RunDir, other: RunDir, *, stage: int | None = None, tas
         UserError: as ``read_forgotten``; they have no such task, other test rows of one, or another rule of what is
             right.
     """
-    both = [read_forgotten(one, stage=stage, task=task) for one in (run, other)]
-    theirs = {found.task: found for found in both[1].tasks}
-    pairs = [(found, theirs[found.task]) for found in both[0].tasks if found.task in theirs]
-    skipped = {name: why for name, why in both[0].skipped.items() if name in both[1].skipped or name in theirs}
-    skipped |= {name: why for name, why in both[1].skipped.items() if name in {one.task for one in both[0].tasks}}
+    return hold_against(*(read_forgotten(one, stage=stage, task=task) for one in (run, other)))
+
+
+def hold_against(one: RunForgetting, other: RunForgetting) -> RunsDiffer:
+    """What one run keeps and the other forgets, as ``read_difference`` has it. Raises UserError."""
+    theirs = {found.task: found for found in other.tasks}
+    pairs = [(found, theirs[found.task]) for found in one.tasks if found.task in theirs]
+    skipped = {name: why for name, why in one.skipped.items() if name in other.skipped or name in theirs}
+    skipped |= {name: why for name, why in other.skipped.items() if name in {found.task for found in one.tasks}}
     if not pairs and not skipped:
-        raise UserError(f"the runs {run.path} and {other.path} have no task in common that both have learned")
-    with readable(run):
-        mine = run.about()["identity"]
-    with readable(other):
+        raise UserError(f"the runs {one.run.path} and {other.run.path} have no task in common that both have learned")
+    with readable(one.run):
+        mine = one.run.about()["identity"]
+    with readable(other.run):
         for name in (found.task for found, _ in pairs):
-            _refuse_other_rows(run, other, name, mine, other.about()["identity"])
-    return RunsDiffer(both[0], both[1], tuple(differ(*pair) for pair in pairs), skipped)
+            _refuse_other_rows(one.run, other.run, name, mine, other.run.about()["identity"])
+    return RunsDiffer(one, other, tuple(differ(*pair) for pair in pairs), skipped)
 
 
 def _refuse_other_rows(
@@ -180,7 +184,7 @@ def _refuse_other_rows(
 ) -> None:
     if mine["data"][task]["test"]["fingerprint"] != theirs["data"][task]["test"]["fingerprint"]:
         raise UserError(f"{other.path} has other test rows of {task} than {run.path}: nothing to hold against them")
-    rules = [_rule(task, identity) for identity in (mine, theirs)]
+    rules = [rule_of(task, identity) for identity in (mine, theirs)]
     if rules[0] != rules[1]:
         raise UserError(f"{run.path} scores {task} by the rule '{rules[0]}', {other.path} by '{rules[1]}'")
 
@@ -233,7 +237,7 @@ def _label_sets(run: RunDir, about: Mapping[str, Any]) -> tuple[dict[str, LabelS
         if task is None or task.definition != identity["definitions"][name]:
             lost.append(name)
         elif task.labels:
-            rule = _rule(name, identity) if task.judged else str(task.comparison)
+            rule = rule_of(name, identity) if task.judged else str(task.comparison)
             known[name] = LabelSet(name, task.labels, Comparison.parse(rule))
     return known, [f"the labels of {', '.join(lost)} are not known: the run is of an earlier version"] if lost else []
 
@@ -246,12 +250,12 @@ def _tasks(run: RunDir, about: Mapping[str, Any]) -> dict[str, Task | None]:
     return {name: benchmark.get(name) if name in ours else None for name in about["tasks"]}
 
 
-def _rule(task: str, identity: Mapping[str, Any]) -> str:
+def rule_of(task: str, identity: Mapping[str, Any]) -> str:
     """The rule of what is right: earlier versions had one for all."""
     return str(identity["scoring"].get(task, "") if "scoring" in identity else "normalised")
 
 
-def _why_not(task: str, about: Mapping[str, Any], known: Mapping[str, LabelSet]) -> str:
+def why_not_judged(task: str, about: Mapping[str, Any], known: Mapping[str, LabelSet]) -> str:
     """Why no answer to a task is right or wrong; empty where each is one of the two."""
     metric = about.get("metrics", {}).get(task, "normalised")
     if "scoring" in about["identity"]:

@@ -63,7 +63,7 @@ def listing(
         "state": [one for state in _known("--state", states, STATES) for one in _states(state)],
     }
     found = [
-        _Found(run, place, _settings(folder) if run.whole else None)
+        _Found(run, place, readable_settings(folder) if run.whole else None)
         for place, (folder, run) in enumerate(runs)
         if all(getattr(run, key) in values for key, values in wanted.items() if values)
     ]
@@ -139,7 +139,7 @@ def _differing_in(one: _Found, keys: Sequence[Key]) -> Listed:
     return replace(one.run, differs=differs)
 
 
-def _settings(run: RunDir) -> dict[Key, Any] | None:
+def readable_settings(run: RunDir) -> dict[Key, Any] | None:
     """Those of ``run.yaml``; of a method that is not here (a plugin's) without its defaults."""
     with suppress(UserError):
         return dict(settings_of(recorded(run)))

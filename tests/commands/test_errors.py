@@ -228,6 +228,13 @@ RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     *[((command, ""), ("empty",)) for command in READERS],
     *[((command, "own.csv"), ("own.csv",)) for command in READERS],
     (("forgotten", "--against", ""), ("--against", "empty")),
+    (("compare",), ("say which runs", "cl-runner compare runs")),
+    (("compare", "nope"), ("nope", "in runs")),
+    (("compare", ""), ("empty",)),
+    (("compare", "no*pe"), ("no run in runs is called 'no*pe'",)),
+    (("compare", "taken/*"), ("no run in taken is called '*'",)),
+    (("compare", "taken/mine"), ("taken/mine", "no run folder")),
+    (("compare", "nowhere/x"), ("nowhere/x", "does not exist")),
     (("forgotten", "--stage", "x"), ("--stage: must be a whole number",)),
 ]
 ALL = [*USAGE, *SETTINGS, *METHOD, *DATA, *MODEL, *OUTPUT, *RUNS]
@@ -289,7 +296,7 @@ def test_none_of_it_needs_torch(place: Path) -> None:
     helps = [
         [*command.split(), "--help"]
         for command in (
-            "", "train", "eval", "rescore", "report", "forgotten", "list", "show", "config", "config show",
+            "", "train", "eval", "rescore", "report", "compare", "forgotten", "list", "show", "config", "config show",
             "config schema", "data", "data check", "data show", "new", "new order",
         )
     ]  # fmt: skip
@@ -374,7 +381,7 @@ def test_names_of_runs(copied: Finished) -> None:
     shutil.copytree(copied.run, copied.run.with_name("three-nlora"))
     refused(call("report", "three", cwd=copied.cwd), ("'three'", "2 runs", "three-nlora"))
     refused(call("report", "thre-nlora", cwd=copied.cwd), ("thre-nlora", "did you mean 'three-nlora'"))
-    refused(call("report", "three-n", "three-o", "--csv", cwd=copied.cwd), ("--csv",))
+    refused(call("report", "three-n", "three-o", cwd=copied.cwd), ("of one run", "cl-runner compare three-n three-o"))
     assert call("report", "three-n", cwd=copied.cwd).code == 0
 
 

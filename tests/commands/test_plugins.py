@@ -101,7 +101,7 @@ def test_a_run_says_what_it_was_made_with(made: Path) -> None:
 
 def test_what_reads_a_run_alone_needs_no_plugin(made: Path) -> None:
     before = imports(made)
-    for arguments in (("report", "run"), ("report", "run", "run"), ("list", "runs")):
+    for arguments in (("report", "run"), ("compare", "run", "run"), ("list", "runs")):
         result = call(*arguments, cwd=made)
         assert result.code == 0 and "small" in result.out
     assert imports(made) == before

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cl_runner.metrics.accuracy import Matrix, average_accuracy, to_csv
+from cl_runner.metrics.accuracy import Matrix, to_csv
 from cl_runner.report import published, tables
-from cl_runner.report.compare import compare, spread
 from cl_runner.report.tables import RunSummary
 
 ORDER1 = ["dbpedia", "amazon", "yahoo", "agnews"]
@@ -111,9 +110,6 @@ def test_synthetic_stands_in_the_title_and_beside_the_numbers() -> None:
     assert "percent correct (synthetic)" in text
     assert tables.markdown(run).count("synthetic") >= 4
     assert tables.report_json(run)["synthetic"] is True
-    comparison = compare([run])
-    assert "synthetic data" in comparison.markdown()
-    assert "| olora (reference) (synthetic) |" in comparison.markdown()
 
 
 def several_metrics() -> RunSummary:
@@ -183,7 +179,6 @@ def test_text_of_users_is_never_markup_or_beyond_ascii_where_that_is_all_there_i
     text = shown(tables.table(run))
     assert "[red]x[/red]" in text and "[bold]n[/bold]" in text
     shown(tables.table(a_run(ORDER6, synthetic=True)), encoding="ascii")
-    assert "+-" in shown(compare([a_run(), a_run(seed=1)]), encoding="ascii")
 
 
 def test_markdown_is_one_table_of_equal_rows_and_escapes_pipes() -> None:
@@ -257,37 +252,6 @@ def test_published_stands_beside_nothing_else(other: dict[str, Any]) -> None:
     assert "ublished" not in shown(tables.table(run)) + tables.markdown(run)
 
 
-# --- several runs -----------------------------------------------------------------------------------------------
-
-
-def test_mean_and_std_over_seeds() -> None:
-    shifts = [0.0, 1.0, 5.0]
-    runs = [a_run(seed=s, shift=x, name=f"r{s}") for s, x in enumerate(shifts)]
-    one = a_run(method="seqlora", form="", shift=-20.0)
-    found = compare([*runs, one]).groups
-    assert [g.method for g in found] == ["olora", "seqlora"]
-    aa = found[0].measures["average_accuracy"]
-    values = [62.25 + x for x in shifts]
-    mean = sum(values) / 3
-    assert aa is not None and aa.std is not None
-    assert aa.mean == pytest.approx(mean)
-    assert aa.std == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
-    line = "| olora (reference) | 64.2 ± 2.6 | 0.0 ± 0.0 | 0.5 ± 0.0 | - | - | 63.9 ± 2.6 | 3 |"
-    assert line in compare(runs).markdown()
-    assert "| seqlora | 42.2 | 0.0 | 0.5 | - | - | 41.9 | 1 |" in compare([one]).markdown()
-
-
-def test_what_it_cost_stands_beside_what_it_scored() -> None:
-    costs = [(90.0, 1.25), (110.0, 1.5)]
-    runs = [a_run(seed=s, seconds={"train": t, "stage": 999.0}, megabytes=m) for s, (t, m) in enumerate(costs)]
-    text = compare(runs).markdown()
-    assert "| BWT | train s | state MB | learned | seeds |" in text
-    assert "| 100 ± 14 | 1.38 ± 0.18 | 61.9 ± 0.0 | 2 |" in text
-    found = compare(runs).to_json()["groups"][0]
-    assert found["train_seconds"]["mean"] == pytest.approx(100.0) and found["state_megabytes"]["n"] == 2
-    assert max(len(line) for line in shown(compare(runs)).splitlines()) <= 80
-
-
 def counted(trained: int, **files: int) -> dict[str, Any]:
     """What a stage says of its parameters, with the bytes of its files."""
     on_disk = {name.replace("__", "."): {"numbers": 1, "bytes": size} for name, size in files.items()}
@@ -316,87 +280,12 @@ def test_stages_of_before_say_nothing_of_parameters() -> None:
     for parameters in ((), [None, None], [counted(8), None]):
         run = a_run(["a", "b"], parameters=parameters)
         assert "parameters" not in shown(tables.table(run)) + tables.markdown(run) and run.trained is None
-        assert "trained" not in compare([run]).markdown()
     assert tables.report_json(a_run(["a", "b"], parameters=[None, None]))["parameters"] is None
     extended = a_run(["a", "b"], parameters=[None, counted(8, adapter=2**10)])
     assert tables.what_trained(extended) == "8 parameters trained a stage; left on disk: adapter 1 KB"
     assert tables.report_json(extended)["parameters"][0] is None and extended.trained is None
 
 
-def test_how_much_trained_is_a_column_where_there_is_room() -> None:
-    runs = [a_run(["a", "b"], seed=s, parameters=[counted(100), counted(200 + s)]) for s in (0, 2)]
-    text = compare(runs).markdown()
-    assert "| learned | trained | seeds |" in text and "| 150 ± 1 | 2 |" in text
-    found = compare(runs).to_json()["groups"][0]["trained_parameters"]
-    assert (found["mean"], found["n"]) == (150.5, 2)
-    assert "trained" not in shown(compare(runs)), "none in 80 columns"
-
-
-def test_runs_that_are_not_alike_are_not_averaged() -> None:
-    runs = [a_run(), a_run(variant="3fa91c"), a_run(model="t5-base"), a_run(order="order2"), a_run(synthetic=True)]
-    assert [len(g.seeds) for g in compare(runs).groups] == [1] * 5
-    assert "3fa91c" in compare(runs).markdown()
-
-
-def test_a_variant_says_what_it_changed() -> None:
-    tuned = a_run(variant="3fa91c", changed=("training.lr=0.001", "training.optimizer=muon"))
-    line = "3fa91c: training.lr=0.001, training.optimizer=muon"
-    both = compare([a_run(), tuned])
-    assert both.markdown().endswith(f"- {line}\n") and line in shown(both)
-    assert line not in compare([tuned]).markdown()  # nothing to tell apart
-    assert both.to_json()["groups"][1]["changed"] == list(tuned.changed)
-
-
-def test_unfinished_and_repeated_runs_are_left_out_by_name() -> None:
-    runs = [a_run(name="old"), a_run(name="new", shift=2.0), a_run(name="half", done=2, seed=7)]
-    result = compare(runs)
-    assert [g.seeds for g in result.groups] == [(42,)]
-    aa = result.groups[0].measures["average_accuracy"]
-    assert aa is not None and aa.mean == pytest.approx(64.25)
-    assert any(line.startswith("old:") for line in result.left_out)
-    assert any(line.startswith("half: not finished, stage 2 of 4") for line in result.left_out)
-    json.dumps(result.to_json(), allow_nan=False)
-    assert "no finished run" in shown(compare([]))
-
-
-def test_means_over_other_tasks_do_not_stand_side_by_side() -> None:
-    """A run whose correlation is undefined has a mean of its own, over the others: nothing to hold beside another."""
-    whole = [[50.0, None, None], [40.0, 10.0, None], [30.0, 20.0, 60.0]]
-    lacking = [[50.0, None, None], [40.0, 10.0, None], [30.0, None, 60.0]]
-    tasks = ["topic", "sts", "dbpedia"]
-    stages = [f"0{t + 1}-{task}" for t, task in enumerate(tasks)]
-    why = "the answers are all the same"
-    first = a_run(tasks, name="a", seed=1, matrix=Matrix(stages, tasks, whole), metrics={"sts": "pearson"})
-    second = a_run(
-        tasks,
-        name="b",
-        seed=2,
-        matrix=Matrix(stages, tasks, lacking, undefined=[{}, {}, {"sts": why}]),
-        metrics={"sts": "pearson"},
-    )
-    assert average_accuracy(second.matrix) == 45.0, "its own report"
-    found = compare([first, second])
-    assert [found.groups[0].measures[key] for key in ("average_accuracy", "forgetting", "backward_transfer")] == [
-        None
-    ] * 3
-    assert found.groups[0].measures["learning_accuracy"] is not None, "sts had a score when it was learned"
-    assert found.left_out == [f"b: no average that sts is in; its pearson is undefined: {why}"]
-    alone = compare([first]).groups[0].measures["average_accuracy"]
-    assert alone is not None and alone.mean == pytest.approx(110 / 3)
-    # Before its stage (eval.future) a score enters none of these averages.
-    early = Matrix(stages, tasks, [[50.0, None, 7.0], *whole[1:]], undefined=[{"sts": why}, {}, {}])
-    found = compare([a_run(tasks, matrix=early), a_run(tasks, name="c", seed=2, matrix=early)])
-    assert found.left_out == [] and found.groups[0].measures["average_accuracy"] is not None
-    assert early.unscored() == [] and second.matrix.unscored() == ["sts"]
-    cut = Matrix(stages[:1], tasks, [[50.0, None, None]], undefined=[{"sts": why}])
-    assert cut.unscored() == [], "not seen yet: no average is without it"
-
-
-def test_an_undefined_measure_is_not_averaged_away() -> None:
-    assert spread([1.0, None]) is None
-    assert spread([]) is None
-
-
 def test_reports_do_not_import_torch() -> None:
-    code = "import sys, cl_runner.report.compare, cl_runner.terminal.progress; sys.exit('torch' in sys.modules)"
+    code = "import sys, cl_runner.report.tables, cl_runner.terminal.progress; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

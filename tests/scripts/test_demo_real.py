@@ -51,13 +51,14 @@ def test_what_it_trains_is_what_it_reports(rows: Path, tmp_path: Path) -> None:
     found = make(f"DATA={rows}")
     assert found.returncode == 0, found.stderr
     commands = [shlex.split(line) for line in found.stdout.splitlines() if "/cl-runner " in line]
-    *trains, report = [words[1:] for words in commands]
+    *trains, compare, page = [words[1:] for words in commands]
     model, tokenizer = FAMILIES["instruct"]()
     model.save_pretrained(tmp_path / "smollm2")
     tokenizer.save_pretrained(tmp_path / "smollm2")
     plans = [call(*words, "--dry-run", "--json", cwd=tmp_path).json for words in trains]
     assert [plan["method"] for plan in plans] == ["seqlora", "olora"]
-    assert report == ["report", *(plan["folder"] for plan in plans)]
+    assert compare == ["compare", *(plan["folder"] for plan in plans)]
+    assert page == [*compare, "--html", "runs/demo-real.html"]
     assert not any(plan["synthetic"] for plan in plans)
     stages = [(stage["name"], stage["train_rows"], stage["global_batch"]) for stage in plans[0]["stages"]]
     assert stages == [("dbpedia", 9, 8), ("amazon", 9, 8), ("agnews", 9, 8)]

@@ -81,9 +81,10 @@ def test_a_run(tmp_path: Path, model: str) -> None:
     # Another setting: no run goes on with it, and none is averaged with it.
     refused = train(cwd, model, "chosen", "verify")
     assert refused.code == 2 and "made with other settings (eval.mode)" in refused.err
-    groups = call("report", "chosen", "free", "--json", cwd=cwd).json["groups"]
+    groups = call("compare", "chosen", "free", "--json", cwd=cwd).json["groups"]
     assert [group["chosen"] for group in groups] == [True, False]
-    assert "seqlora (choose)" in call("report", "chosen", "free", cwd=cwd).out
+    both = call("compare", "chosen", "free", cwd=cwd).out
+    assert "(choose)" in both and "not the same in all: eval.mode: choose in" in " ".join(both.split())
     # Scored again.
     assert "percent, choose:" in call("eval", "chosen", cwd=cwd).out
     other = call("eval", "chosen", "--set=eval.mode=verify", cwd=cwd)

@@ -1,0 +1,154 @@
+"""The page of a comparison: one file, numbers as in the tables, fronts and intervals drawn where they are."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cl_runner.report.comparison.compared import compare
+from cl_runner.report.comparison.found import Comparison
+from cl_runner.report.figures import comparison as figure
+from cl_runner.report.page.comparison_page import comparison_page, drawn, figures
+from tests.command_line import call
+from tests.report.comparison.made import entry, methods
+from tests.report.comparison.test_forms import beside
+from tests.report.test_page import SPENT, Tags
+from tests.run_folders import RunFolder
+
+
+def page(found: Comparison) -> str:
+    return comparison_page(found, [], figures(found))
+
+
+class Read(HTMLParser):
+    """The texts of table cells and of the whole, the ids, and what is asked for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.ids: list[str] = []
+        self.asked: list[str] = []
+        self.words: list[str] = []
+        self._open = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self._open = True
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#"):
+                self.asked.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = self._open and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self._open:
+            self.cells[-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_it_says_who_is_ahead_and_how_sure_that_is() -> None:
+    found = compare(methods(3))
+    read = Read(page(found))
+    ahead = "olora (reference) has the highest AA, 95.0 ± 2.5 %, 12.5 points above seqlora"
+    first = found.pairs[0]
+    assert first.t_holm is not None
+    assert f"{ahead} (corrected p over seeds {first.t_holm:.3f}, over rows <.001)." in read.text
+    sure = sum(pair.t_holm is not None and pair.t_holm < 0.05 for pair in found.pairs)
+    assert f"Of 3 pairs {sure} differ over seeds (paired t) and 3 over rows" in read.text
+    for words in ("95.0 ± 2.5", "olora (reference) – seqlora", "+12.5", "30:0", "0.250"):
+        assert words in read.cells
+    one = Read(page(compare([entry({"t": "1110"})])))
+    assert "olora has an AA of 75.0 %." in one.text
+    assert "No finished run to compare" in Read(page(compare([]))).text
+
+
+def test_orders_ranks_flags_and_published_are_there_and_ids_are_each_ones_own() -> None:
+    late = entry({"dbpedia": "1010"}, method="late", seed=1, entry={"facts": {"device": "gpu"}})
+    found = compare([*methods(3, orders=("order1", "order2")), late])
+    read = Read(page(found))
+    assert len(read.ids) == len(set(read.ids)) > 0 and read.asked == []
+    assert "rank by AA" in read.cells and "not the same in all: device: gpu in late" in read.text
+    assert "Pareto front of AA and train s on order1:" in read.text
+    assert len(list(drawn(figures(found)))) == 4
+    with_published = Read(page(beside(("training.lr=1 (published 2)",))))
+    assert "settings that differ: training.lr=1 (published 2)" in with_published.text
+    assert {"98.71", "-37.71"} <= set(with_published.cells)
+
+
+def test_what_users_call_things_is_text() -> None:
+    name = "<script>alert(1)</script>&$x$"
+    text = page(compare([entry({"t": "1110"}, method=name, seconds={"train": 1.0}, model=name),
+                         entry({"t": "1100"}, method="b", seconds={"train": 2.0}, order=name)]))  # fmt: skip
+    assert "<script" not in text and name in Read(text).text
+
+
+@pytest.mark.parametrize("count", [2, 10, 30])
+def test_synthetic_stands_at_the_top_and_many_pairs_are_folded(count: int) -> None:
+    entries = [entry({"t": "1" * (k % 12) + "0" * (12 - k % 12)}, method=f"m{k}", synthetic=True,
+                     seconds={"train": 1.0 + k}) for k in range(count)]  # fmt: skip
+    text = page(compare(entries))
+    assert '<span class="tag">synthetic data</span>' in text and "say nothing about the real tasks" in text
+    assert ("<details><summary>45 pairs" in text) == (count == 10) and ("435 pairs: --against" in text) == (count == 30)
+
+
+def test_points_and_intervals_stand_where_the_numbers_are() -> None:
+    found = compare(methods(4))
+    groups = found.of("order1")
+    shown = figure.intervals(groups, "a")
+    assert shown is not None
+    [axis] = shown._figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [group.label for group in groups]
+    lines = [tuple(map(float, line.get_xdata())) for line in axis.lines]
+    for group in groups:
+        assert group.over_seeds is not None and group.over_rows is not None
+        assert tuple(group.over_seeds) in lines and tuple(group.over_rows) in lines
+        assert group.values["average_accuracy"] in lines and (group.average,) in lines
+    costs = figure.fronts(groups, "b")
+    assert costs is not None
+    assert [axis.get_xlabel() for axis in costs._figure.axes] == ["train s", "state MB", "peak MB"]
+    for axis, (_, cost, on) in zip(costs._figure.axes, found.fronts(), strict=True):
+        front = axis.lines[0]
+        assert list(front.get_ydata()) == [group.average for group in on]
+        assert list(front.get_xdata()) == [group.measures[cost].mean for group in on]  # type: ignore[union-attr]
+        assert {text.get_text() for text in axis.texts} == {group.label for group in groups}
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    alone = compare([entry({"t": "1110"})]).groups
+    assert figure.fronts(alone, "x") is None, "one method has no front"
+    far = compare([entry({"t": "1110"}, method="a", megabytes=0.1), entry({"t": "1111"}, method="b", megabytes=500.0)])
+    fronts = figure.fronts(far.groups, "x")
+    assert fronts is not None and fronts._figure.axes[0].get_xscale() == "log"
+    assert sorted(path.name for path in fronts.save(tmp_path)) == ["x.png", "x.svg"]
+    assert re.search(r"var\(--ink\)", fronts.svg())
+
+
+def test_the_page_says_what_the_best_keeps_and_the_next_has_lost(tmp_path: Path) -> None:
+    golds = ["Film", "Plant", "Animal", "Village"]
+    saids = {"olora": ["Film", "Plant", "Animal", "negative"], "seqlora": ["Film", "negative", "negative", "Village"]}
+    for method, said in saids.items():
+        run = RunFolder(tmp_path / "runs", method, "tasks: [dbpedia, amazon]", method=method)
+        run.commit({"dbpedia": list(zip(golds, golds, strict=True))}, **SPENT)
+        run.commit({"dbpedia": list(zip(golds, said, strict=True)), "amazon": [("negative", "negative")]}, **SPENT)
+    done = call("compare", "runs", "--html", "page.html", cwd=tmp_path)
+    assert done.code == 0, done.err
+    page = Tags((tmp_path / "page.html").read_text()).text
+    # By hand: of 4 + 1 rows olora alone keeps Plant and Animal, seqlora alone Village.
+    assert (
+        "Of the 5 test rows that both had right when learned, olora keeps 2 that seqlora has lost (dbpedia 2); seqlora "
+        "keeps 1 that olora has lost (dbpedia 1)." in page
+    )
+    assert "keeps and loses right in both only the first keeps only the second both keep both lose" in page
+    assert "olora seqlora 5 2 1 2 0" in page
