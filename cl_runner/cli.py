@@ -220,6 +220,20 @@ def compare(
 
 
 @app.command()
+def watch(
+    run: RunName = None,
+    output_dir: OutputDir = None,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", help="How often to look.", min=0.1)] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="One picture, and out; so it is into a pipe, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a run as it trains, here or on another machine that shares its folder. Writes nothing."""
+    from cl_runner.commands import watch as command
+
+    command.watch(run, root=Path(output_dir or "runs"), every=every, once=once, as_json=as_json)
+
+
+@app.command()
 def forgotten(
     run: RunName = None,
     task: Annotated[str | None, typer.Option("--task", help="One task; default: all that the run has learned.")] = None,
@@ -259,7 +273,10 @@ def analyze(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="orders, tasks, methods, adapters, compatibility, sources, models, presets or runs.")
+        str,
+        typer.Argument(
+            help="orders, tasks, methods, adapters, compatibility, sources, models, presets, trackers or runs."
+        ),
     ],
     output_dir: OutputDir = None,
     method: Annotated[list[str] | None, typer.Option("--method", help=f"Runs: of these methods alone; {AGAIN}")] = None,

@@ -1,4 +1,4 @@
-"""What there is by name: methods, adapter kinds, options, task sources; ours, of installed packages, of plugin files.
+"""What there is by name: methods, adapter kinds, options, task sources, trackers; ours, packages', of plugin files.
 
 A name is known without an import: ours stand in the tables at the end, a package's in its metadata (entry points, a
 group for each sort), a plugin's are those of the file that was given. A class is imported when it is asked for.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cl_runner.adapters.kind import Kind
     from cl_runner.methods.protocol import Method
     from cl_runner.tasks.sources import RowSource
+    from cl_runner.trackers.protocol import Tracker
     from cl_runner.training.options.protocol import Option
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ _plugins: dict[Path, Plugin] = {}
 
 
 def load_plugin(given: str) -> Plugin:
-    """Import a Python file, once, and register every method, kind, option and source that is defined in it.
+    """Import a Python file, once, and register every method, kind, option, source and tracker that is defined in it.
 
     Raises:
         UserError: there is no such file, it cannot be imported, or it defines nothing that has a name.
@@ -322,4 +323,16 @@ SOURCES: Registry[RowSource] = Registry(
     },
 )
 
-REGISTRIES: tuple[Registry[Any], ...] = (METHODS, KINDS, OPTIONS, SOURCES)
+TRACKERS: Registry[Tracker] = Registry(
+    "tracker",
+    "cl_runner.trackers",
+    "cl_runner.trackers.protocol:Tracker",
+    {
+        "tensorboard": "cl_runner.trackers.tensorboard:TensorBoard",
+        "wandb": "cl_runner.trackers.wandb:WandB",
+        "mlflow": "cl_runner.trackers.mlflow:MLflow",
+        "trackio": "cl_runner.trackers.trackio:Trackio",
+    },
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, KINDS, OPTIONS, SOURCES, TRACKERS)

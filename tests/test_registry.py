@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.olora import OLoRA
 from cl_runner.methods.protocol import Method
-from cl_runner.registry import KINDS, METHODS, OPTIONS, REGISTRIES, SOURCES, load_plugin
+from cl_runner.registry import KINDS, METHODS, OPTIONS, REGISTRIES, SOURCES, TRACKERS, load_plugin
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.sources import RowSource
+from cl_runner.trackers.protocol import Entry, Tracked, Tracker
 from cl_runner.training.options.protocol import Option
 from tests.packages import install, use
 
@@ -35,7 +37,7 @@ class {cls}(SeqLoRA):
     name = "{name}"
     title = "{name}: a test's"
 """
-BASES = (Method, Kind, Option, RowSource)
+BASES = (Method, Kind, Option, RowSource, Tracker)
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +209,7 @@ def test_a_plugin_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert refused(str(tmp_path / "no.py")) == f"{tmp_path / 'no.py'}: cannot be read: No such file or directory"
     assert "a plugin is a Python file" in refused(plugin(tmp_path / "x.txt", ""))
     nothing = refused(plugin(tmp_path / "empty.py", "from cl_runner.methods.olora import OLoRA\n"))
-    assert nothing.endswith("empty.py: defines no method, adapter kind, option, task source with a name")
+    assert nothing.endswith("empty.py: defines no method, adapter kind, option, task source, tracker with a name")
     raises = plugin(tmp_path / "raises.py", "def f():\n    1 / 0\n\nf()\n")
     assert refused(raises) == f"{raises}: cannot be imported: line 2: ZeroDivisionError: division by zero"
     broken = plugin(tmp_path / "broken.py", "x = 1\ny = = 2\n")
@@ -244,7 +246,13 @@ def test_what_the_docs_have_as_plugins_works(tmp_path: Path) -> None:
     assert [(row.id, row.text, row.label) for row in rows] == [("test/0", "a b", "World"), ("test/1", "c", "Sports")]
     with pytest.raises(UserError, match=r"agnews-train.txt: No such file or directory; give its folder"):
         load_rows(task, data, "train")
-    assert lines.title.startswith("one row a line") and len(blocks) == 2
+    assert lines.title.startswith("one row a line") and len(blocks) == 3
+    feed, run = TRACKERS.get("feed")(), Tracked("mine", "mine-1", tmp_path, {}, {}, True, 4)
+    assert feed.start(run)
+    feed.log([Entry(5, "agnews", 0.0, {"train/loss": 0.5, "train/lr": 0.25})])
+    feed.end("done")
+    told = [json.loads(line) for line in (tmp_path / "feed.jsonl").read_text().splitlines()]
+    assert told == [[5, "agnews", "train/loss", 0.5], [5, "agnews", "train/lr", 0.25]]
 
 
 @pytest.mark.parametrize(("name", "instead"), [("osf", "--method osft"), ("qlora", "quantize"), ("adalora", "r=auto")])

@@ -8,10 +8,10 @@ from typing import Any
 
 from cl_runner.commands.given import several
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.registry import KINDS, METHODS, SOURCES, Registry
+from cl_runner.registry import KINDS, METHODS, SOURCES, TRACKERS, Registry
 from cl_runner.terminal.console import aligned, print_json
 
-LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "runs")
+LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "trackers", "runs")
 
 
 def show_list(what: str, *, as_json: bool) -> None:
@@ -28,6 +28,7 @@ def show_list(what: str, *, as_json: bool) -> None:
         "sources": _sources,
         "models": _models,
         "presets": _presets,
+        "trackers": _trackers,
     }
     rows = lists[what]()
     if as_json:
@@ -92,6 +93,10 @@ def _methods() -> list[dict[str, Any]]:
 
 def _sources() -> list[dict[str, Any]]:
     return [_registered(SOURCES, "source", name, {}) for name in SOURCES]
+
+
+def _trackers() -> list[dict[str, Any]]:
+    return [_registered(TRACKERS, "tracker", name, {"needs": "package"}) for name in TRACKERS]
 
 
 def _shown(fact: Any) -> Any:

@@ -20,6 +20,7 @@ from cl_runner.runs.results import write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
 from cl_runner.terminal.console import aligned, print_json
+from cl_runner.trackers.processes import refuse_missing
 from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
 from cl_runner.training.session import Session
@@ -36,6 +37,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     config = resolved.config
     part = assigned()
     check_gpus(gpus, part)
+    refuse_missing(config.output.trackers)
     folder = name_of(resolved, restart)
     refuse_unwritable(folder.path)
     located = locate(config.model)

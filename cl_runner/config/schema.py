@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.registry import KINDS, SOURCES
+from cl_runner.registry import KINDS, SOURCES, TRACKERS
 
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
 TARGET_SETS = ("qv", "attention", "mlp", "all-linear")  # names that stand for layers in ``adapter.target_modules``
@@ -358,6 +358,12 @@ class EvalConfig(Section):
     future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
 
 
+def _trackers(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``output.trackers``: the names there are as it is made; one is a list of one."""
+    schema["items"]["enum"] = list(TRACKERS)
+    schema["anyOf"] = [{"type": schema.pop("type"), "items": schema.pop("items")}, {"enum": list(TRACKERS)}]
+
+
 class OutputConfig(Section):
     """What is written, and where. Nothing here changes a number."""
 
@@ -365,10 +371,20 @@ class OutputConfig(Section):
     name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
     html: bool = Field(default=True, description="Write report.html, the run's page, when it ends.")
+    trackers: list[str] = Field(
+        default_factory=list,
+        description="Experiment trackers that are told what is logged and scored (cl-runner list trackers).",
+        json_schema_extra=_trackers,
+    )
     keep_stages: int | Literal["all"] = Field(
         default="all",
         description="Full fine-tuning: how many of the last stages keep their model (those that answer always do).",
     )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("keep_stages", mode="before")
     @classmethod

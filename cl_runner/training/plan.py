@@ -13,6 +13,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.protocol import Method, StagePlan
 from cl_runner.metrics.scores import require
 from cl_runner.tasks.task import Task
+from cl_runner.terminal.progress import ShownStage
 from cl_runner.training.compatibility import check_method, check_quantized, fitting_kind, stage_config, unused_settings
 from cl_runner.training.data import Data
 from cl_runner.training.options import make_options
@@ -168,6 +169,14 @@ class Plan:
     def tested(self, index: int) -> list[str]:
         """Tasks that are scored after a stage."""
         return list(self.data.tasks) if self.config.eval.future else self.seen(index)
+
+    def shown(self) -> list[ShownStage]:
+        """The steps of each stage, and the test rows that the model is asked after it."""
+        found = []
+        for index, (name, batch) in enumerate(zip(self.names, self.batches(1), strict=True)):
+            asked = set(self.tested(index)) - self.settled(index).keys()
+            found.append(ShownStage(name, batch.steps, sum(len(self.data.test[task]) for task in asked)))
+        return found
 
     def settled(self, index: int) -> dict[str, int]:
         """Of the tasks that are scored after a stage, those that are not asked again (``Method.settled``).

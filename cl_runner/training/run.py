@@ -23,7 +23,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
-from cl_runner.terminal.progress import Screen, ShownStage
+from cl_runner.terminal.progress import Screen
 from cl_runner.training.accounting import Counts, parameters
 from cl_runner.training.checkpoint import answers_to, committed, remove_models, restore_stage, save_stage
 from cl_runner.training.compatibility import stage_config
@@ -41,11 +41,14 @@ from cl_runner.training.step_log import Trained
 class Run:
     """A run in its folder: trains the stages that are not committed yet."""
 
-    def __init__(self, plan: Plan, rundir: RunDir, place: Place, screen: Screen) -> None:
+    def __init__(
+        self, plan: Plan, rundir: RunDir, place: Place, screen: Screen, logged: Callable[[], None] = lambda: None
+    ) -> None:
         self.plan = plan
         self.rundir = rundir
         self.place = place
         self.screen = screen
+        self.logged = logged  # called after each row of log.jsonl
         self.current: str | None = None
         self._open: tuple[Room, Tokens] | None = None
         self._trains = 0  # numbers, as said last
@@ -71,10 +74,7 @@ class Run:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
         batches = self.plan.batches(self.place.ranks)
-        asked = [set(self.plan.tested(i)) - self.plan.settled(i).keys() for i in range(len(self.names))]
-        tested = [sum(len(tokens.test[task].rows) for task in tasks) for tasks in asked]
-        shown = [ShownStage(n, b.steps, t) for n, b, t in zip(self.names, batches, tested, strict=True)]
-        self.screen.begin(shown, done)
+        self.screen.begin(self.plan.shown(), done)
         if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
             self._base_scores(room, tokens)
         for index in range(done, len(self.names)):
@@ -299,7 +299,8 @@ class Run:
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if self.place.rank == 0:
-            append_jsonl(self.rundir.path / "log.jsonl", [row])
+            append_jsonl(self.rundir.path / "log.jsonl", [{**row, "time": round(time.time(), 3)}])
+            self.logged()
 
     def _wait(self) -> None:
         if self.place.ranks > 1:

@@ -25,6 +25,7 @@ from cl_runner.settings import Resolved, dump, dump_order
 from cl_runner.terminal import console, stopping
 from cl_runner.terminal.console import one_line
 from cl_runner.terminal.stopping import Stopped
+from cl_runner.trackers.processes import Trackers
 from cl_runner.training.environment import environment, record_environment
 from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
@@ -78,7 +79,8 @@ class Session:
         try:
             with Screen(enabled=self.place.rank == 0) as screen, ExitStack() as stack:
                 self.folder = RunDir(Path(self._agreed(str(self.folder.path))))
-                run = Run(self.plan, self.folder, self.place, screen)
+                self.trackers = Trackers(self.resolved.config.output.trackers, screen.line)
+                run = Run(self.plan, self.folder, self.place, screen, self.trackers.hear)
                 new = not self.folder.exists()
                 if not new:
                     self._open(stack)
@@ -144,7 +146,10 @@ class Session:
             "notes": notes,
             "tasks": list(plan.data.tasks),
             "metrics": {name: task.metric for name, task in plan.data.tasks.items()},
-            "stages": [{"name": stage.name, "tasks": list(stage.tasks)} for stage in plan.stages],
+            "stages": [
+                {"name": stage.name, "tasks": list(stage.tasks), "steps": shown.steps, "test_rows": shown.rows}
+                for stage, shown in zip(plan.stages, plan.shown(), strict=True)
+            ],
             "identity": dict(self.identity),
         }
         if self.extended:
@@ -176,6 +181,7 @@ class Session:
             raise
         if first:
             self.folder.set_status("done")
+            self.trackers.close()
         return 0
 
     def _begin(self, screen: Screen) -> None:
@@ -183,6 +189,7 @@ class Session:
         screen.log_to(self.folder.log_file)
         screen.line(f"run folder: {self.folder.path}")
         self.folder.set_status("running", pid=os.getpid(), host=socket.gethostname())
+        self.trackers.start(self.folder, self.folder.committed(self.plan.names))
 
     def _tell(self, run: Run, screen: Screen, error: BaseException) -> int:
         """One line: the stage, why, what is kept, the command to go on. Returns the exit code."""
@@ -199,6 +206,7 @@ class Session:
         screen.line(f"{what}; {keeps}; go on: {self._again()}")
         with suppress(OSError):  # a full disk must not hide what is being told
             self.folder.set_status("stopped" if stopped else "failed", message=reason)
+        self.trackers.close(stopped)
         return 130 if stopped else 2 if isinstance(error, UserError) else 1
 
     def _reason(self, error: BaseException) -> tuple[bool, str]:

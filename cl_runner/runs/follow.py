@@ -1,0 +1,64 @@
+"""Files of a run as they grow, here or on another machine that shares the folder: each look reads only what is new."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Lines:
+    """The lines of a file that grows. Reading writes nothing and needs no lock."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._of: tuple[int, int] | None = None  # device and inode: a file that is replaced has others
+        self._at = 0
+        self._half = b""
+
+    def read(self) -> tuple[bool, list[str]]:
+        """Whether the file was begun anew since the last call (replaced, cut, gone), and its lines since then.
+
+        A line that is not written to its end yet waits for the rest. A file that is not there has no lines.
+        """
+        try:
+            with self.file.open("rb") as stream:
+                found = os.fstat(stream.fileno())
+                anew = self._of is not None and ((found.st_dev, found.st_ino) != self._of or found.st_size < self._at)
+                if anew:
+                    self._begin()
+                self._of = (found.st_dev, found.st_ino)
+                stream.seek(self._at)
+                new = stream.read()
+        except OSError:
+            anew = self._of is not None
+            self._begin()
+            return anew, []
+        self._at += len(new)
+        *whole, self._half = (self._half + new).split(b"\n")
+        return anew, [line.decode("utf-8", "replace") for line in whole]
+
+    def _begin(self) -> None:
+        self._of, self._at, self._half = None, 0, b""
+
+
+class Log:
+    """The rows of a ``log.jsonl``, likewise. A line that is no row of a stage is passed over."""
+
+    def __init__(self, file: Path) -> None:
+        self._lines = Lines(file)
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """Whether the file was begun anew since the last call, and its rows since then."""
+        anew, lines = self._lines.read()
+        return anew, [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("stage"), str) and type(row.get("step")) is int
+    return row if whole else None
