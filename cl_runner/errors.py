@@ -14,6 +14,17 @@ class TrainingError(Exception):
     """Training itself failed (a loss that is not finite, a lost process). Exit code 1."""
 
 
+class LimitReached(TrainingError):
+    """A limit that the user set for the training itself (``eval.probe_stop``). Exit code 1, the run's state is stopped.
+
+    ``without``: what ``--set`` takes to go on all the same.
+    """
+
+    def __init__(self, message: str, without: str) -> None:
+        super().__init__(message)
+        self.without = without
+
+
 def first_line(error: BaseException) -> str:
     """The deepest cause's message, on one line."""
     while error.__cause__ is not None:

@@ -356,6 +356,21 @@ class EvalConfig(Section):
     )
     max_new_tokens: int = Field(default=50, ge=1, description="Longest generated answer.")
     future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
+    probe_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between probes: within a stage, a few test rows of each task seen are scored and "
+        "logged. Changes no number; null: never.",
+    )
+    probe_rows: int = Field(default=32, ge=1, description="Test rows of each task that a probe asks, always the same.")
+    probe_warn: float | None = Field(
+        default=None,
+        ge=0,
+        description="Warn where an old task's probe is by more points under what it was as the task was learned.",
+    )
+    probe_stop: float | None = Field(
+        default=None, ge=0, description="Stop the run there; the stage is not committed, and nothing of it kept."
+    )
 
 
 def _trackers(schema: dict[str, Any]) -> None:

@@ -482,6 +482,14 @@ class Method:
         """Whether the fold may change the answers: the stage is scored before it too."""
         return False
 
+    @property
+    def answers_later(self) -> str:
+        """Why the model between two steps does not answer as it would were the stage over; empty: it does.
+
+        Then it cannot be probed (``eval.probe_every``). Default: where the fold may change the answers.
+        """
+        return "may answer otherwise once a stage is folded" if self.fold_loses else ""
+
     def dense_update(self, stage: Stage) -> dict[str, Tensor]:
         """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""
         return stage.live_update()

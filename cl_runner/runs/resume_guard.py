@@ -20,7 +20,8 @@ from cl_runner.settings import differing, dotted, read_dump
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
 # fingerprint). Of a single task or position too.
 FREE = (
-    "order", "presets", "plugins", "data.dir", "data.source", "data.empty_texts", "method.max_gb", "output.",
+    "order", "presets", "plugins", "data.dir", "data.source", "data.empty_texts", "eval.probe_", "method.max_gb",
+    "output.",
 )  # fmt: skip
 
 

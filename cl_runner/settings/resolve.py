@@ -40,6 +40,7 @@ StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 # What is in the name of the run's folder already, or changes no number.
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir")
 _NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
+_LOOKS = ("output.", "eval.probe_")  # what is written, and looked at meanwhile
 
 
 @dataclass(frozen=True)
@@ -349,8 +350,8 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
 def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
     """What order, config file, flags and ``--set`` changed of defaults and presets and what may change a number.
 
-    Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, and the path to the
-    data. Where the rows come from (``data.source``, as it works out) is in.
+    Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, ``eval.probe_*``, and
+    the path to the data. Where the rows come from (``data.source``, as it works out) is in.
     """
     config, baseline = resolved.config, resolved.baseline
     values = {dotted(path): value for path, value in settings_of(config)}
@@ -363,7 +364,7 @@ def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
 
 def tells_apart(key: str) -> bool:
     """Whether a setting may change a number and is not in the name of the run's folder: order, method, model, seed."""
-    return key not in _NOT_DIFFERENT and not key.startswith("output.") and not key.endswith(_NO_ROW_BY)
+    return key not in _NOT_DIFFERENT and not key.startswith(_LOOKS) and not key.endswith(_NO_ROW_BY)
 
 
 def _source(config: RunConfig, model: str) -> str:

@@ -28,6 +28,7 @@ REDRAW = 0.1  # seconds between two drawings of the bars
 QUIET = 2.0  # seconds: plain lines come no closer than this, so that a tiny run is not all lines
 PATIENCE = 30.0  # seconds: without a line for so long, one is due
 SHARE = 0.1  # of a stage: another reason for a line
+FEW = 3  # old tasks whose probes stand in a line one by one
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -242,6 +243,7 @@ class Screen:
         self._stage_start = self._drawn = self._said_at = clock()
         self._said = 0.0  # share of the stage at the last plain line
         self._eval: tuple[str, int] = ("", 0)
+        self._probe, self._probe_said = "", self._stage_start  # what the bar says of the last one, when a line did
         self._closed = False
         if run_log is not None:
             self.log_to(run_log)
@@ -287,6 +289,7 @@ class Screen:
         self._stage_start = self._said_at = self._clock()
         self._said = done / steps if steps else 0.0
         self._eval = ("", 0)
+        self._probe, self._probe_said = "", self._stage_start
         self._start_bars()
         resumed = f", {done} of them done before" if done else ""
         self._say(f"{self._where()}: {steps} steps{resumed}", screen=not self.bars)
@@ -318,7 +321,33 @@ class Screen:
             if left:
                 parts.append(f"{duration(left)} left")
             self._say(", ".join(parts), screen=not self.bars)
+        facts += [self._probe] if self._probe else []
         self._draw(what=self._name, completed=done, total=self._steps, facts="  ".join(facts))
+
+    def probing(self, task: str, done: int, total: int) -> None:
+        """``done`` of the ``total`` rows of ``task`` are answered that are asked between two steps.
+
+        The time goes into the steps: there will be more probes among those to come.
+        """
+        if self.enabled:
+            self._draw(what=f"probing {clean(task)}", completed=done, total=total)
+
+    def probed(self, step: int, scores: Mapping[str, float | None], old: Sequence[str]) -> None:
+        """The probe after so many steps: percent by task; ``old`` are those that this stage does not train."""
+        if not self.enabled:
+            return
+        known = {task: score for task in old if (score := scores.get(task)) is not None}
+        mean = sum(known.values()) / len(known) if known else None
+        self._probe = f"old {mean:.1f} %" if mean is not None else ""
+        if step < self._steps and self._clock() - self._probe_said < QUIET:
+            return
+        self._probe_said = self._clock()
+        told = {task: score for task, score in scores.items() if task not in old or len(old) <= FEW}
+        parts = [f"{task} {'-' if score is None else format(score, '.2f')}" for task, score in told.items()]
+        if len(old) > FEW and mean is not None:
+            lowest = min(known, key=lambda task: known[task])
+            parts.append(f"{len(known)} old tasks {mean:.2f} (lowest: {lowest} {known[lowest]:.2f})")
+        self._say(f"{self._where()}: probe at step {step}/{self._steps} (%): {', '.join(parts)}", screen=not self.bars)
 
     def evaluating(self, task: str, done: int, total: int) -> None:
         """``done`` of the ``total`` test rows of ``task`` are answered."""

@@ -116,12 +116,29 @@ def check_method(
         method.trained = trained
         check_options(of_stage, method, shapes)
         _check_patterns(of_stage, method)
+        _check_probe(of_stage, method)
         if of_stage.adapter.dropout_past and method.past_as == "other":
             raise UserError(
                 f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
                 "it to false"
             )
         method.check(of_stage, shapes)
+
+
+def _check_probe(config: RunConfig, method: Method) -> None:
+    """Refuse a probe that would not show what evaluation will, or limits without one. Raises UserError."""
+    asked = config.eval
+    limits = {key: at for key in ("probe_warn", "probe_stop") if (at := getattr(asked, key)) is not None}
+    if asked.probe_every is None:
+        for key in limits:
+            raise UserError(f"eval.{key}: there is no probe; set eval.probe_every, or leave it out")
+    elif method.answers_later:
+        raise UserError(f"eval.probe_every: {method.name} {method.answers_later}; leave it out")
+    if len(limits) == 2 and limits["probe_stop"] < limits["probe_warn"]:
+        raise UserError(
+            f"eval.probe_stop: {limits['probe_stop']:g} is less than eval.probe_warn {limits['probe_warn']:g}, which "
+            "would never warn; set it higher, or leave one out"
+        )
 
 
 def _check_patterns(config: RunConfig, method: Method) -> None:

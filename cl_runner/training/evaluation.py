@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,10 @@ class TestSet:
     examples: Sequence[Example]
     labels: Choice | None = None
 
+    def take(self, rows: Sequence[int]) -> TestSet:
+        """Some of its rows, by number."""
+        return replace(self, rows=[self.rows[i] for i in rows], examples=[self.examples[i] for i in rows])
+
 
 def evaluate(
     stage: StageRun,
@@ -48,7 +52,7 @@ def evaluate(
     answers, which are known (``Method.settled``).
     """
     method, adapters = stage.room.method, stage.adapters
-    shown = adapters.shown()
+    shown: list[Any] = []  # what answered before another did
     results = []
     for name, test in tests.items():
         if name in settled:
@@ -58,10 +62,12 @@ def evaluate(
         ticking(0)
         known = name if method.knows_task else None
         wanted = method.answering(known)
-        if wanted is not None:
+        if wanted is not None and wanted != adapters.live:
+            shown = shown or [adapters.shown()]
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
         results.append(score_task(test, stage.answer(test.examples, known, ticking, test.labels)))
-    adapters.show(shown)
+    if shown:
+        adapters.show(shown[0])
     return results
 
 

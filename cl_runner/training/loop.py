@@ -1,7 +1,7 @@
 """One stage's training: the batch arithmetic, the loop over optimizer steps, and what is logged.
 
 One step reads: options before it, micro-batches (condition, loss, backward), the penalty on the last one, clip, edit
-(first edit, then clip where a method says so), whole steps, engine step, after_step, options after it, log.
+(first edit, then clip where a method says so), whole steps, engine step, after_step, options after it, log, probe.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cl_runner.models.forward import checkpoint_activations
 from cl_runner.models.token_cache import Joined, lengths
 from cl_runner.training.health import PenaltyWatch
 from cl_runner.training.prefetch import prefetched
+from cl_runner.training.probe import Probe
 from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed
 from cl_runner.training.schedule import learning_rate
 from cl_runner.training.stage import StageRun
@@ -43,6 +44,7 @@ def train_stage(
     tick: Callable[[int, float | None, float | None], None],
     state: StepState | None = None,
     between: Callable[[Callable[[], StepState]], None] = lambda _: None,
+    probe: Probe | None = None,
 ) -> Trained:
     """Train one stage; the adapters hold the result.
 
@@ -55,9 +57,11 @@ def train_stage(
         state: of this stage, taken between two of its steps: it is entered there, and the rest is to the bit that of a
             stage that was never left.
         between: called after every step, on every rank, with what takes the state (a collective).
+        probe: asked between steps, as it is due; it changes nothing here.
 
     Raises:
         TrainingError: a gradient that is not finite.
+        LimitReached: the probe has found an old task lower than the user lets it be.
     """
     method, training = stage.room.method, stage.config.training
     stage.own = own
@@ -97,10 +101,12 @@ def train_stage(
         checkpoint_activations(stage.adapters.model, training.activation_checkpointing, again)
         stage.adapters.model.train()
         if state is not None:
-            put(stage, engine, muon, meter, state)
+            put(stage, engine, muon, meter, state, probe)
         to_come = steps[stage.step :]
         dropout = stage.dropout.installed() if by_row else nullcontext()
         with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
+            if probe and state is None:
+                probe.look(meter)
             tick(stage.step, None, None)  # the clock of steps begins here: what a method did before was none
             for rows in to_come:
                 lr = learning_rate(training, stage.step, plan.steps)
@@ -113,7 +119,9 @@ def train_stage(
                 stage.step += 1
                 _after_step(stage, batch, hooks, meter)
                 meter.step(len(rows), loss, penalty, lr * scale, norm)
-                between(partial(take, stage, engine, muon, meter))
+                if probe:
+                    probe.look(meter)
+                between(partial(take, stage, engine, muon, meter, probe))
         stage.adapters.model.eval()
         _seed(stage, "end")
         with hooks:

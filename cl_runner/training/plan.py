@@ -187,11 +187,15 @@ class Plan:
         wanted, seen, configs = self.method.settled, self.seen(index), self._configs()
         found = {}
         for task in self.tested(index) if wanted != "none" else ():
-            last = max((i for i, plan in enumerate(self.stages[: index + 1]) if task in plan.tasks), default=-1)
+            last = self.last(task, index)
             same = reading(configs[max(last, 0)]) == reading(configs[index])
             if last != index and same and (task in seen or wanted == "all"):
                 found[task] = last
         return found
+
+    def last(self, task: str, index: int) -> int:
+        """The last stage up to ``index`` that trains a task, from 0; -1 where none does."""
+        return max((i for i, plan in enumerate(self.stages[: index + 1]) if task in plan.tasks), default=-1)
 
 
 def reading(config: RunConfig) -> tuple[Any, ...]:

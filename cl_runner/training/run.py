@@ -33,6 +33,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import Tokens, in_4_bits, open_room, open_stage
+from cl_runner.training.probe import Probe, samples
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import Room, StageRun, commit_update
 from cl_runner.training.step_log import Trained
@@ -112,10 +113,11 @@ class Run:
             room.method.build(stage)
             self._say_what_trains(stage)
             own = tokens.source(stage.plan)
-            trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage))
+            tests = {task: tokens.test[task] for task in self.plan.tested(index)}
+            probe = self._probe(stage, tests)
+            trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage), probe=probe)
             room.adapters.train(False)
             health = self._health(room, stage, trained)
-            tests = {task: tokens.test[task] for task in self.plan.tested(index)}
             before = time.perf_counter()
             known = self._settled(tests, index)
             score = partial(evaluate, stage, tests, self._tick_evaluation, known)
@@ -124,6 +126,7 @@ class Run:
             seconds = {
                 "train": round(trained.seconds, 3),
                 "method": round(trained.hook_seconds, 3),
+                **({"probe": round(probe.seconds, 3)} if probe else {}),
                 "evaluate": round(time.perf_counter() - before, 3),
                 "stage": round(time.perf_counter() - started, 3),
             }
@@ -136,6 +139,7 @@ class Run:
                     unfolded=unfolded,
                     trained=trained,
                     health=health,
+                    probed=probe.about() if probe else {},
                     settled=sum(map(len, known.values())),
                     seconds=seconds,
                 )
@@ -153,6 +157,23 @@ class Run:
             self.screen.stage_done()
         finally:
             stage.close()
+
+    def _probe(self, stage: StageRun, tests: Mapping[str, TestSet]) -> Probe | None:
+        """What looks at the tasks seen while the stage trains, where that is wanted."""
+        if stage.config.eval.probe_every is None:
+            return None
+        taken, learned, settled, missing = samples(self.plan, self.rundir, stage, tests)
+        if missing:
+            self._say(stage, f"not probed, as another parameter set answers: {', '.join(missing)}")
+        return Probe(
+            stage,
+            taken,
+            learned,
+            settled,
+            tell=lambda step, scores: self.screen.probed(step, scores, list(learned)),
+            warn=partial(self._say, stage),
+            tick=self._tick_probe,
+        )
 
     def _settled(self, tests: Mapping[str, TestSet], index: int) -> dict[str, list[str]]:
         """The answers that nothing has changed since an earlier stage committed them."""
@@ -238,6 +259,7 @@ class Run:
         unfolded: Sequence[Scored] | None,
         trained: Trained,
         health: Health,
+        probed: Mapping[str, Any],
         settled: int,
         seconds: Mapping[str, float],
     ) -> None:
@@ -261,6 +283,7 @@ class Run:
                 "ranks": trained.plan.ranks,
             },
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
+            **({"probe": dict(probed)} if probed else {}),
             "megabytes": sizes,
             "parameters": parameters(self.plan.kind, stage, trained.counts, folder),
             "synthetic": self.plan.data.synthetic,
@@ -291,6 +314,10 @@ class Run:
     def _tick_evaluation(self, task: str, done: int, total: int) -> None:
         stopping.check()
         self.screen.evaluating(task, done, total)
+
+    def _tick_probe(self, task: str, done: int, total: int) -> None:
+        stopping.check()
+        self.screen.probing(task, done, total)
 
     def _tick(self, stage: StageRun, step: int, loss: float | None, pace: float | None) -> None:
         stopping.check()

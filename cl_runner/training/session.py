@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.engine.process import Assigned
-from cl_runner.errors import TrainingError, UserError
+from cl_runner.errors import LimitReached, TrainingError, UserError
 from cl_runner.imports import light_imports
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
@@ -199,14 +199,16 @@ class Session:
         stopped, reason = self._reason(error)
         kept = run.names[: self.folder.committed(run.names)]
         where = f" in stage {run.names.index(run.current) + 1} ({run.current})" if run.current else ""
-        what = f"stopped{where}" if stopped else f"failed{where}: {reason}"
+        limited = isinstance(error, LimitReached) and not stopped  # which stays, where the same command goes on
+        what = f"stopped{where}" if stopped else f"{'stopped' if limited else 'failed'}{where}: {reason}"
+        again = f"{self._again()} --set {error.without}" if isinstance(error, LimitReached) else self._again()
         keeps = f"kept: {', '.join(kept)}" if kept else "no stage is finished yet"
         screen.close()
         self.channel.say(TOLD)
-        screen.line(f"{what}; {keeps}; go on: {self._again()}")
+        screen.line(f"{what}; {keeps}; go on: {again}")
         with suppress(OSError):  # a full disk must not hide what is being told
-            self.folder.set_status("stopped" if stopped else "failed", message=reason)
-        self.trackers.close(stopped)
+            self.folder.set_status("stopped" if stopped or limited else "failed", message=reason)
+        self.trackers.close(stopped or limited)
         return 130 if stopped else 2 if isinstance(error, UserError) else 1
 
     def _reason(self, error: BaseException) -> tuple[bool, str]:

@@ -102,6 +102,11 @@ class Meter:
         self.log(row)
         self.tick(stage.step, self.loss, pace)
 
+    def leave_out(self, seconds: float) -> None:
+        """What took so long just now was no training: it counts neither as such nor for the pace."""
+        self.started += seconds
+        self.last += seconds
+
     def note(self, row: Mapping[str, Any]) -> None:
         """A row of its own."""
         self.log({"stage": self.stage.plan.name, "step": self.stage.step, "steps": self.stage.steps, **row})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cl_runner.engine.optim import Muon
 from cl_runner.engine.zero import Engine
 from cl_runner.methods.protocol import State
+from cl_runner.training.probe import Probe
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_log import Meter
 
@@ -27,7 +28,7 @@ class StepState:
     parts: dict[str, State]
 
 
-def take(stage: StageRun, engine: Engine, muon: Muon, meter: Meter) -> StepState:
+def take(stage: StageRun, engine: Engine, muon: Muon, meter: Meter, probe: Probe | None = None) -> StepState:
     """A copy of what the stage's parts hold, between two steps. *Collective*."""
     frozen = {name: p for name, p in stage.adapters.parameters().items() if name not in engine.parameters}
     parts = {
@@ -37,6 +38,7 @@ def take(stage: StageRun, engine: Engine, muon: Muon, meter: Meter) -> StepState
         "method": stage.room.method.step_state(),
         "meter": State(json=meter.state()),
         **{f"option.{option.name}": option.step_state() for option in stage.options},
+        **({"probe": State(json=probe.state())} if probe else {}),
     }
     return StepState(stage.step, {name: _copied(state) for name, state in parts.items()})
 
@@ -49,13 +51,17 @@ def put_beginning(stage: StageRun, state: StepState) -> None:
     stage.write(state.parts["frozen"].tensors)
 
 
-def put(stage: StageRun, engine: Engine, muon: Muon, meter: Meter, state: StepState) -> None:
+def put(
+    stage: StageRun, engine: Engine, muon: Muon, meter: Meter, state: StepState, probe: Probe | None = None
+) -> None:
     """The rest, into a new engine. *Collective*."""
     stage.step = state.step
     found = state.parts["engine"]
     engine.load_state(found.tensors, found.json)
     muon.load_state({name: value.to(stage.device) for name, value in state.parts["muon"].tensors.items()})
     meter.load_state(state.parts["meter"].json)
+    if probe and "probe" in state.parts:  # else it was turned on since
+        probe.load_state(state.parts["probe"].json)
 
 
 def _copied(state: State) -> State:

@@ -264,6 +264,39 @@ def test_time_left_counts_steps_and_rows_apart() -> None:
     assert left.left() == pytest.approx(6 * 2 + 200 * 0.1)
 
 
+def test_probes_get_a_line_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    clock, stream = Clock(), io.StringIO()
+    screen = Screen(stream=stream, clock=clock)
+    screen.stage(2, 2, "b", 40)
+    few, many = {"a": 50.0, "b": None}, {**dict.fromkeys("acde", 80.0), "f": 20.0, "b": 5.0}
+    for step, scores in ((1, few), (2, few), (3, few), (4, many), (40, few)):
+        clock.now += 1.5
+        screen.probed(step, scores, [task for task in scores if task != "b"])
+    screen.close()
+    assert stream.getvalue().splitlines()[1:] == [
+        "stage 2 of 2 b: probe at step 2/40 (%): a 50.00, b -",
+        "stage 2 of 2 b: probe at step 4/40 (%): b 5.00, 5 old tasks 68.00 (lowest: f 20.00)",
+        "stage 2 of 2 b: probe at step 40/40 (%): a 50.00, b -",
+    ]
+
+
+def test_time_of_probes_goes_into_the_steps_to_come() -> None:
+    clock = Clock()
+    screen = Screen(stream=io.StringIO(), clock=clock)
+    screen.begin([ShownStage("a", 10, 0)])
+    screen.stage(1, 1, "a", 10)
+    for step in range(1, 6):
+        clock.now += 1.0
+        screen.step(step)
+        screen.probing("a", 0, 4)
+        clock.now += 2.0
+        screen.probed(step, {"a": 50.0}, [])
+    clock.now += 1.0
+    screen.step(6)
+    assert screen._left is not None
+    assert screen._left.left() == pytest.approx(4 * 16 / 6)  # 4 steps of 6, which took 16 s with the looks between
+
+
 def test_evaluation_alone_has_a_screen_too() -> None:
     out, clock = io.StringIO(), Clock()
     with Screen(force_plain=False, stream=out, clock=clock) as screen:

@@ -182,6 +182,11 @@ class CoLoRA(Rounds):
     def fold_loses(self) -> bool:
         return bool(self.config.fold == "mean")
 
+    @property
+    def answers_later(self) -> str:
+        soft = "makes a round's gate at its end, and routing: soft answers by it"
+        return super().answers_later or (soft if self.config.routing == "soft" else "")
+
     def fold(self, stage: Stage) -> Fold:
         if self.config.fold == "mean":
             return "factors"

@@ -134,6 +134,10 @@ class SharedBasisMethod(Mixed):
             if not own.mixes:
                 past.pairs, past.tasks = [], []
 
+    @property
+    def answers_later(self) -> str:
+        return "weighs tasks' updates against each other once a stage is over" if self.config.mixes else ""
+
     def fold(self, stage: Stage) -> Fold:
         if not self.config.mixes:
             return "dense" if self.config.support is not None else "factors"

@@ -276,6 +276,7 @@ def _went(page: RunPage) -> str:
         "training": seconds.get("train", 0.0) - method,
         "the method's own work": method,
         "evaluation": seconds.get("evaluate", 0.0),
+        "probes": seconds.get("probe", 0.0),
     }
     parts["the rest (building, saving)"] = whole - sum(parts.values())
     said = [f"{what} {100 * spent / whole:.0f} %" for what, spent in parts.items() if spent / whole >= 0.005]
