@@ -260,6 +260,28 @@ def analyze(
     layers: Annotated[
         str | None, typer.Option("--layers", metavar="REGEX", help="Only layers in whose names this is found.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The adapters' base; of a run, where it is now, if it moved.")
+    ] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count intruder dimensions, which takes long.")
+    ] = False,
+    top_k: Annotated[int, typer.Option("--top-k", help="Intruders: singular vectors looked at.", min=1)] = 10,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", help="Intruders: |cos| with all of the base's is under it.", min=0, max=1)
+    ] = 0.5,
+    gradients: Annotated[
+        int | None,
+        typer.Option("--gradients", metavar="ROWS", help="Cosines of the tasks' gradients, of so many rows.", min=1),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Loss on a text, or JSONL, before and after stages.")
+    ] = None,
+    unseen: Annotated[
+        list[str] | None,
+        typer.Option("--unseen", metavar="TASKS", help=f"Choices on these tasks, or an order's, as --text; {AGAIN}"),
+    ] = None,
+    data_dir: DataDir = None,
     csv: Annotated[bool, typer.Option("--csv", help="A row for each layer and update.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -267,7 +289,8 @@ def analyze(
     from cl_runner.commands import analyze as command
 
     form = "json" if as_json else "csv" if csv else "table"
-    command.analyze(what or [], root=Path(output_dir or "runs"), layers=layers, form=form)
+    asked = command.Asked(layers, model, intruders, top_k, epsilon, gradients, text, unseen or [], data_dir)
+    command.analyze(what or [], asked, root=Path(output_dir or "runs"), form=form)
 
 
 @app.command(name="list")

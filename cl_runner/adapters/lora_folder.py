@@ -38,6 +38,10 @@ _OTHERWISE = {
 _BORROWS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # as the weight began, so did the pair
 
 
+class NeedsBase(UserError):
+    """What an adapter adds depends on the weight that it is beside, or only PEFT knows it."""
+
+
 @dataclass(frozen=True)
 class Tensors:
     """The tensors of a file: name → shape, and how one is read."""
@@ -51,14 +55,17 @@ class LoraFolder:
     else there is to say.
 
     Raises:
-        UserError: it is no LoRA adapter, or a broken one, or its updates cannot be told without the base.
+        UserError: it is no adapter, or a broken one; ``NeedsBase`` where it is not LoRA's, whose updates alone can be
+            told without the base.
     """
+
+    from_base = True
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name = path, name or path.name
         self._config = _config(path)
         self.base = str(self._config.get("base_model_name_or_path") or "")
-        self._tensors = _tensors(path)
+        self._tensors = tensors_of(path)
         self.notes: list[str] = []
         self._names = self._factors()
         self.shapes: dict[str, tuple[int, int]] = {}
@@ -75,6 +82,10 @@ class LoraFolder:
         if A.shape[0] == A.shape[1] and torch.equal(A, torch.eye(len(A))):
             return Update(self._scales[layer] * B)
         return Update(self._scales[layer] * B, A)
+
+    def total(self, layer: str) -> Update:
+        """The same: it stands beside the base alone."""
+        return self.of(layer)
 
     def _read(self, name: str) -> Tensor:
         return self._tensors.read(name).float()
@@ -149,14 +160,15 @@ def _config(path: Path) -> dict[str, Any]:
     config = read_json(path / CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{path}: is of the kind {kind}; LoRA's updates alone can be told without the base")
+        raise NeedsBase(f"{path}: is of the kind {kind}; LoRA's updates alone can be told without the base")
     for setting, why in _OTHERWISE.items():
         if config.get(setting):
-            raise UserError(f"{path}: {why}")
+            raise NeedsBase(f"{path}: {why}")
     return config
 
 
-def _tensors(path: Path) -> Tensors:
+def tensors_of(path: Path) -> Tensors:
+    """What an adapter folder's file holds. Raises UserError where there is none, or it is broken."""
     if (path / WEIGHTS).is_file():
         return _safe(path / WEIGHTS)
     if (path / PICKLED).is_file():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner import methods
-from cl_runner.atomic import write_json
+from cl_runner.atomic import read_json, sha256, write_json
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
@@ -17,15 +19,44 @@ from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, kept_order, readable, stage_names
 from cl_runner.settings import resolve
 from cl_runner.terminal.console import print_json, rich_print
-from cl_runner.terminal.progress import Screen
+from cl_runner.terminal.progress import Screen, ShownStage
 
 if TYPE_CHECKING:
-    from cl_runner.report.updates import UpdatesReport
+    from cl_runner.metrics.updates.analysis import Changes
+    from cl_runner.models.base_weights import BaseWeights
+    from cl_runner.report.updates import Section, UpdatesReport
 
 FILE = "analysis.json"  # in a run's folder
+COSTLY = ("intruders", "gradients", "drift")  # of it what is computed only when it is asked for
 
 
-def analyze(wanted: Sequence[str], *, root: Path, layers: str | None, form: str) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What of the metrics that need more than the adapters is asked for.
+
+    model: the base, by name or folder; of a run it is known. intruders: whether they are counted, which takes long,
+    among the ``top_k`` first singular vectors, by |cos| under ``epsilon``. gradients: so many train rows of each of a
+    run's tasks. text: a file. unseen: tasks, or orders, by name. data_dir: where the rows of both are.
+    """
+
+    layers: str | None = None
+    model: str | None = None
+    intruders: bool = False
+    top_k: int = 10
+    epsilon: float = 0.5
+    gradients: int | None = None
+    text: Path | None = None
+    unseen: Sequence[str] = ()
+    data_dir: str | None = None
+
+    @property
+    def of_models(self) -> list[str]:
+        """The flags given that ask the models of a run."""
+        given = {"--gradients": self.gradients, "--text": self.text, "--unseen": self.unseen}
+        return [flag for flag, value in given.items() if value]
+
+
+def analyze(wanted: Sequence[str], asked: Asked, *, root: Path, form: str) -> None:
     """``cl-runner analyze``: one run, or folders of adapters."""
     paths = [Path(word) for word in wanted]
     if len(paths) > 1:
@@ -34,10 +65,10 @@ def analyze(wanted: Sequence[str], *, root: Path, layers: str | None, form: str)
                 raise UserError(f"{path} is a run; analyze takes one run, or folders of adapters")
     with Screen() as screen:
         if len(paths) > 1 or (paths and paths[0].is_dir() and not RunDir(paths[0]).exists()):
-            report = _of_folders(paths, layers, screen)
+            report = _of_folders(paths, asked, screen)
         else:
             run = catalog.find(root, wanted[0] if wanted else None)
-            report = _of_run(run, layers, screen)
+            report = _of_run(run, asked, screen)
             if not wanted:
                 screen.line(f"the newest run: {run.path}")
             _keep(run, report.to_json(), screen)
@@ -51,7 +82,7 @@ def analyze(wanted: Sequence[str], *, root: Path, layers: str | None, form: str)
         rich_print(report)
 
 
-def _of_run(run: RunDir, layers: str | None, screen: Screen) -> UpdatesReport:
+def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
     with readable(run):
         about = run.about()
         planned = stage_names(about)
@@ -61,21 +92,46 @@ def _of_run(run: RunDir, layers: str | None, screen: Screen) -> UpdatesReport:
     with light_imports():
         from cl_runner.runs.stage_updates import stage_changes
 
-    changes, skipped = stage_changes(run, names, lambda: _base(run))
+    @cache
+    def base() -> BaseWeights:
+        from cl_runner.models.base_weights import BaseWeights  # which brings transformers
+
+        return BaseWeights(_model(run, asked.model))
+
+    if asked.model is not None:
+        base()  # to say first what is wrong with it
+    changes, skipped = stage_changes(run, names, base)
     if len(names) < len(planned):
         skipped.append(f"{len(planned) - len(names)} of {len(planned)} stages, not trained yet")
     on = [each.name for each in changes if each.differs]
     notes = [f"{', '.join(on)}: trained on; ΔW is what changed, and A has the rows of before and after"] if on else []
-    return _report(changes, {"run": str(run.path)}, run.name, layers, notes, skipped, screen)
+    of = {"run": str(run.path), "stages": {name: _digest(run, i, name) for i, name in enumerate(names)}}
+    report = _report(changes, of, run.name, asked, base, notes, skipped, screen)
+    if not asked.of_models:
+        return report
+    from cl_runner.commands.analyze_models import ask
+
+    shapes = {layer: metrics.shape for layer, metrics in report.found.layers.items()}
+    more, gone = ask(run, names, shapes, asked, partial(bar, screen))
+    return replace(report, sections=[*report.sections, *more], skipped=[*report.skipped, *gone])
 
 
-def _of_folders(paths: Sequence[Path], layers: str | None, screen: Screen) -> UpdatesReport:
+def _of_folders(paths: Sequence[Path], asked: Asked, screen: Screen) -> UpdatesReport:
     with light_imports():
-        from cl_runner.adapters.lora_folder import LoraFolder
+        from cl_runner.adapters.lora_folder import LoraFolder, NeedsBase
+        from cl_runner.adapters.merged_folder import MergedFolder, open_folder
 
-    def opened(path: Path, name: str) -> LoraFolder | str:
+    if asked.of_models:
+        raise UserError(f"{asked.of_models[0]}: asks the models of a run; of adapters there are none")
+    base: Callable[[], BaseWeights] | None = None
+    if asked.model is not None:
+        base = _named(asked.model)
+
+    def opened(path: Path, name: str) -> LoraFolder | MergedFolder | str:
         try:
-            return LoraFolder(path, name)
+            return open_folder(path, name, lambda: base().network) if base else LoraFolder(path, name)
+        except NeedsBase as error:
+            return f"{error}; say it with --model"
         except UserError as error:
             return str(error)
 
@@ -90,14 +146,16 @@ def _of_folders(paths: Sequence[Path], layers: str | None, screen: Screen) -> Up
         of = "; ".join(f"{base} ({', '.join(names)})" for base, names in bases.items())
         notes.append(f"they name different bases, so that what overlaps may say nothing: {of}")
     title = f"{len(found)} adapter{'s' * (len(found) > 1)}"
-    return _report(found, {"adapters": [str(each.path) for each in found]}, title, layers, notes, skipped, screen)
+    of_paths = {"adapters": [str(each.path) for each in found]}
+    return _report(found, of_paths, title, asked, base, notes, skipped, screen)
 
 
 def _report(
-    changes: Sequence[Any],
+    changes: Sequence[Changes],
     of: dict[str, Any],
     title: str,
-    layers: str | None,
+    asked: Asked,
+    base: Callable[[], BaseWeights] | None,
     notes: list[str],
     skipped: list[str],
     screen: Screen,
@@ -107,11 +165,52 @@ def _report(
 
     if not changes:
         raise UserError(f"nothing to analyse: {'; '.join(skipped)}")
-    names, others = in_common(changes, layers)
-    screen.parts("layers", 0, len(names))
-    found = analyse(changes, names, lambda done: screen.parts("layers", done, len(names)))
-    of = {**of, **({"pattern": layers} if layers is not None else {})}
-    return UpdatesReport(of, title, found, notes, [*others, *skipped])
+    names, others = in_common(changes, asked.layers)
+    sections = _against(changes, names, asked, base, skipped, screen)
+    found = analyse(changes, names, bar(screen, "layers", len(names)))
+    of = {**of, **({"pattern": asked.layers} if asked.layers is not None else {})}
+    return UpdatesReport(of, title, found, sections, notes, [*others, *skipped])
+
+
+def _against(
+    changes: Sequence[Changes],
+    layers: Sequence[str],
+    asked: Asked,
+    base: Callable[[], BaseWeights] | None,
+    skipped: list[str],
+    screen: Screen,
+) -> list[Section]:
+    """Metrics against the base. Raises UserError where it cannot be read, and it, or what needs it, was asked for."""
+    from cl_runner.metrics.updates.against_base import intruding, moved
+    from cl_runner.metrics.updates.intruders import Looked
+    from cl_runner.report.against_base import IntrudersSection, MovedSection
+
+    if base is None:
+        if asked.intruders:
+            raise UserError("--intruders: needs the base of the adapters; say which with --model")
+        return []
+    names = [each.name for each in changes]
+    sections: list[Section] = []
+    try:
+        found = moved(changes, layers, base(), bar(screen, "magnitude and direction", len(layers)))
+        sections.append(MovedSection(names, base().name, found))
+    except UserError as error:
+        if asked.intruders or asked.model is not None:
+            raise
+        skipped.append(f"what needs the base (ΔM, ΔD): {error}")
+        return []
+    if asked.intruders:
+        looked = Looked(asked.top_k, asked.epsilon)
+        counts = intruding(changes, layers, base(), looked, bar(screen, "intruder dimensions", len(layers)))
+        sections.append(IntrudersSection(names, base().name, counts, asked.layers))
+    return sections
+
+
+def bar(screen: Screen, what: str, total: int) -> Callable[[int], None]:
+    """A bar of its own, from nothing done; what is to be told how much is."""
+    screen.begin([ShownStage("", 0, total)])
+    screen.parts(what, 0, total)
+    return lambda done: screen.parts(what, done, total)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -123,12 +222,22 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(each[-count:]) for each in parts]
 
 
-def _base(run: RunDir) -> ModelConfig:
-    """The run's base model. Raises UserError where it is another one by now."""
+def _named(name: str) -> Callable[[], BaseWeights]:
+    """A base by name or folder. Raises UserError where it is not on this machine."""
+    with light_imports():
+        from cl_runner.models.base_weights import BaseWeights
+
+    found = BaseWeights(ModelConfig(name=name))
+    return lambda: found
+
+
+def _model(run: RunDir, name: str | None) -> ModelConfig:
+    """The run's base model, which may be at ``name`` now. Raises UserError where it is another one by now."""
     from cl_runner.models.locate import locate, model_identity
 
     resolved = resolve(
         config_file=run.config_file,
+        flags={"model.name": name},
         method_schema=methods.method_schema,
         stage_names=methods.stage_names,
         kept_order=kept_order,
@@ -139,9 +248,23 @@ def _base(run: RunDir) -> ModelConfig:
     return model
 
 
+def _digest(run: RunDir, index: int, name: str) -> str:
+    """Of what a stage committed: its last file has the hashes of all others."""
+    return sha256(run.stage_dir(index, name) / "DONE")
+
+
 def _keep(run: RunDir, values: dict[str, Any], screen: Screen) -> None:
-    """Beside the run's other results; where nothing may be written there, that is said."""
+    """Beside the run's other results, and with what an earlier call found at more cost of the same stages.
+
+    Where nothing may be written there, that is said.
+    """
+    file = run.path / FILE
     try:
-        write_json(run.path / FILE, values)
+        before = read_json(file) if file.is_file() else {}
+    except UserError:
+        before = {}  # broken, and about to be written anew
+    kept = {key: before[key] for key in COSTLY if key in before} if before.get("stages") == values["stages"] else {}
+    try:
+        write_json(file, {**kept, **values})
     except OSError as error:
-        screen.line(f"{run.path / FILE} is not written: {error.strerror or error}")
+        screen.line(f"{file} is not written: {error.strerror or error}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -18,6 +18,7 @@ from torch import Tensor
 from cl_runner.metrics.updates.analysis import Analysis
 from cl_runner.metrics.updates.entries import THRESHOLDS
 from cl_runner.report.tables import number
+from cl_runner.report.update_numbers import plain, plain_values, short, table, update_name
 
 USUAL = THRESHOLDS.index(1e-3)  # the threshold of the table by stage
 _LEGEND = (
@@ -25,17 +26,32 @@ _LEGEND = (
     "norm, are of all layers together; the others are means over layers. dense: entries over "
     f"{THRESHOLDS[USUAL]:g} of the largest."
 )
-DIGITS = 7  # significant ones in JSON and CSV: the factors have no more
+
+
+class Section(Protocol):
+    """Metrics that need more than the updates themselves; ``key`` in the JSON."""
+
+    key: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Undefined is ``None``."""
+
+    def columns(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Column of the CSV → layer → value of each update (T); layers that were not looked at are not there."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """For the terminal."""
 
 
 @dataclass(frozen=True)
 class UpdatesReport:
-    """``of``: what was analysed, in JSON as it is. notes, skipped: lines on what is to be known of it, and what is left
-    out and why."""
+    """``of``: what was analysed, in JSON as it is. sections: more metrics of the same. notes, skipped: lines on what is
+    to be known of it, and what is left out and why."""
 
     of: dict[str, Any]
     title: str
     found: Analysis
+    sections: Sequence[Section] = ()
     notes: Sequence[str] = ()
     skipped: Sequence[str] = ()
 
@@ -49,21 +65,22 @@ class UpdatesReport:
             "together": {
                 "layers": len(found.layers),
                 "by_update": _by_update(found.names, found.by_stage, found.density),
-                "between": {key: [_plain(row) for row in values] for key, values in found.between.items()},
-                "acr": _plain(found.acr),
-                "expected_acr": _plain(found.expected_acr),
-                "awom": _number(found.awom),
+                "between": {key: [plain_values(row) for row in values] for key, values in found.between.items()},
+                "acr": plain_values(found.acr),
+                "expected_acr": plain_values(found.expected_acr),
+                "awom": plain(found.awom),
             },
             "by_layer": {
                 name: {
                     "shape": list(layer.shape),
                     "by_update": _by_update(found.names, layer.by_stage, layer.density, layer.singular),
-                    "acr": _plain(layer.acr),
-                    "expected_acr": _plain(layer.expected_acr),
-                    "awom": _number(layer.awom),
+                    "acr": plain_values(layer.acr),
+                    "expected_acr": plain_values(layer.expected_acr),
+                    "awom": plain(layer.awom),
                 }
                 for name, layer in found.layers.items()
             },
+            **{section.key: section.to_json() for section in self.sections},
             "notes": list(self.notes),
             "skipped": list(self.skipped),
         }
@@ -73,11 +90,14 @@ class UpdatesReport:
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
         keys = list(self.found.by_stage)
-        rows.writerow(["layer", "update", "m", "n", *keys, *(f"density_{threshold:g}" for threshold in THRESHOLDS)])
+        more = {name: of for section in self.sections for name, of in section.columns().items()}
+        dense = [f"density_{threshold:g}" for threshold in THRESHOLDS]
+        rows.writerow(["layer", "update", "m", "n", *keys, *dense, *more])
         for layer, metrics in self.found.layers.items():
             for t, name in enumerate(self.found.names):
-                values = [*(metrics.by_stage[key][t] for key in keys), *metrics.density[:, t]]
-                rows.writerow([layer, name, *metrics.shape, *map(_number, map(float, values))])
+                others = [of[layer][t] if layer in of else math.nan for of in more.values()]
+                values = [*(metrics.by_stage[key][t] for key in keys), *metrics.density[:, t], *others]
+                rows.writerow([layer, name, *metrics.shape, *map(plain, map(float, values))])
         return out.getvalue()
 
     # The terminal.
@@ -99,6 +119,7 @@ class UpdatesReport:
         yield self._collisions()
         if len(found.names) > 1:
             yield Text(f"AWOM of {found.names[-1]} with all before it: {short(found.awom)}")
+        yield from self.sections
         for note in self.notes:
             yield Text(f"note: {note}")
         for line in self.skipped:
@@ -106,7 +127,7 @@ class UpdatesReport:
 
     def _by_update(self) -> Table:
         found = self.found
-        table = _table("update", "size", "nuclear", "eff.rank", "dense %", "Hoyer", "free %", "OO")
+        made = table("update", "size", "nuclear", "eff.rank", "dense %", "Hoyer", "free %", "OO")
         columns = [
             found.by_stage["update_norm"],
             found.by_stage["nuclear_norm"],
@@ -117,8 +138,8 @@ class UpdatesReport:
             found.by_stage["orthogonal_overlap"],
         ]
         for t in range(len(found.names)):
-            table.add_row(self._name(t), *(short(float(column[t])) for column in columns))
-        return table
+            made.add_row(update_name(t, self.found.names[t]), *(short(float(column[t])) for column in columns))
+        return made
 
     def _between(
         self,
@@ -138,50 +159,28 @@ class UpdatesReport:
             for i in range(T)
         ]
         width = 1 + max(len(cell) for row in cells for cell in row)
-        names = 1 + max(len(self._name(t)) for t in range(T))
+        names = 1 + max(len(update_name(t, self.found.names[t])) for t in range(T))
         across = max((options.max_width - names) // width, 1)
         for start in range(0, T, across):
             part = range(start, min(start + across, T))
-            table = _table("", *(str(j + 1) for j in part))
+            made = table("", *(str(j + 1) for j in part))
             for i, row in enumerate(cells):
-                table.add_row(self._name(i), *(row[j] for j in part))
-            yield table
+                made.add_row(update_name(i, self.found.names[i]), *(row[j] for j in part))
+            yield made
 
     def _collisions(self) -> Table:
         found = self.found
         several = len(found.names) > 1
-        table = _table("under, of the largest", "density", *(("ACR", "by density alone") if several else ()))
+        made = table("under, of the largest", "density", *(("ACR", "by density alone") if several else ()))
         for k, threshold in enumerate(THRESHOLDS):
             density = float(found.density[k].mean())
             both = (float(found.acr[k]), float(found.expected_acr[k])) if several else ()
-            table.add_row(f"{threshold:g}", *(short(100 * value) for value in (density, *both)))
-        return table
-
-    def _name(self, t: int) -> str:
-        name = f"{t + 1} {self.found.names[t]}"
-        return name if len(name) <= 16 else name[:15] + "~"
-
-
-def short(value: float) -> str:
-    """Three significant digits in at most seven characters; ``-`` where undefined."""
-    if math.isnan(value):
-        return "-"
-    if value and not 1e-3 <= abs(value) < 1e5:
-        digits, exponent = f"{value:.1e}".split("e")
-        return f"{digits}e{int(exponent)}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+            made.add_row(f"{threshold:g}", *(short(100 * value) for value in (density, *both)))
+        return made
 
 
 def _fixed(value: float, digits: int = 2) -> str:
     return number(None if math.isnan(value) else value, digits)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for head in others:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table
 
 
 def _by_update(
@@ -190,17 +189,9 @@ def _by_update(
     return [
         {
             "name": name,
-            **{key: _number(float(values[t])) for key, values in by_stage.items()},
-            "density": _plain(density[:, t]),
-            **({"singular_values": [_number(value) for value in singular[t]]} if singular else {}),
+            **{key: plain(float(values[t])) for key, values in by_stage.items()},
+            "density": plain_values(density[:, t]),
+            **({"singular_values": [plain(value) for value in singular[t]]} if singular else {}),
         }
         for t, name in enumerate(names)
     ]
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    return [_number(float(value)) for value in values]
-
-
-def _number(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

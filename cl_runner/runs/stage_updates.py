@@ -1,4 +1,4 @@
-"""What each stage of a run has changed of the weights, read from the committed folders without the model.
+"""What each stage of a run has changed of the weights, from the committed folders; the model only where it must be.
 
 Of a stage with a pair of its own it is that pair; of one that trained on with an earlier one the difference, a pair of
 twice the rank; of all others the difference of what its folder and the one before add to the base. As in reports, the
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,31 +19,41 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_runner.adapters.lora_folder import LoraFolder
+from cl_runner.adapters.merged_folder import MergedFolder, open_folder
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.peft_folder import own_pair
 from cl_runner.atomic import read_json
-from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError, first_line
 from cl_runner.metrics.updates.update import Update
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import NEXT, TENSORS, Record, StageState
+
+if TYPE_CHECKING:
+    from cl_runner.models.base_weights import BaseWeights  # which brings transformers
 
 
 @dataclass(frozen=True)
 class StageChanges:
     """What one stage has changed; ``shapes``: layer → (m, n), out by in.
 
-    differs: whether it trained on with a pair, so that what has changed is the difference of two.
+    whole: what the model has over the base after it. differs: whether it trained on with a pair, so that what has
+    changed is the difference of two.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, int]]
     read: Callable[[str], Update]
+    whole: Callable[[str], Update]
     differs: bool = False
+    from_base: bool = False
 
     def of(self, layer: str) -> Update:
         """ΔW of a layer, on the CPU."""
         return self.read(layer)
+
+    def total(self, layer: str) -> Update:
+        """The same of all stages up to this one."""
+        return self.whole(layer)
 
 
 @dataclass(frozen=True)
@@ -88,11 +100,11 @@ class Left:
 
 
 def stage_changes(
-    run: RunDir, names: Sequence[str], base: Callable[[], ModelConfig]
+    run: RunDir, names: Sequence[str], base: Callable[[], BaseWeights]
 ) -> tuple[list[StageChanges], list[str]]:
     """Of the committed stages, and a line for each reason that some have none to tell.
 
-    base: the run's base model, asked for where the first stage's weights are to be compared with it.
+    base: the run's base model, asked for where weights are to be compared with it, or a kind's updates depend on it.
     """
     found: list[StageChanges] = []
     untold: dict[str, list[str]] = {}
@@ -105,7 +117,7 @@ def stage_changes(
     return found, [f"stage{'s' * (len(of) > 1)} {', '.join(of)}: {why}" for why, of in untold.items()]
 
 
-def _told(run: RunDir, names: Sequence[str], index: int, base: Callable[[], ModelConfig]) -> StageChanges | str:
+def _told(run: RunDir, names: Sequence[str], index: int, base: Callable[[], BaseWeights]) -> StageChanges | str:
     """What a stage has changed, or why that cannot be told."""
     try:
         return _changes(run, names, index, base)
@@ -115,7 +127,7 @@ def _told(run: RunDir, names: Sequence[str], index: int, base: Callable[[], Mode
         return f"its folder is damaged ({type(error).__name__}: {first_line(error)[:100]})"
 
 
-def _changes(run: RunDir, names: Sequence[str], index: int, base: Callable[[], ModelConfig]) -> StageChanges:
+def _changes(run: RunDir, names: Sequence[str], index: int, base: Callable[[], BaseWeights]) -> StageChanges:
     folder, name = run.stage_dir(index, names[index]), names[index]
     left = Left.by(folder, answers=index == len(names) - 1)
     if left.record.saved.own == "prompts":
@@ -129,8 +141,20 @@ def _changes(run: RunDir, names: Sequence[str], index: int, base: Callable[[], M
     elif left.paired:
         shapes, read = _of_pairs(left.pair(), begun.pair() if begun and differs else None)
     else:
-        shapes, read = _of_folders(left, begun)
-    return StageChanges(name, shapes, read, differs)
+        shapes, read = _of_folders(left, begun, base)
+    return StageChanges(name, shapes, read, _whole(left, base) if begun else read, differs, begun is None)
+
+
+def _whole(left: Left, base: Callable[[], BaseWeights]) -> Callable[[str], Update]:
+    """What all stages up to this one have changed, each layer when it is asked for."""
+
+    @cache
+    def opened() -> Callable[[str], Update]:
+        if left.record.saved.own == "model":
+            return _of_models(left, None, base)[1]
+        return _folder(left, base).of
+
+    return lambda layer: opened()(layer)
 
 
 Found = tuple[Mapping[str, tuple[int, int]], Callable[[str], Update]]
@@ -156,9 +180,8 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
-def _of_folders(left: Left, begun: Left | None) -> Found:
-    after = LoraFolder(left.folder / left.where)
-    before = LoraFolder(begun.folder / begun.where) if begun else None
+def _of_folders(left: Left, begun: Left | None, base: Callable[[], BaseWeights]) -> Found:
+    after, before = _folder(left, base), _folder(begun, base) if begun else None
 
     def read(layer: str) -> Update:
         return after.of(layer).less(before.of(layer)) if before else after.of(layer)
@@ -166,11 +189,15 @@ def _of_folders(left: Left, begun: Left | None) -> Found:
     return after.shapes, read
 
 
-def _of_models(left: Left, begun: Left | None, base: Callable[[], ModelConfig]) -> Found:
-    from cl_runner.models.linear_weights import LinearWeights, base_folder  # which brings transformers
+def _folder(left: Left, base: Callable[[], BaseWeights]) -> LoraFolder | MergedFolder:
+    return open_folder(left.folder / left.where, left.stage, lambda: base().network)
+
+
+def _of_models(left: Left, begun: Left | None, base: Callable[[], BaseWeights]) -> Found:
+    from cl_runner.models.linear_weights import LinearWeights  # which brings transformers
 
     after = LinearWeights(left.folder / left.where)
-    before = LinearWeights(begun.folder / begun.where if begun else base_folder(base()), like=after)
+    before = LinearWeights(begun.folder / begun.where if begun else base().folder, like=after)
     shapes = {layer: shape for layer, shape in after.shapes.items() if before.shapes.get(layer) == shape}
     if not shapes:
         raise UserError(f"{before.folder} has none of its layers under the same names")

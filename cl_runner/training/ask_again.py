@@ -17,14 +17,14 @@ from cl_runner.models.locate import locate, model_identity
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.predictions import predictions
 from cl_runner.runs.results import chosen
-from cl_runner.runs.resume_guard import computes, other_rules
+from cl_runner.runs.resume_guard import other_rules
 from cl_runner.settings import Resolved
 from cl_runner.terminal.progress import Screen, ShownStage
-from cl_runner.training.checkpoint import refuse_removed, restore_stage
+from cl_runner.training.as_committed import as_committed
+from cl_runner.training.checkpoint import refuse_removed
 from cl_runner.training.evaluation import Scored, evaluate
 from cl_runner.training.moved_runs import run_of, with_files
 from cl_runner.training.plan import Plan
-from cl_runner.training.prepare import open_room, open_stage
 
 _CHOSEN = {
     (False, False): "",
@@ -109,7 +109,7 @@ def ask_again(
         if run_of(order):
             order = with_files(order, rundir, config, ("test",), wanted)
         plan = Plan.make(config, order.name, order.tasks, only=wanted)
-        _same(plan, rundir, wanted)
+        same_run(plan, rundir, wanted)
     engine.start(place)
     try:
         scored = _score(plan, rundir, index, wanted, place, screen)
@@ -135,8 +135,8 @@ def ask_again(
     )
 
 
-def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
-    """Refuse to score anything else than the run did. Raises UserError."""
+def same_run(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
+    """Refuse another run than this one, or other test rows of these tasks. Raises UserError."""
     before = rundir.about()["identity"]
     if before["stages"] != [[stage.name, *stage.tasks] for stage in plan.stages]:
         stages = ", ".join(stage[0] for stage in before["stages"])
@@ -153,25 +153,12 @@ def _same(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
 
 
 def _score(plan: Plan, rundir: RunDir, index: int, tasks: Sequence[str], place: Place, screen: Screen) -> list[Scored]:
-    plan.computes = computes(rundir.about()["identity"])
-    room, tokens = open_room(plan, place)
-    for line in tokens.notes:
-        screen.line(line)
-    stage = open_stage(room, plan.config, index, evaluating=True)
-    left = restore_stage(rundir, stage, index)
-    answers = room.adapters.kept.get(left.answers.live or "")
-    room.method.build(stage)
-    # ``build`` may have begun anew, which of some kinds is not quite nothing.
-    if left.next and answers:
-        room.adapters.show(answers)
-    elif left.answers.live is None and left.answers.saved.own in ("adapter", "state"):
-        room.adapters.show(None)
-    tests = {task: tokens.test[task] for task in tasks}
-    screen.begin([ShownStage("", 0, sum(len(test.rows) for test in tests.values()))])
-    try:
+    with as_committed(plan, rundir, index, place) as (stage, tokens):
+        for line in tokens.notes:
+            screen.line(line)
+        tests = {task: tokens.test[task] for task in tasks}
+        screen.begin([ShownStage("", 0, sum(len(test.rows) for test in tests.values()))])
         return evaluate(stage, tests, screen.evaluating)
-    finally:
-        stage.close()
 
 
 def _percent(score: float | None) -> str:

@@ -11,27 +11,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import cl_runner
 from tests.command_line import NANO, ORDER, SMALL, STAGES, call, results, tree, variables
 from tests.conftest import Finished
+from tests.metrics.updates.naive import naive_intruders, naive_moved
+from tests.nano import nano_t5
 
 LAYER = "block.0.q"
 
 
 def adapter(
-    folder: Path, seed: int, layers: tuple[str, ...] = (LAYER, "block.0.v"), n: int = 20, **config: Any
+    folder: Path, seed: int, layers: tuple[str, ...] = (LAYER, "block.0.v"), n: int = 20, m: int = 12, **config: Any
 ) -> Path:
-    """A random PEFT LoRA folder: layers of 12 by ``n``, r 3, s 2."""
+    """A random PEFT LoRA folder: layers of ``m`` by ``n``, r 3, s 2."""
     dice = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     tensors = {}
     for layer in layers:
         tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(3, n, generator=dice)
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(12, 3, generator=dice)
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(m, 3, generator=dice)
     save_file(tensors, folder / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "some/base", **config}
     (folder / "adapter_config.json").write_text(json.dumps(about))
@@ -115,7 +119,8 @@ def test_on_a_terminal(run: Path) -> None:
     lines = text.out.splitlines()
     assert max(map(len, lines)) <= 80
     found = json.loads((run / "analysis.json").read_text())["together"]
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if re.match(r"\d \w", line)}
+    until = next(i for i, line in enumerate(lines) if line.startswith("the tuned weights against the base"))
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines[:until] if re.match(r"\d \w", line)}
     at = next(i for i, line in enumerate(lines) if line.startswith("update"))
     for t, (name, of) in enumerate(zip(STAGES, found["by_update"], strict=True)):
         shown = [float(cell) for cell in lines[at + 1 + t].split()[2:]]
@@ -126,6 +131,97 @@ def test_on_a_terminal(run: Path) -> None:
     angles = found["between"]["input_angle_mean"][2][:2]
     assert last == [pytest.approx(angles[0], abs=0.06), pytest.approx(angles[1], abs=0.06), None]
     assert f"AWOM of {STAGES[2]} with all before it" in text.out
+
+
+def weights() -> dict[str, Tensor]:
+    """W0 of the run's base."""
+    folder = Path(cl_runner.__file__).parent / "models/embedded/tiny-t5"
+    return {name.removesuffix(".weight"): t.double() for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def learned(run: Path) -> list[dict[str, Tensor]]:
+    """Layer → what the model has over the base after each stage."""
+    found: list[dict[str, Tensor]] = []
+    for stage in own(run):
+        before = found[-1] if found else dict.fromkeys(stage, torch.zeros(()))
+        found.append({layer: before[layer] + B @ A for layer, (A, B) in stage.items()})
+    return found
+
+
+def test_against_the_base(run: Path) -> None:
+    found = call("analyze", run.name, "--intruders", "--epsilon=0.9", "--top-k=6", "--json", cwd=run.parent.parent).json
+    W0, after, stages = weights(), learned(run), own(run)
+    against, intruding = found["against_base"], found["intruders"]
+    layers = list(found["by_layer"])
+    assert against["base"] == intruding["base"] == "tiny-t5" and against["layers"] == len(layers)
+    assert (intruding["top_k"], intruding["epsilon"]) == (6, 0.9) and intruding["checked"] == 6 * len(layers)
+    counted = 0
+    for t, name in enumerate(STAGES):
+        moves, counts = [], {"left": 0, "right": 0, "left_alone": 0, "right_alone": 0}
+        for layer in layers:
+            W = W0[layer].numpy()
+            D, alone = after[t][layer].numpy(), (stages[t][layer][1] @ stages[t][layer][0]).numpy()
+            moves.append(naive_moved(W, W + D))
+            of = against["by_layer"][layer]
+            assert (of["delta_magnitude"][t], of["delta_direction"][t]) == pytest.approx(moves[-1], rel=1e-4)
+            sides = (*naive_intruders(W, W + D, 6, 0.9), *naive_intruders(W, W + alone, 6, 0.9))
+            for side, count in zip(counts, sides, strict=True):
+                assert intruding["by_layer"][layer][side][t] == count
+                counts[side] += count
+        of = against["by_update"][t]
+        assert (of["delta_magnitude"], of["delta_direction"]) == pytest.approx(np.mean(moves, axis=0), rel=1e-4)
+        assert of["correlation"] == pytest.approx(np.corrcoef(np.array(moves).T)[0, 1], rel=1e-3)
+        assert intruding["by_update"][t] == {"name": name, **counts}
+        counted += counts["left"]
+    assert counted, "some intrude"
+
+
+def test_what_took_long_is_kept_while_the_stages_are_the_same(run: Path) -> None:
+    cwd, file = run.parent.parent, run / "analysis.json"
+    layers = r"--layers=decoder.*\.q$"
+    asked = call("analyze", run.name, "--intruders", layers, "--json", cwd=cwd).json
+    assert asked["intruders"]["pattern"] == layers.partition("=")[2]
+    plain = call("analyze", run.name, "--json", cwd=cwd).json
+    assert "intruders" not in plain
+    assert json.loads(file.read_text()) == plain | {"intruders": asked["intruders"]}
+    done = run / "stages/03-agnews/DONE"
+    done.write_text(done.read_text() + "\n")
+    call("analyze", run.name, cwd=cwd)
+    assert "intruders" not in json.loads(file.read_text())
+    file.write_text("{")
+    assert call("analyze", run.name, cwd=cwd).code == 0 and json.loads(file.read_text())["updates"] == STAGES
+
+
+def test_counts_on_a_terminal_and_as_csv(run: Path) -> None:
+    cwd = run.parent.parent
+    given = ("analyze", run.name, "--intruders", "--epsilon=0.9", r"--layers=decoder.*\.q$")
+    with variables(COLUMNS="80"):
+        lines = call(*given, cwd=cwd).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    found = json.loads((run / "analysis.json").read_text())
+    at = next(i for i, line in enumerate(lines) if "alone: left" in line)
+    for t, of in enumerate(found["intruders"]["by_update"]):
+        assert lines[at + 1 + t].split() == [str(t + 1), *map(str, of.values())]
+    rows = list(csv.DictReader(io.StringIO(call(*given, "--csv", cwd=cwd).out)))
+    for row in rows:
+        t = STAGES.index(row["update"])
+        assert float(row["intruders_left"]) == found["intruders"]["by_layer"][row["layer"]]["left"][t]
+        wanted = found["against_base"]["by_layer"][row["layer"]]["delta_direction"][t]
+        assert float(row["delta_direction"]) == pytest.approx(wanted)
+
+
+def test_a_base_that_is_gone_or_another(run: Path, tmp_path: Path) -> None:
+    """All else is told, but for what was asked of the base."""
+    cwd, config = run.parent.parent, run / "run.yaml"
+    config.write_text(config.read_text().replace("tiny-t5", "some/where"))
+    found = call("analyze", run.name, "--json", cwd=cwd).json
+    assert "against_base" not in found and found["updates"] == STAGES
+    [line] = found["skipped"]
+    assert line.startswith("what needs the base (ΔM, ΔD): ") and "some/where" in line
+    assert call("analyze", run.name, "--intruders", cwd=cwd).code == 2
+    assert "against_base" in call("analyze", run.name, "--model", "tiny-t5", "--json", cwd=cwd).json
+    line = call("analyze", run.name, "--model", nano_t5(), cwd=cwd).line
+    assert line.endswith(f"the base model {nano_t5()} is not the one of the run")
 
 
 def test_some_layers_as_csv(run: Path) -> None:
@@ -205,6 +301,53 @@ def test_what_is_no_adapter_is_a_line_and_the_others_go_on(tmp_path: Path) -> No
     assert good.exists() and other.exists()
 
 
+def on_nano(folder: Path, seed: int, **config: Any) -> Path:
+    """A random PEFT LoRA folder for the nano T5."""
+    sizes: dict[str, Any] = {"n": 192, "m": 192, "layers": (f"{ENCODER}.q", f"{ENCODER}.v"), **config}
+    return adapter(folder, seed, task_type="SEQ_2_SEQ_LM", target_modules=r"encoder.*\.(q|v)", **sizes)
+
+
+ENCODER = "encoder.block.0.layer.0.SelfAttention"
+
+
+def test_adapters_beside_their_base(tmp_path: Path) -> None:
+    """Also DoRA's, which changes the lengths of rows beside what its pair does."""
+    plain, dora = on_nano(tmp_path / "plain", 0), on_nano(tmp_path / "dora", 1, use_dora=True)
+    file = dora / "adapter_model.safetensors"
+    W0 = {
+        name.removesuffix(".weight"): t.double() for name, t in load_file(Path(nano_t5()) / "model.safetensors").items()
+    }
+    tensors = load_file(file)
+    for name in ("q", "v"):
+        tensors[f"base_model.model.{ENCODER}.{name}.lora_magnitude_vector"] = 2 + torch.arange(192.0) / 100
+    save_file(tensors, file)
+    on_nano(tmp_path / "norms", 2, peft_type="LN_TUNING")
+    given = ("analyze", "plain", "dora", "norms", "--model", nano_t5(), "--json")
+    found = call(*given, "--intruders", cwd=tmp_path).json
+    [line] = found["skipped"]
+    assert found["updates"] == ["plain", "dora"]
+    assert line == "norms: broken: tensors of its layers are not in its file"
+    for layer, of in found["by_layer"].items():
+        direction = W0[layer] + delta(dora, layer)
+        D = tensors[f"base_model.model.{layer}.lora_magnitude_vector"].double()[:, None] * direction
+        D = D / direction.norm(dim=1, keepdim=True) - W0[layer]
+        for t, change in enumerate((delta(plain, layer), D)):
+            assert of["by_update"][t]["update_norm"] == pytest.approx(float(change.norm()), rel=1e-5)
+            W, changed = W0[layer].numpy(), (W0[layer] + change).numpy()
+            moves = found["against_base"]["by_layer"][layer]
+            assert (moves["delta_magnitude"][t], moves["delta_direction"][t]) == pytest.approx(
+                naive_moved(W, changed), rel=1e-5
+            )
+            counts = found["intruders"]["by_layer"][layer]
+            assert (counts["left"][t], counts["right"][t]) == naive_intruders(W, changed, 10, 0.5)
+            assert counts["left_alone"] == counts["left"] and counts["right_alone"] == counts["right"]
+        assert found["intruders"]["by_layer"][layer]["left"] != [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dora", "norms", "plain"], "nothing is written"
+    told = call("analyze", "plain", "dora", "--json", cwd=tmp_path).json
+    assert told["skipped"] == ["dora: DoRA: ΔW = m ∘ (W + s·B A) / ‖W + s·B A‖ − W needs the base; say it with --model"]
+    assert "against_base" not in told
+
+
 def test_layers_in_common_are_compared(tmp_path: Path) -> None:
     adapter(tmp_path / "a", 0)
     adapter(tmp_path / "b", 1, layers=(LAYER, "block.0.v", "block.0.k"))
@@ -240,6 +383,10 @@ def test_the_same_folder_twice(tmp_path: Path) -> None:
         (("a", "runs/RUN"), r"runs/.* is a run; analyze takes one run, or folders of adapters$"),
         (("RUN", "a"), r" three-\S+ is a run; analyze takes one run, or folders of adapters$"),
         (("a", "--layers", "("), r"--layers '\(': is no regular expression \("),
+        (("a", "--intruders"), r"--intruders: needs the base of the adapters; say which with --model$"),
+        (("a", "--model", "nope/nope"), r"the base nope/nope is not on this machine$"),
+        (("a", "--model", "tiny-t5"), r"the base tiny-t5 has no linear layer block.0.q$"),
+        (("RUN", "--top-k", "0"), r"--top-k"),
         (("a", "--layers", "x"), r"--layers 'x': is found in none of the 2 layers \(block.0.q, block.0.v\)$"),
     ],
 )

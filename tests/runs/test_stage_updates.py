@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_runner.config.schema import ModelConfig
+from cl_runner.errors import UserError
+from cl_runner.models.base_weights import BaseWeights
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.stage_updates import StageChanges, stage_changes
 from tests.adapters.families import off
@@ -47,14 +49,15 @@ FACTORS = {"pairs": [8, 8, 8], "one pair": [8, 16, 16], "terms that are kept": [
 def trained(cwd: Path, *given: str) -> Path:
     cwd.mkdir(exist_ok=True)
     (cwd / "three.yaml").write_text(f"name: three\ntasks: [{', '.join(TASKS)}]\n")
-    result = call("train", "--order", "three.yaml", *NANO, "--set=adapter.r=8", *given, cwd=cwd)
+    rank = () if "--set=adapter.kind=ia3" in given else ("--set=adapter.r=8",)  # which has none
+    result = call("train", "--order", "three.yaml", *NANO, *rank, *given, cwd=cwd)
     assert result.code == 0, result.err
     [run] = (cwd / "runs").iterdir()
     return run
 
 
-def base() -> ModelConfig:
-    return ModelConfig(name=nano_t5())
+def base() -> BaseWeights:
+    return BaseWeights(ModelConfig(name=nano_t5()))
 
 
 def found(run: Path) -> tuple[list[StageChanges], list[str]]:
@@ -107,6 +110,8 @@ def test_a_stage_is_what_its_folder_adds_less_what_was_there(form: str, tmp_path
         after = added(goes_on)
         wanted = less(after, before)
         before = {} if form == "a pair for each" else after
+        assert each.from_base is (form == "a pair for each" or index == 0)
+        assert all(off(each.total(layer).whole(), delta) < 1e-3 for layer, delta in after.items())
         assert each.shapes == {layer: tuple(delta.shape) for layer, delta in wanted.items()}
         for layer, delta in wanted.items():
             assert delta.norm() > 1e-6 and off(each.of(layer).whole(), delta) < 1e-3
@@ -123,9 +128,64 @@ def test_prompts_change_no_weight(tmp_path: Path) -> None:
     assert skipped == ["stages 1 (dbpedia), 2 (amazon), 3 (agnews): soft prompts change no weight"]
 
 
-def test_another_kind_that_is_kept_cannot_be_told(tmp_path: Path) -> None:
-    changes, skipped = found(trained(tmp_path, "--method", "seqlora", *LOHA))
-    why = "adapter: is of the kind LOHA; LoRA's updates alone can be told without the base"
+KEPT = {
+    "loha": LOHA,
+    "dora": ("--set=adapter.kind=dora", "--set=adapter.r=4"),
+    "ia3": ("--set=adapter.kind=ia3",),
+    "lora-xs": ("--set=adapter.kind=lora-xs", "--set=adapter.r=4"),
+}
+
+
+def by_hand(kind: str, folder: Path) -> dict[str, Tensor]:
+    """Layer → ΔW of a folder of PEFT's own for the kind, by its equation, fp64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if kind == "lora-xs":  # which PEFT has not
+        return added(folder)
+    weights = load_file(Path(nano_t5()) / "model.safetensors")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        layer, _, part = name.removeprefix("base_model.model.").partition(
+            {"loha": ".hada_", "dora": ".lora_", "ia3": ".ia3_"}[kind]
+        )
+        parts.setdefault(layer, {})[part] = tensor.double()
+    found = {}
+    for layer, of in parts.items():
+        W = weights[f"{layer}.weight"].double()
+        if kind == "loha":
+            found[layer] = config["alpha"] / config["r"] * (of["w1_a"] @ of["w1_b"]) * (of["w2_a"] @ of["w2_b"])
+        elif kind == "ia3":
+            assert layer.split(".")[-1] not in config["feedforward_modules"]
+            found[layer] = (of["l"] - 1) * W
+        else:
+            direction = W + config["lora_alpha"] / config["r"] * of["B.weight"] @ of["A.weight"]
+            found[layer] = (of["magnitude_vector"] / direction.norm(dim=1))[:, None] * direction - W
+    return found
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_another_kind_that_stays_beside_the_weight(kind: str, tmp_path: Path) -> None:
+    """Its folder is PEFT's own of the kind, and is merged into the base to tell."""
+    only = ("--set=adapter.target_modules=[k, v]",) if kind == "ia3" else ()
+    run = trained(tmp_path, "--method", "seqlora", *KEPT[kind], *only)
+    changes, skipped = found(run)
+    assert not skipped and [each.from_base for each in changes] == [True, False, False]
+    after = [by_hand(kind, run / "stages" / f"{i + 1:02d}-{task}" / "adapter") for i, task in enumerate(TASKS)]
+    for t, each in enumerate(changes):
+        wanted = less(after[t], after[t - 1] if t else {})
+        assert set(each.shapes) == set(wanted)
+        for layer, delta in wanted.items():
+            assert delta.norm() > 1e-7 and off(each.of(layer).whole(), delta) < 1e-3
+            assert off(each.total(layer).whole(), after[t][layer]) < 1e-4
+
+
+def test_another_kind_that_stays_cannot_be_told_without_the_base(tmp_path: Path) -> None:
+    run = trained(tmp_path, "--method", "seqlora", *LOHA)
+
+    def gone() -> BaseWeights:
+        raise UserError("the base some/where is not on this machine")
+
+    changes, skipped = stage_changes(RunDir(run), TASKS, gone)
+    why = "the base some/where is not on this machine"
     assert not changes and skipped == [f"stages 1 (dbpedia), 2 (amazon), 3 (agnews): {why}"]
 
 
@@ -136,7 +196,7 @@ def test_weights_that_were_removed_and_a_base_that_is_gone(tmp_path: Path) -> No
     removed = "the model of dbpedia was removed (output.keep_stages)"
     assert skipped == [f"stages 1 (dbpedia), 2 (amazon): {removed}"]
     whole = trained(tmp_path / "whole", "--method", "seqft")
-    changes, skipped = stage_changes(RunDir(whole), TASKS, lambda: ModelConfig(name="some/where"))
+    changes, skipped = stage_changes(RunDir(whole), TASKS, lambda: BaseWeights(ModelConfig(name="some/where")))
     assert [each.name for each in changes] == ["amazon", "agnews"]
     assert skipped == ["stage 1 (dbpedia): the base some/where is not on this machine"]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,23 @@ from cl_runner.metrics.updates.update import Update
 class Changes(Protocol):
     """What one stage, or one adapter, has changed, layer by layer."""
 
-    name: str
-    shapes: Mapping[str, tuple[int, int]]  # layer → (m, n), out by in
+    @property
+    def name(self) -> str:
+        """For tables."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Layer → (m, n), out by in."""
+
+    @property
+    def from_base(self) -> bool:
+        """Whether it began at the base's weights, so that ``total`` is ``of``."""
 
     def of(self, layer: str) -> Update:
         """ΔW of a layer, read now, on the CPU. Raises UserError where it cannot be."""
+
+    def total(self, layer: str) -> Update:
+        """The same of all that was learned up to here: what the layer has over the base's weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,28 +53,41 @@ class Analysis:
     awom: float
 
 
+Found = TypeVar("Found")
 ADDED = ("nuclear_norm", "orthogonal_overlap", "inner")
 
 
 def analyse(changes: Sequence[Changes], layers: Sequence[str], tick: Callable[[int], None]) -> Analysis:
-    """On the GPU where there is one, else as many layers at a time as torch has threads, each in one of them: its
+    """All metrics that need no base. ``tick`` is told how many layers are done."""
+
+    def of(layer: str, device: torch.device) -> LayerMetrics:
+        return layer_metrics([each.of(layer).to(device) for each in changes])
+
+    return together([each.name for each in changes], by_layer(layers, of, tick))
+
+
+def by_layer(
+    layers: Sequence[str], of: Callable[[str, torch.device], Found], tick: Callable[[int], None]
+) -> dict[str, Found]:
+    """On the GPU where there is one, else as many layers at a time as torch has threads, each in one of them: their
     products are too small to be shared. ``tick`` is told how many are done."""
     device, threads = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
 
-    def of(layer: str) -> LayerMetrics:
-        return layer_metrics([each.of(layer).to(device) for each in changes])
+    @torch.no_grad()
+    def here(layer: str) -> Found:
+        return of(layer, device)
 
     found = {}
     pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads)
     try:
         torch.set_num_threads(1)
-        for done, (layer, metrics) in enumerate(zip(layers, pool.map(of, layers), strict=True), 1):
+        for done, (layer, metrics) in enumerate(zip(layers, pool.map(here, layers), strict=True), 1):
             found[layer] = metrics
             tick(done)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-    return together([each.name for each in changes], found)
+    return found
 
 
 def together(names: Sequence[str], layers: Mapping[str, LayerMetrics]) -> Analysis:

@@ -54,3 +54,21 @@ def angles(one: Matrix, other: Matrix, ranks: tuple[int, int]) -> Matrix:
     """Principal angles in degrees, by SciPy, of what two updates read: their leading right singular vectors."""
     spans = [np.linalg.svd(D)[2][:rank].T for D, rank in zip((one, other), ranks, strict=True)]
     return np.degrees(scipy.linalg.subspace_angles(*spans))
+
+
+def naive_moved(W0: Matrix, W: Matrix) -> tuple[float, float]:
+    """Column by column."""
+    lengths, turns = [], []
+    for old, new in zip(W0.T, W.T, strict=True):
+        lengths.append(abs(np.sqrt((new**2).sum()) - np.sqrt((old**2).sum())))
+        turns.append(1 - old @ new / (np.sqrt((old**2).sum()) * np.sqrt((new**2).sum())))
+    return sum(lengths) / len(lengths), sum(turns) / len(turns)
+
+
+def naive_intruders(W0: Matrix, W: Matrix, k: int, epsilon: float) -> tuple[int, int]:
+    """One singular vector after the other."""
+    U0, _, V0 = np.linalg.svd(W0, full_matrices=False)
+    U, _, V = np.linalg.svd(W, full_matrices=False)
+    k = min(k, len(V))
+    left = sum(max(abs(U0[:, i] @ U[:, j]) for i in range(U0.shape[1])) < epsilon for j in range(k))
+    return left, sum(max(abs(V0[i] @ V[j]) for i in range(len(V0))) < epsilon for j in range(k))

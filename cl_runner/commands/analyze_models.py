@@ -1,0 +1,90 @@
+"""The part of ``cl-runner analyze`` that loads a run's model and asks it: gradients of tasks, base drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cl_runner import methods
+from cl_runner.commands.given import several
+from cl_runner.errors import UserError
+from cl_runner.imports import light_imports
+from cl_runner.runs.folder import RunDir, kept_order
+from cl_runner.settings import Resolved, resolve
+from cl_runner.tasks import benchmark
+from cl_runner.tasks.order import load_order, order_names
+from cl_runner.tasks.task import Task
+
+if TYPE_CHECKING:
+    from cl_runner.commands.analyze import Asked
+    from cl_runner.report.updates import Section
+    from cl_runner.training.base_drift import Bar
+
+
+def ask(
+    run: RunDir,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, int]],
+    asked: Asked,
+    bar: Bar,
+) -> tuple[list[Section], list[str]]:
+    """What was asked for, and lines on what could not be told. Raises UserError.
+
+    names: of the committed stages. shapes: layer → (m, n), of those whose gradients are taken. bar: begins one.
+    """
+    resolved = _resolved(run, asked, ["eval.mode=choose"])
+    if asked.data_dir:
+        resolved.config.data.source = "folder"
+    others = _unseen(asked.unseen, run.about()["tasks"])
+    with light_imports():
+        from cl_runner.engine.process import here
+        from cl_runner.report.asked_models import DriftSection, GradientsSection
+        from cl_runner.training import look
+        from cl_runner.training.base_drift import read_texts
+
+    place = here()
+    sections: list[Section] = []
+    gone: list[str] = []
+    texts = read_texts(asked.text) if asked.text else []
+    if asked.gradients:
+        found = look.gradients(_resolved(run, asked), run, names, asked.gradients, shapes, place, bar)
+        sections.append(GradientsSection(asked.gradients, found, asked.layers))
+    if texts or others:
+        data = look.unseen(others, resolved, run) if others else None
+        left, gone = look.drift(resolved, run, names, texts, data, place, bar)
+        rows = {name: len(each) for name, each in data.test.items()} if data else {}
+        made_up = [name for name in rows if data and data.test[name].synthetic]
+        sections.append(DriftSection(str(asked.text) if asked.text else None, rows, made_up, left))
+    return sections, gone
+
+
+def _resolved(run: RunDir, asked: Asked, sets: Sequence[str] = ()) -> Resolved:
+    """The run's own settings, with its base and rows where they are now."""
+    return resolve(
+        config_file=run.config_file,
+        sets=sets,
+        flags={"model.name": asked.model, "data.dir": asked.data_dir},
+        method_schema=methods.method_schema,
+        stage_names=methods.stage_names,
+        kept_order=kept_order,
+    )
+
+
+def _unseen(given: Sequence[str], learned: Sequence[str]) -> list[Task]:
+    """Tasks by name, and those of orders that the run does not learn. Raises UserError."""
+    found: dict[str, Task] = {}
+    orders = order_names()
+    for name in several("--unseen", given):
+        if name in orders or name.endswith((".yaml", ".yml")):
+            others = [task for task in load_order(name).tasks if task.name not in learned]
+            if not others:
+                raise UserError(f"--unseen: the run learns all tasks of the order {name}")
+        else:
+            if name in learned:
+                raise UserError(f"--unseen: {name} is a task of this run")
+            others = [benchmark.get(name)]
+        for task in others:
+            if not task.choices:
+                raise UserError(f"--unseen: {task.name} has no labels to choose among")
+            found[task.name] = task
+    return list(found.values())
