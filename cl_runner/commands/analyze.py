@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner import methods
-from cl_runner.atomic import read_json, sha256, write_json
+from cl_runner.atomic import read_json, write_json
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, kept_order, readable, stage_names
+from cl_runner.runs.page import ANALYSIS
 from cl_runner.settings import resolve
 from cl_runner.terminal.console import print_json, rich_print
 from cl_runner.terminal.progress import Screen, ShownStage
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from cl_runner.metrics.updates.analysis import Changes
     from cl_runner.models.base_weights import BaseWeights
     from cl_runner.report.updates import Section, UpdatesReport
+    from cl_runner.runs.stage_updates import StageChanges
 
-FILE = "analysis.json"  # in a run's folder
+# What is computed after a run: as many entries of ΔW as a core goes through in so much of the run's time, or seconds.
+SHARE, LITTLE, PACE = 0.02, 2.0, 3e7  # the last in a second: benchmarks/analysis.py, of T5-large's shape
 COSTLY = ("intruders", "gradients", "drift")  # of it what is computed only when it is asked for
 
 
@@ -82,31 +85,73 @@ def analyze(wanted: Sequence[str], asked: Asked, *, root: Path, form: str) -> No
         rich_print(report)
 
 
-def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
+def analyze_after(run: RunDir, seconds: float) -> None:
+    """What the adapters alone say, kept beside a run that has ended, where that is little of the ``seconds`` it took.
+
+    Raises UserError where a stage cannot be read.
+    """
+    names = _finished(run)
+    with Screen(enabled=False) as screen:
+        changes, skipped = _changes(run, names, _no_base)
+        layers = {layer: shape for each in changes for layer, shape in each.shapes.items()}
+        entries = len(changes) * sum(m * n for m, n in layers.values())
+        if changes and entries <= PACE * max(LITTLE, SHARE * seconds):
+            report = _report(changes, _of(run, names), run.name, Asked(), None, _notes(changes), skipped, screen)
+            _keep(run, report.to_json(), screen)
+
+
+def _no_base() -> BaseWeights:
+    raise UserError("needs the base, which is not read again after a run: cl-runner analyze")
+
+
+def _finished(run: RunDir) -> list[str]:
+    """The run's finished stages. Raises UserError if there is none."""
     with readable(run):
-        about = run.about()
-        planned = stage_names(about)
+        planned = stage_names(run.about())
         names = planned[: run.committed(planned)]
     if not names:
         raise UserError(f"the run {run.path} has no finished stage yet")
+    return names
+
+
+def _changes(
+    run: RunDir, names: Sequence[str], base: Callable[[], BaseWeights]
+) -> tuple[list[StageChanges], list[str]]:
+    """What each stage has changed, and lines on what is left out."""
     with light_imports():
         from cl_runner.runs.stage_updates import stage_changes
 
+    changes, skipped = stage_changes(run, names, base)
+    planned = len(run.about()["stages"])
+    if len(names) < planned:
+        skipped.append(f"{planned - len(names)} of {planned} stages, not trained yet")
+    return changes, skipped
+
+
+def _notes(changes: Sequence[StageChanges]) -> list[str]:
+    on = [each.name for each in changes if each.differs]
+    return [f"{', '.join(on)}: trained on; ΔW is what changed, and A has the rows of before and after"] if on else []
+
+
+def _of(run: RunDir, names: Sequence[str]) -> dict[str, Any]:
+    """What is analysed: each stage by the hash of its last file, which has those of all others."""
+    return {"run": str(run.path), "stages": run.digests(names)}
+
+
+def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
+    names = _finished(run)
+
     @cache
     def base() -> BaseWeights:
-        from cl_runner.models.base_weights import BaseWeights  # which brings transformers
+        with light_imports():
+            from cl_runner.models.base_weights import BaseWeights  # which brings transformers
 
         return BaseWeights(_model(run, asked.model))
 
     if asked.model is not None:
         base()  # to say first what is wrong with it
-    changes, skipped = stage_changes(run, names, base)
-    if len(names) < len(planned):
-        skipped.append(f"{len(planned) - len(names)} of {len(planned)} stages, not trained yet")
-    on = [each.name for each in changes if each.differs]
-    notes = [f"{', '.join(on)}: trained on; ΔW is what changed, and A has the rows of before and after"] if on else []
-    of = {"run": str(run.path), "stages": {name: _digest(run, i, name) for i, name in enumerate(names)}}
-    report = _report(changes, of, run.name, asked, base, notes, skipped, screen)
+    changes, skipped = _changes(run, names, base)
+    report = _report(changes, _of(run, names), run.name, asked, base, _notes(changes), skipped, screen)
     if not asked.of_models:
         return report
     from cl_runner.commands.analyze_models import ask
@@ -248,17 +293,12 @@ def _model(run: RunDir, name: str | None) -> ModelConfig:
     return model
 
 
-def _digest(run: RunDir, index: int, name: str) -> str:
-    """Of what a stage committed: its last file has the hashes of all others."""
-    return sha256(run.stage_dir(index, name) / "DONE")
-
-
 def _keep(run: RunDir, values: dict[str, Any], screen: Screen) -> None:
     """Beside the run's other results, and with what an earlier call found at more cost of the same stages.
 
     Where nothing may be written there, that is said.
     """
-    file = run.path / FILE
+    file = run.path / ANALYSIS
     try:
         before = read_json(file) if file.is_file() else {}
     except UserError:

@@ -17,7 +17,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import forgotten_counts
 from cl_runner.runs.page import FILE, read_page
 from cl_runner.runs.results import summary_of
-from cl_runner.terminal.console import one_line, print_json, rich_print
+from cl_runner.terminal.console import print_json, rich_print
 
 
 def report(wanted: Sequence[str], *, root: Path, form: str, figures_in: Path | None = None) -> None:
@@ -70,24 +70,14 @@ def _json(run: RunDir, summary: RunSummary) -> dict[str, Any]:
     return {**tables.report_json(summary), "forgotten": forgotten_counts(run)}
 
 
-def print_result(folder: RunDir, as_json: bool, page: bool) -> None:
-    """The table, the folder, its page, the next command; or one JSON object. ``page``: whether to write one."""
+def print_result(folder: RunDir, as_json: bool, page: Path | None) -> None:
+    """The table, the folder, its page if there is one, the next command; or one JSON object."""
     summary = summary_of(folder)
-    written = _page_after(folder) if page else None
     if as_json:
         print_json({"run": str(folder.path), **_json(folder, summary)})
         return
     rich_print(tables.table(summary))
     print(f"\nrun folder: {folder.path}")
-    if written is not None:
-        print(f"page to open: {written}")
+    if page is not None:
+        print(f"page to open: {page}")
     print(f"again at any time: cl-runner report {shlex.quote(str(folder.path))}")
-
-
-def _page_after(folder: RunDir) -> Path | None:
-    """The page of a run that has just ended: the run is done, whatever becomes of the page, and what does is said."""
-    try:
-        return write_page(folder)
-    except Exception as error:
-        print(f"{folder.path / FILE} is not written: {one_line(str(error))}", file=sys.stderr)
-        return None

@@ -9,17 +9,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cl_runner.commands.report import print_result
+from cl_runner.commands.analyze import analyze_after
+from cl_runner.commands.report import print_result, write_page
 from cl_runner.commands.request import Request
 from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
 from cl_runner.models.locate import check, locate, model_identity
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.results import write_results
+from cl_runner.runs.page import FILE as PAGE
+from cl_runner.runs.results import summary_of, write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
-from cl_runner.terminal.console import aligned, print_json
+from cl_runner.terminal.console import aligned, one_line, print_json
 from cl_runner.trackers.processes import refuse_missing
 from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
@@ -65,7 +67,8 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
         if part is None or part.rank == 0:
             finish(folder)
             print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
-            print_result(folder, as_json, config.output.html)
+            page = folder.path / PAGE
+            print_result(folder, as_json, page if page.is_file() else None)
         return 0
     if processes > 1 and part is None:
         if folder.exists():
@@ -77,7 +80,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
     session = Session(resolved, located, plan, identity, folder, part, extended)
     code = session.run()
     if code == 0 and session.place.rank == 0:
-        print_result(session.folder, as_json, config.output.html)
+        print_result(session.folder, as_json, page_of(session.folder) if config.output.html else None)
     return code
 
 
@@ -179,3 +182,16 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
         print(plan.grows)
     there = "done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
     print(f"folder: {folder.path} ({there}; nothing was written)")
+
+
+def page_of(folder: RunDir) -> Path | None:
+    """The page of a run that has just ended. The run is done, whatever becomes of it; what does is said."""
+    try:
+        try:
+            analyze_after(folder, (summary_of(folder).seconds or {}).get("stage", 0.0))
+        except UserError as error:
+            print(f"of the updates the page says nothing: {error}", file=sys.stderr)
+        return write_page(folder)
+    except Exception as error:
+        print(f"{folder.path / PAGE} is not written: {one_line(str(error))}", file=sys.stderr)
+        return None

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cl_runner.atomic import read_json, sync, umask, write_json, write_text
+from cl_runner.atomic import read_json, sha256, sync, umask, write_json, write_text
 from cl_runner.config.lookup import is_name
 from cl_runner.errors import UserError
 
@@ -175,6 +175,10 @@ class RunDir:
             if not (self.stage_dir(index, name) / "DONE").is_file():
                 return index
         return len(names)
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Committed stage → what it committed: the hash of its last file, which has those of all others."""
+        return {name: sha256(self.stage_dir(index, name) / "DONE") for index, name in enumerate(names)}
 
     def finished(self, names: Sequence[str], wanted: int | None = None) -> int:
         """The finished stage (from 1) that is asked for; the last one without. Raises UserError if it is not there."""

@@ -69,14 +69,12 @@ def _rows(about: Mapping[str, Any], metrics: Mapping[str, str]) -> list[list[str
 
 
 def _analysis(run: RunDir, names: Sequence[str]) -> dict[str, Any] | None:
-    """``analysis.json``, if it is of the stages there are by now: all layers, and made since the last was committed."""
+    """``analysis.json``, if it is of all layers, and of the stages that there are by now."""
     file = run.path / ANALYSIS
     if not names or not file.is_file():
         return None
-    last = run.stage_dir(len(names) - 1, names[-1]) / "DONE"
     found = read_json(file)
-    whole = "pattern" not in found and file.stat().st_mtime_ns >= last.stat().st_mtime_ns
-    return found if whole else None
+    return found if "pattern" not in found and found.get("stages") == run.digests(names) else None
 
 
 def _warnings(run: RunDir) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -236,16 +236,59 @@ def test_a_run_without_a_finished_stage_has_a_page(tmp_path: Path) -> None:
     assert "No stage is finished yet." in Tags(write_page(RunDir(run.path)).read_text()).text
 
 
-def test_analysis_counts_while_it_is_of_these_stages(tmp_path: Path) -> None:
+def analysis(run: RunDir) -> dict[str, Any]:
+    """As ``cl-runner analyze`` writes it, of three updates and one layer."""
+    by_update = [
+        {
+            "name": name,
+            "update_norm": 1.5 + t,
+            "nuclear_norm": 2.0,
+            "effective_rank": 3.25,
+            "free_share": 0.5,
+            "orthogonal_overlap": 0.25 * t,
+            "singular_values": [2.0, 1.0, 1e-12],
+        }
+        for t, name in enumerate(run.about()["tasks"])
+    ]
+    between = [[0.0, None, None], [1.0, 0.0, None], [2.0, 3.0, 0.0]]
+    keys = ("orthogonal_overlap", "input_angle_mean", "output_angle_mean")
+    names = [update["name"] for update in by_update]
+    cosines = {"cosine": [[1.0, 0.1, None], [0.1, 1.0, -0.2], [None, -0.2, 1.0]]}
+    at = [{"stage": name, "loss": 2.0 + t, "mean_accuracy": None} for t, name in enumerate(["base", *names])]
+    return {
+        "stages": run.digests(names),
+        "updates": names,
+        "together": {"by_update": by_update, "between": dict.fromkeys(keys, between)},
+        "by_layer": {"q": {"by_update": by_update}},
+        "intruders": {"by_update": [{"left": 7 + t, "right": 0} for t in range(3)]},
+        "gradients": {"tasks": names, "at": [{"stage": "base", **cosines}, {"stage": "agnews", **cosines}]},
+        "drift": {"tasks": {}, "at": at},
+        "notes": ["a note"],
+        "skipped": [EVIL],
+    }
+
+
+def test_the_page_has_what_was_analysed(tmp_path: Path) -> None:
     run = three(tmp_path)
-    file = run.path / "analysis.json"
-    file.write_text(json.dumps({"updates": []}))
-    assert read_page(run.dir).analysis == {"updates": []}
-    file.write_text(json.dumps({"updates": [], "pattern": "layer.1"}))  # of some layers alone
+    before = Tags(write_page(run.dir).read_text())
+    assert "cl-runner analyze mine" in before.text
+    (run.path / "analysis.json").write_text(json.dumps(analysis(run.dir)))
+    page = Tags(write_page(run.dir).read_text())
+    assert "update size ‖ΔW‖ nuclear eff. rank OO free, % intruders, left right" in page.text
+    assert "2 amazon 2.5 2 3.25 0.25 50 8 0" in page.text
+    assert EVIL in page.text and "cl-runner analyze mine" not in page.text
+    names = [drawn.name for drawn in figures(read_page(run.dir))]
+    assert names == ["accuracy", "over-stages", "answers", "training", "overlap", "spectra", "gradients", "drift"]
+
+
+def test_analysis_counts_while_it_is_of_these_stages_and_all_layers(tmp_path: Path) -> None:
+    run = three(tmp_path)
+    file, found = run.path / "analysis.json", analysis(run.dir)
+    file.write_text(json.dumps(found))
+    assert read_page(run.dir).analysis == found
+    file.write_text(json.dumps({**found, "pattern": "layer.1"}))
     assert read_page(run.dir).analysis is None
-    file.write_text(json.dumps({"updates": []}))
-    later = file.stat().st_mtime + 1
-    os.utime(run.path / "stages/03-agnews/DONE", (later, later))
+    file.write_text(json.dumps({**found, "stages": {**found["stages"], "amazon": "another"}}))
     assert read_page(run.dir).analysis is None
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from cl_runner.report.figures.style import SHARE, Drawn, colours, drawing, heat, plain_numbers, short
+from cl_runner.report.figures.style import SERIES, SHARE, Drawn, colours, drawing, heat, plain_numbers, short
 
 # Key → what it is, and the ends of its map where they are fixed.
 BETWEEN = {
@@ -72,16 +72,69 @@ def _few(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
-def told(analysis: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """A row for each update: its size, nuclear norm, effective rank, density and overlap with those before it."""
-    rows = []
-    for t, update in enumerate(analysis["together"]["by_update"], 1):
-        keys = ("update_norm", "nuclear_norm", "effective_rank", "free_share", "orthogonal_overlap")
-        values = [update.get(key) for key in keys]
-        if values[3] is not None:
-            values[3] *= 100
-        rows.append([f"{t} {update['name']}", *("–" if v is None else f"{v:.3g}" for v in values)])
-    return rows
+def gradients(analysis: Mapping[str, Any]) -> Drawn | None:
+    """Cosines of the tasks' gradients, at the base and after the last stage; ``None`` where they were not asked for."""
+    found = analysis.get("gradients")
+    if not found or len(found["tasks"]) < 2:
+        return None
+    tasks = list(found["tasks"])
+    size = 0.3 if len(tasks) <= 16 else 0.11
+    named = 0.2 + 0.055 * max(len(short(task)) for task in tasks)
+    with drawing(len(found["at"]) * (size * len(tasks) + named + 0.35), rows=len(found["at"]), squeeze=False) as (
+        figure,
+        axes,
+    ):
+        for axis, at in zip(axes[:, 0], found["at"], strict=True):
+            text = [["" if v is None else f"{v:.2f}" for v in row] for row in at["cosine"]] if len(tasks) <= 8 else None
+            heat(axis, at["cosine"], columns=tasks, rows=tasks, low=-1, high=1, map="RdBu", text=text)
+            axis.set_title("at the base" if at["stage"] == "base" else f"after {at['stage']}")
+        return Drawn("gradients", "cosines of the tasks' mean gradients", figure)
 
 
-TOLD = ("update", "size ‖ΔW‖", "nuclear norm", "effective rank", "free input space, %", "OO with those before")
+def drift(analysis: Mapping[str, Any]) -> Drawn | None:
+    """What is left of the base, stage by stage: loss on text, choices on unseen tasks; ``None`` where not asked for."""
+    found = analysis.get("drift")
+    if not found:
+        return None
+    panels = [key for key in ("loss", "mean_accuracy") if any(at[key] is not None for at in found["at"])]
+    if not panels:
+        return None
+    names = [short(at["stage"]) for at in found["at"]]
+    mark = " (synthetic)" if any(task["synthetic"] for task in found["tasks"].values()) else ""
+    with drawing(0.5 + 1.5 * len(panels), rows=len(panels), sharex=True, squeeze=False) as (figure, axes):
+        for axis, key in zip(axes[:, 0], panels, strict=True):
+            values = [float("nan") if at[key] is None else at[key] for at in found["at"]]
+            axis.plot(range(len(values)), values, color=SERIES[0], marker="o", markersize=3)
+            axis.set_ylabel("loss, nats a token" if key == "loss" else f"unseen tasks, %{mark}")
+        every = -(-len(names) // 16)
+        axes[-1, 0].set_xticks(range(0, len(names), every), names[::every], rotation=30, ha="right")
+        return Drawn("drift", "what the model says of text and of tasks that it does not learn, stage by stage", figure)
+
+
+def told(analysis: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table, head and rows: of each update its sizes and its overlap with those before, and what else is known."""
+    columns: dict[str, list[float | None]] = {}
+    of = analysis["together"]["by_update"]
+    for key, head in TOLD.items():
+        columns[head] = [update.get(key) for update in of]
+    columns["free, %"] = [None if (v := update.get("free_share")) is None else 100 * v for update in of]
+    for section, more in BESIDE.items():
+        for key, head in more.items() if section in analysis else ():
+            columns[head] = [update.get(key) for update in analysis[section]["by_update"]]
+    rows = [
+        [f"{t + 1} {update['name']}", *("–" if (v := values[t]) is None else f"{v:.3g}" for values in columns.values())]
+        for t, update in enumerate(of)
+    ]
+    return ["update", *columns], rows
+
+
+TOLD = {
+    "update_norm": "size ‖ΔW‖",
+    "nuclear_norm": "nuclear",
+    "effective_rank": "eff. rank",
+    "orthogonal_overlap": "OO",
+}
+BESIDE = {
+    "against_base": {"delta_magnitude": "ΔM", "delta_direction": "ΔD"},
+    "intruders": {"left": "intruders, left", "right": "right"},
+}

@@ -6,7 +6,7 @@ It says nothing that the run's own files do not say; ``runs/page.py`` reads them
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cl_runner import __version__
@@ -17,7 +17,7 @@ from cl_runner.report.figures.answers import Answered, answers
 from cl_runner.report.figures.scores import accuracy_matrix, over_stages
 from cl_runner.report.figures.style import Drawn
 from cl_runner.report.figures.training import Curves, training_curves
-from cl_runner.report.figures.updates import TOLD, overlaps, spectra, told
+from cl_runner.report.figures.updates import drift, gradients, overlaps, spectra, told
 from cl_runner.report.forgotten import whose_text
 from cl_runner.report.page.render import render
 from cl_runner.report.tables import RunSummary, number
@@ -66,9 +66,11 @@ class Figures:
     training: Drawn | None
     overlap: Drawn | None
     spectra: Drawn | None
+    gradients: Drawn | None
+    drift: Drawn | None
 
     def __iter__(self) -> Iterator[Drawn]:
-        each = (self.accuracy, self.over_stages, self.answers, self.training, self.overlap, self.spectra)
+        each = (getattr(self, field.name) for field in fields(self))
         return (drawn for drawn in each if drawn is not None)
 
 
@@ -83,6 +85,8 @@ def figures(page: RunPage) -> Figures:
         training_curves(Curves.of(page.log)),
         overlaps(page.analysis) if page.analysis else None,
         spectra(page.analysis) if page.analysis else None,
+        gradients(page.analysis) if page.analysis else None,
+        drift(page.analysis) if page.analysis else None,
     )
 
 
@@ -105,7 +109,7 @@ def run_page(page: RunPage, drawn: Figures) -> str:
         drawn=drawn,
         sources=_sources(page),
         analysis=page.analysis,
-        told=(TOLD, told(page.analysis)) if page.analysis else None,
+        told=told(page.analysis) if page.analysis else None,
         beside=None if beside is None else (tables.BESIDE, tables.beside_published(run, beside), beside),
         measures=tables.measures(run),
         cost=_cost(page),
