@@ -80,7 +80,7 @@ def _kept(best: Group, other: Group, read: Callable[[str], RunForgetting]) -> Ke
         differ = [hold_against(read(runs[0][seed]), read(runs[1][seed])) for seed in seeds]
     except UserError:  # other rows, or another rule: the comparison has said so
         return None
-    tasks = [task for each in differ for task in each.tasks]
+    tasks = [task for each in differ for task in each.tasks if task.task in _earlier(each.run) | _earlier(each.other)]
     if not sum(len(task.kept) + len(task.lost) + task.both_forget for task in tasks):
         return None
     by_task: dict[str, tuple[int, int]] = {}
@@ -97,6 +97,11 @@ def _kept(best: Group, other: Group, read: Callable[[str], RunForgetting]) -> Ke
         neither=sum(task.both_forget for task in tasks),
         by_task=by_task,
     )
+
+
+def _earlier(run: RunForgetting) -> set[str]:
+    """The tasks that something was trained after: only of these can a row be lost."""
+    return {task.task for task in run.tasks if task.learned < len(run.stages)}
 
 
 def _read_or_why(run: RunDir, updates: bool, known: dict[Row, Row]) -> Entry | str:

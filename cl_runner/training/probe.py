@@ -25,6 +25,8 @@ from cl_runner.training.sampling import derived_seed
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_log import Meter
 
+ROUNDED = 1e-9  # points that a difference of two shares may be off: 3 rows of 30 are 10 points, and no more
+
 
 def rows_of_probe(seed: int, task: str, total: int, count: int) -> list[int]:
     """Which of a task's ``total`` test rows are asked, in ascending order: ``count``, or all where there are fewer."""
@@ -141,12 +143,12 @@ class Probe:
             if learned is not None and (score := scores.get(task)) is not None
         }
         if warn is not None:
-            under = {task: fall for task, fall in falls.items() if fall > warn}
+            under = {task: fall for task, fall in falls.items() if fall > warn + ROUNDED}
             if new := {task: fall for task, fall in under.items() if "warned_at" not in self._found[task]}:
                 self.warn(f"warning: {self._fallen(new)} (eval.probe_warn is {warn:g})")
             for task in new:
                 self._found[task]["warned_at"] = self.stage.step
-        if stop is not None and (under := {task: fall for task, fall in falls.items() if fall > stop}):
+        if stop is not None and (under := {task: fall for task, fall in falls.items() if fall > stop + ROUNDED}):
             raise LimitReached(f"{self._fallen(under)} (eval.probe_stop is {stop:g})", "eval.probe_stop=null")
 
     def _fallen(self, falls: Mapping[str, float]) -> str:

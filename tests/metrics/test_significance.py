@@ -89,6 +89,24 @@ def test_sign_flip_counts_the_ways_that_say_as_much() -> None:
     assert sign_flip([3.0], [1.0]) is None
 
 
+def test_sign_flip_counts_ways_that_are_the_same_but_for_rounding() -> None:
+    rng = random.Random(1)
+    for _ in range(60):
+        n, rows = rng.randint(2, 7), rng.choice([30, 96, 1000])
+        first = [rng.randint(4, rows - 4) for _ in range(n)]
+        second = [right + rng.randint(-2, 2) for right in first]
+        d = [x - y for x, y in zip(first, second, strict=True)]  # whole rows, which no sum rounds
+        ways = [abs(sum(s * x for s, x in zip(way, d, strict=True))) for way in itertools.product((1, -1), repeat=n)]
+        a, b = ([100 * right / rows for right in each] for each in (first, second))
+        assert sign_flip(a, b) == sum(way >= abs(sum(d)) for way in ways) / 2**n, (a, b)
+
+
+def test_sign_flip_of_many_seeds_draws_the_ways() -> None:
+    same = [50.0 + i for i in range(20)]
+    assert sign_flip(same, [value - 1 for value in same]) == pytest.approx(1 / (2**16 + 1))
+    assert sign_flip(same, [value + (-1) ** i for i, value in enumerate(same)]) == 1.0
+
+
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (3, 9), (40, 12)])
 def test_mcnemar_is_a_fair_coin(b: int, c: int) -> None:
     n = b + c

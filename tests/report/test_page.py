@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from cl_runner.commands.report import write_page
 from cl_runner.errors import UserError
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.metrics.forgotten import Whose
-from cl_runner.report.figures.scores import forgotten_by
-from cl_runner.report.figures.training import POINTS, Curves, _thin
-from cl_runner.report.page.run_page import figures
+from cl_runner.report.figures.scores import forgotten_by, over_stages
+from cl_runner.report.figures.training import POINTS, Curves, _thin, training_curves
+from cl_runner.report.page.run_page import _bar, _share, figures, run_page
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import read_answered
 from cl_runner.runs.page import read_page
@@ -123,9 +124,73 @@ def test_the_first_screen_says_what_was_kept_and_lost(tmp_path: Path) -> None:
     assert "amazon 100.0 50.0 -50.0 1 of 2 its own 1" in page.text
     assert "stage 2 amazon: the penalty" in page.text
     assert (
-        "30 s: training 50 %, the method's own work 10 %, evaluation 30 %, the rest (building, saving) 10 %."
-        in page.text
+        "30 s: training 60 %, evaluation 30 %, the rest (what is built and looked at before and after) 10 %. Of all, "
+        "the method's own work is 10 %, in training and before it." in page.text
     )
+
+
+def two(root: Path, first: list[str], now: list[str], **more: object) -> str:
+    """The first screen of a run that answered dbpedia's four rows so, and so again after amazon."""
+    golds = ["Film", "Plant", "Animal", "Village"]
+    run = three(root, "other", **more)
+    shutil.rmtree(run.path / "stages")
+    run.done = 0
+    run.commit({"dbpedia": list(zip(golds, first, strict=True))}, **SPENT)
+    run.commit({"dbpedia": list(zip(golds, now, strict=True)), "amazon": [("negative", "negative")]}, **SPENT)
+    return Tags(write_page(run.dir).read_text()).text
+
+
+def test_one_row_is_one_row(tmp_path: Path) -> None:
+    none = ["x"] * 4
+    assert (
+        "Of the 1 test row of earlier tasks that was right when their task had been learned, 0 still are (0 %), 1 is "
+        "lost." in two(tmp_path / "lost", ["Film", "x", "x", "x"], none)
+    )
+    assert "1 still is (100 %), 0 are lost." in two(tmp_path / "kept", ["Film", "x", "x", "x"], ["Film", "x", "x", "x"])
+    text = two(tmp_path / "none", none, none)
+    assert "there is nothing to forget yet: none of its earlier tasks' rows was right before." in text
+    assert "20 s for 2 stages" in text  # of three
+
+
+def test_a_row_of_many_is_not_none_and_not_all() -> None:
+    assert [_share(*of) for of in ((999, 1000), (1, 1000), (1000, 1000), (0, 7), (2, 3))] == [
+        "over 99 %", "under 1 %", "100 %", "0 %", "67 %"
+    ]  # fmt: skip
+
+
+def test_those_that_lost_as_much_are_named_together(tmp_path: Path) -> None:
+    run = three(tmp_path)
+    page = read_page(run.dir)
+    dbpedia, amazon, agnews = page.forgotten
+    again = replace(page, forgotten=[dbpedia, replace(dbpedia, task="amazon", learned=2), agnews])
+    text = " ".join(Tags(run_page(again, figures(again))).texts)
+    assert "dbpedia and amazon lost most, 2 each." in text and amazon.task == "amazon"
+
+
+def test_tasks_that_have_no_right_answers_are_not_said_to_be_untouched(tmp_path: Path) -> None:
+    page = read_page(three(tmp_path).dir)
+    page = replace(page, forgotten=[], answered={})
+    text = " ".join(Tags(run_page(page, figures(page))).texts)
+    assert "nothing has been trained since" not in text
+    # By hand: AA (50 + 50 + 100) / 3, both earlier ones fell by 50.
+    assert "is 66.7 %, forgetting 50.0 points; of its earlier tasks no answer is right or wrong" in text
+
+
+def test_what_is_synthetic_is_said_beside_the_answer_and_in_figures(tmp_path: Path) -> None:
+    page = read_page(three(tmp_path, synthetic=True).dir)
+    page = replace(page, run=replace(page.run, real=()))
+    drawn = figures(page)
+    text = " ".join(" ".join(Tags(run_page(page, drawn)).texts).split())
+    assert "labels of agnews. (synthetic)" in text
+    assert "66.7 average accuracy (AA), % (synthetic)" in text and "for all stages (synthetic)" not in text
+    for each in (drawn.accuracy, drawn.over_stages, drawn.answers, drawn.training):
+        assert each is not None and "(synthetic)" in " ".join(Tags(each.svg()).texts), each
+
+
+def test_a_bar_is_as_long_as_the_score_was() -> None:
+    assert _bar(80.0, 60.0) == (60.0, 20.0) and _bar(60.0, 80.0) == (80.0, 0.0)
+    assert _bar(30.0, -20.0) == (0.0, 30.0), "a correlation has fallen by 50 points, and 30 could be seen"
+    assert _bar(None, 50.0) == (50.0, 0.0) and _bar(50.0, None) == (0.0, 0.0)
 
 
 def test_rows_are_counted_by_what_they_are_answered_with(tmp_path: Path) -> None:
@@ -144,6 +209,16 @@ def test_rows_are_counted_by_what_they_are_answered_with(tmp_path: Path) -> None
 def test_forgetting_of_each_cell_is_the_best_before_minus_now() -> None:
     matrix = Matrix(["a", "b", "c"], ["a", "b", "c"], [[80.0, 5.0, None], [60.0, 70.0, 1.0], [90.0, None, 50.0]])
     assert forgotten_by(matrix) == [[0.0, None, None], [20.0, 0.0, None], [0.0, None, 0.0]]
+    below = Matrix(["a", "b"], ["a", "b"], [[-30.0, None], [-50.0, -5.0]])  # correlations
+    assert forgotten_by(below) == [[0.0, None], [20.0, 0.0]]
+
+
+def test_a_negative_score_is_in_the_picture() -> None:
+    below = Matrix(["a", "b"], ["a", "b"], [[-30.0, None], [-50.0, -5.0]])
+    curves = Curves(probes={"a": [(1, -40.0)]}, stages=[("a", 1)])
+    drawn = [over_stages(below, "score, %"), training_curves(curves)]
+    for figure, least in zip(drawn, (-50.0, -40.0), strict=True):
+        assert figure is not None and figure._figure.axes[0].get_ylim()[0] < least
 
 
 def test_curves_go_on_from_stage_to_stage(tmp_path: Path) -> None:

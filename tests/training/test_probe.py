@@ -32,7 +32,7 @@ from tests.stages import END, START, VOCABULARY
 from tests.training.test_step_state import SLOW, _written, begun, differing
 
 EVERY = {"eval__probe_every": 2}
-UNLIKE = ("examples_per_second", "memory_mb")
+UNLIKE = ("time", "examples_per_second", "memory_mb")
 
 
 def test_rows_are_of_seed_and_task_alone() -> None:
@@ -305,6 +305,10 @@ def test_limits_hold_for_old_tasks_and_for_more_than_they_say() -> None:
     assert why == f"{fell} (eval.probe_stop is 25)" and looks == {0: 95.0, 2: 70.0}  # it is logged what stopped it
     [(_, why, looks, _)] = on_ranks(1, _limited, [95.0, 75.0, 60.0], {"eval__probe_stop": 50.0})
     assert not why and len(looks) == 3
+    # A fall of just as much, but for rounding, is none of more.
+    exact = {"eval__probe_warn": 40.0, "eval__probe_stop": 40.0}
+    [(warned, why, looks, _)] = on_ranks(1, _limited, [100 - 40.00000000000001, 60.0, 60.0], exact)
+    assert not warned and not why and len(looks) == 3
     found = on_ranks(2, _limited, [95.0, 70.0], both)
     assert [why for _, why, *_ in found] == [f"{fell} (eval.probe_stop is 25)"] * 2  # none waits for the other
 

@@ -127,7 +127,7 @@ def _rows(entries: Sequence[Entry]) -> list[list[float]]:
     """Of each task that AA is over, percent of each row (its mean over seeds); nothing where AA is not made of rows."""
     if _not_of_rows(entries):
         return []
-    tasks = entries[0].summary.matrix.scored()
+    tasks = entries[0].summary.matrix.seen()
     return [
         [
             100 * sum(e.answers[task].right[row] for e in entries) / len(entries)
@@ -140,7 +140,7 @@ def _rows(entries: Sequence[Entry]) -> list[list[float]]:
 def _not_of_rows(entries: Sequence[Entry]) -> str:
     """Why AA is no mean of right and wrong rows, the same of all seeds; empty if it is."""
     first = entries[0]
-    for task in first.summary.matrix.scored():
+    for task in first.summary.matrix.seen():
         metric = first.summary.metrics.get(task, "normalised")
         if any(task not in entry.answers for entry in entries) or metric not in MATCHES:
             why = next((entry.unjudged[task] for entry in entries if task in entry.unjudged), "")

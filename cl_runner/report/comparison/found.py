@@ -93,9 +93,9 @@ class Group:
 
     @property
     def average(self) -> float | None:
-        """AA, the mean over seeds; percent."""
+        """AA, the mean over seeds; percent, rounded so that groups that are as accurate are equal."""
         found = self.measures["average_accuracy"]
-        return None if found is None else found.mean
+        return None if found is None else round(found.mean, 9)
 
     def to_json(self) -> dict[str, Any]:
         """Measures at the top; intervals as ``[low, high]``."""
@@ -110,6 +110,7 @@ class Group:
 class Kept:
     """Of the test rows that two groups both had right when learned: what each has kept, summed over ``seeds`` seeds.
 
+    Of the tasks that one of the two, or both, trained before its last stage: of others no row can be lost.
     by_task: task → rows that only the first keeps, and only the second.
     """
 

@@ -23,8 +23,8 @@ _OTHERS = {
 _LATER = ("#d55e00", "#e69f00", "#cc79a7", "#8c510a", "#f0a3a0")
 
 
-def answers(answered: Answered, tasks: Sequence[str], stages: int) -> Drawn | None:
-    """Shares of a task's test rows; ``None`` where no task's answers are right or wrong."""
+def answers(answered: Answered, tasks: Sequence[str], stages: int, mark: str = "") -> Drawn | None:
+    """Shares of a task's rows; ``None`` where no task's answers are right or wrong. mark: stands beside percent."""
     if not answered:
         return None
     found = _categories(answered, tasks)
@@ -34,7 +34,11 @@ def answers(answered: Answered, tasks: Sequence[str], stages: int) -> Drawn | No
             for place, each in enumerate(answered.values()):
                 _bar(axis, place, each[max(each)], found, across=True)
             axis.set_yticks(range(len(answered)), [short(task) for task in answered], fontsize=6.5)
-            axis.set(ylim=(len(answered) - 0.4, -0.6), xlim=(0, 100), xlabel="% of the test rows, after the last stage")
+            axis.set(
+                ylim=(len(answered) - 0.4, -0.6),
+                xlim=(0, 100),
+                xlabel=f"% of the test rows, after the last stage{mark}",
+            )
             _legend(figure, found)
             return Drawn("answers", f"{says} after the last stage", figure)
     columns = 2 if len(answered) > 1 else 1
@@ -53,7 +57,7 @@ def answers(answered: Answered, tasks: Sequence[str], stages: int) -> Drawn | No
         for axis in axes.flat[len(answered) :]:
             axis.set_visible(False)
         figure.supxlabel("after stage", fontsize=8)
-        figure.supylabel("% of its test rows", fontsize=8)
+        figure.supylabel(f"% of its test rows{mark}", fontsize=8)
         _legend(figure, found)
         return Drawn("answers", f"{says} after each stage", figure)
 

@@ -31,9 +31,15 @@ def intervals(groups: Sequence[Group], name: str) -> Drawn | None:
             axis.plot(values, [place] * len(values), "|", color=INK, markersize=7, zorder=3)
             axis.plot(group.average, place, "o", color=SERIES[0], markeredgecolor=INK, markersize=5, zorder=4)
         axis.set_yticks(range(len(known)), [short(group.label, 26) for group in known])
-        axis.set(ylim=(len(known) - 0.5, -0.5), xlabel="AA, %")
+        axis.set(ylim=(len(known) - 0.5, -0.5), xlabel=f"AA, %{marked(known)}")
         _legend(figure)
         return Drawn(name, "AA of each method, with its intervals over seeds and over rows, and each seed", figure)
+
+
+def marked(groups: Sequence[Group]) -> str:
+    """``" (synthetic)"`` to stand beside a number of these groups, or nothing."""
+    synthetic = {group.synthetic for group in groups}
+    return "" if True not in synthetic else " (partly synthetic)" if False in synthetic else " (synthetic)"
 
 
 def _legend(figure: Any) -> None:
@@ -95,4 +101,4 @@ def _front(axis: Any, groups: Sequence[Group], cost: str) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.15, y=0.15)
-    axis.set(xlabel=ALL[cost][0], ylabel="AA, %")
+    axis.set(xlabel=ALL[cost][0], ylabel=f"AA, %{marked([group for _, _, group in points])}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.report.figures.style import INK, LOSS, Drawn, colours, drawing, heat, short
 from cl_runner.report.tables import number
@@ -22,7 +24,7 @@ def forgotten_by(matrix: Matrix) -> list[list[float | None]]:
         for task in matrix.tasks:
             value = matrix.at(t, task)
             if task in trained or task in best:
-                best[task] = max(best.get(task, -1.0), -1.0 if value is None else value)
+                best[task] = max(best.get(task, -math.inf), -math.inf if value is None else value)
             row.append(None if value is None or task not in best else best[task] - value)
         found.append(row)
     return found
@@ -90,7 +92,9 @@ def over_stages(matrix: Matrix, unit: str) -> Drawn:
                 sum(known_now) / len(known_now) if known_now and len(known_now) == len(there) else float("nan")
             )
         axis.plot(range(1, T + 1), means, color=INK, linestyle=(0, (4, 2)), label="mean of seen")
-        axis.set(ylim=(-3, 103), xlim=(0.8, T + 0.2), xlabel="after stage", ylabel=unit)
+        # A correlation may be negative.
+        least = min((v for row in matrix.values for v in row if v is not None), default=0.0)
+        axis.set(ylim=(min(least, 0.0) - 3, 103), xlim=(0.8, T + 0.2), xlabel="after stage", ylabel=unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if len(seen) <= 16:
             figure.legend(loc="outside lower center", ncols=4)

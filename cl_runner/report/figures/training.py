@@ -46,8 +46,8 @@ class Curves:
         return found
 
 
-def training_curves(curves: Curves) -> Drawn | None:
-    """A panel for each of what there is; ``None`` where nothing was logged."""
+def training_curves(curves: Curves, mark: str = "") -> Drawn | None:
+    """A panel for each of what there is; ``None`` where nothing was logged. mark: stands beside percent."""
     panels = [name for name in ("loss", "penalty", "probes") if getattr(curves, name)]
     if not panels:
         return None
@@ -56,7 +56,8 @@ def training_curves(curves: Curves) -> Drawn | None:
             if name == "probes":
                 for (task, points), colour in zip(curves.probes.items(), colours(len(curves.probes)), strict=True):
                     axis.plot(*_thin(points), color=colour, label=short(task))
-                axis.set(ylabel="probe, %", ylim=(-3, 103))
+                least = min(score for points in curves.probes.values() for _, score in points)
+                axis.set(ylabel=f"probe, %{mark}", ylim=(min(least, 0.0) - 3, 103))
                 if len(curves.probes) <= 12:
                     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
             else:

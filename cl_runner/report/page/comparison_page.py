@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from cl_runner import __version__
 from cl_runner.report.comparison import text
-from cl_runner.report.comparison.found import Comparison, Group, Kept, Pair, chance
+from cl_runner.report.comparison.found import Comparison, Group, Kept, Pair, chance, signed
 from cl_runner.report.comparison.measures import shown
-from cl_runner.report.figures.comparison import fronts, intervals
+from cl_runner.report.figures.comparison import fronts, intervals, marked
 from cl_runner.report.figures.style import Drawn
 from cl_runner.report.page.render import render
 from cl_runner.report.tables import number
@@ -41,12 +41,12 @@ def drawn(all_: dict[str, Figures]) -> Iterator[Drawn]:
 
 def comparison_page(found: Comparison, kept: Sequence[Kept], pictures: dict[str, Figures]) -> str:
     """The page, one HTML file that asks nothing of anywhere. kept: what the best of an order keeps and others lose."""
-    marks = {group.synthetic for group in found.groups}
+    mark = marked(found.groups)
     return render(
         "comparison.html.j2",
         version=__version__,
-        synthetic=any(marks),
-        mark={frozenset([True]): "synthetic", frozenset([True, False]): "partly synthetic"}.get(frozenset(marks), ""),
+        synthetic=bool(mark),
+        mark=mark.strip(" ()"),
         name=_name(found),
         of=_of(found),
         answer=[
@@ -80,7 +80,10 @@ def _of(found: Comparison) -> str:
     models = list(dict.fromkeys(group.model for group in found.groups))
     runs = sum(len(group.seeds) for group in found.groups)
     seeds = sorted({seed for group in found.groups for seed in group.seeds})
-    return f"{', '.join(models)}; {runs} runs; seeds {', '.join(map(str, seeds))}" if found.groups else ""
+    if not found.groups:
+        return ""
+    counted = f"{runs} run{'s' * (runs != 1)}; seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+    return f"{', '.join(models)}; {counted}"
 
 
 def _answer(found: Comparison, order: str) -> str:
@@ -93,7 +96,11 @@ def _answer(found: Comparison, order: str) -> str:
     average = f"{shown(best.measures['average_accuracy'], 'average_accuracy')} %"
     if len(known) == 1:
         return f"{where}{best.label} has an AA of {average}."
-    said = f"{where}{best.label} has the highest AA, {average}{_ahead(found, best, known[1])}."
+    equal = [group.label for group in known if group.average == best.average]
+    if len(equal) > 1:
+        said = f"{where}{', '.join(equal[:-1])} and {equal[-1]} have the highest AA, {number(best.average, 1)} % each."
+    else:
+        said = f"{where}{best.label} has the highest AA, {average}{_ahead(found, best, known[1])}."
     pairs = [pair for pair in found.pairs if pair.order == order]
     return f"{said} {_counted(pairs)}".strip()
 
@@ -112,8 +119,9 @@ def _keeps(found: Comparison, kept: Sequence[Kept], order: str) -> Iterator[str]
     for each in kept:
         if each.order == order and rest and each.second == rest[0].label:
             over = f", over {each.seeds} seeds" if each.seeds > 1 else ""
+            rows = f"{each.right:,} test row{'s' * (each.right != 1)} of earlier tasks"
             yield (
-                f"Of the {each.right:,} test rows that both had right when learned{over}, {each.first} keeps "
+                f"Of the {rows} that both had right when learned{over}, {each.first} keeps "
                 f"{each.only_first:,} that {each.second} has lost{_tasks(each, 0)}; {each.second} keeps "
                 f"{each.only_second:,} that {each.first} has lost{_tasks(each, 1)}."
             )
@@ -122,7 +130,9 @@ def _keeps(found: Comparison, kept: Sequence[Kept], order: str) -> Iterator[str]
 def _tasks(kept: Kept, which: int) -> str:
     """Of which tasks they are, the most first."""
     counted = sorted(((rows[which], task) for task, rows in kept.by_task.items() if rows[which]), reverse=True)
-    return f" ({', '.join(f'{task} {rows}' for rows, task in counted[:4])})" if counted else ""
+    said = [f"{task} {rows:,}" for rows, task in counted[:4]]
+    more = sum(rows for rows, _ in counted[4:])
+    return f" ({', '.join([*said, *[f'others {more:,}'] * (more > 0)])})" if counted else ""
 
 
 def _ahead(found: Comparison, best: Group, second: Group) -> str:
@@ -134,15 +144,24 @@ def _ahead(found: Comparison, best: Group, second: Group) -> str:
     ]
     tests = [("over seeds", of[0].t_holm), ("over rows", of[0].rows_holm)] if of else []
     known = ", ".join(f"{over} {chance(p)}" for over, p in tests if p is not None)
-    return f", {lead} points above {second.label}" + (f" (corrected p {known})" if known else "")
+    fewer = ""
+    if of and known and not set(best.seeds) == set(second.seeds) == set(of[0].seeds):
+        ahead = of[0].difference if of[0].first == best.label else -(of[0].difference or 0.0)
+        count = len(of[0].seeds)
+        fewer = f"of the {count} seed{'s' * (count != 1)} of both {signed(ahead)} points, "
+    return f", {lead} points above {second.label}" + (f" ({fewer}corrected p {known})" if known else "")
 
 
 def _counted(pairs: Sequence[Pair]) -> str:
     def below(test: str) -> int:
         return sum((p := getattr(pair, test)) is not None and p < SURE for pair in pairs)
 
-    of = f"Of {len(pairs)} pairs {below('t_holm')} differ over seeds (paired t)" if len(pairs) > 1 else ""
-    return f"{of} and {below('rows_holm')} over rows, corrected p below {SURE:g}." if of else ""
+    tests = {"t_holm": "over seeds (paired t)", "rows_holm": "over rows"}
+    counts = {tests[test]: below(test) for test in tests if any(getattr(pair, test) is not None for pair in pairs)}
+    if len(pairs) < 2 or not counts:
+        return ""
+    first, *others = (f"{count} differ{'s' * (count == 1)} {over}" for over, count in counts.items())
+    return f"Of {len(pairs)} pairs {' and '.join([first, *others])}, corrected p below {SURE:g}."
 
 
 def _order(found: Comparison, order: str) -> tuple[text.Grid, text.Grid, text.Grid | None, str]:

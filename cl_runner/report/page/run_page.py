@@ -81,8 +81,8 @@ def figures(page: RunPage) -> Figures:
     return Figures(
         accuracy_matrix(matrix, unit) if there else None,
         over_stages(matrix, unit) if len(matrix.stages) > 1 else None,
-        answers(page.answered, matrix.tasks, len(matrix.stages)) if len(matrix.stages) > 1 else None,
-        training_curves(Curves.of(page.log)),
+        answers(page.answered, matrix.tasks, len(matrix.stages), page.run.mark) if len(matrix.stages) > 1 else None,
+        training_curves(Curves.of(page.log), page.run.mark),
         overlaps(page.analysis) if page.analysis else None,
         spectra(page.analysis) if page.analysis else None,
         gradients(page.analysis) if page.analysis else None,
@@ -139,24 +139,53 @@ def _answer(page: RunPage) -> list[str]:
         return ["No stage is finished yet."]
     since = [task for task in page.forgotten if task.learned < len(m.stages)]
     right = sum(len(task.right) for task in since)
-    if not since or not right:
-        learned = number(average_accuracy(m), 1)
-        why = "nothing has been trained since" if not since else "none of its earlier tasks' rows was right before"
-        return [f"The average over the tasks learned is {learned} %; there is nothing to forget yet: {why}."]
+    if not right:
+        return [_nothing_to_forget(page, since)]
     lost = [row for task in since for row in task.forgotten]
     kept = right - len(lost)
+    rows, were = ("row", "was") if right == 1 else ("rows", "were")
     said = [
-        f"Of the {right:,} test rows of earlier tasks that were right when their task had been learned, "
-        f"{kept:,} still are ({100 * kept / right:.0f} %), {len(lost):,} are lost."
+        f"Of the {right:,} test {rows} of earlier tasks that {were} right when their task had been learned, "
+        f"{kept:,} still {_are(kept)} ({_share(kept, right)}), {len(lost):,} {_are(len(lost))} lost."
     ]
     if lost:
-        worst = max(since, key=lambda task: len(task.forgotten))
-        share = f"{len(worst.forgotten):,} of {len(worst.right):,}"
-        said.append(f"{worst.task} lost most, {share}{_to(worst)}.")
+        most = max(len(task.forgotten) for task in since)
+        worst = [task for task in since if len(task.forgotten) == most]
+        if len(worst) > 1:
+            said.append(f"{_listed([task.task for task in worst], '')} lost most, {most:,} each.")
+        else:
+            share = f"{most:,} of {len(worst[0].right):,}"
+            said.append(f"{worst[0].task} lost most, {share}{_to(worst[0])}.")
         whole = [task.task for task in since if task.right and not task.forgotten]
         if whole:
             said.append(f"Nothing of {_listed(whole)} is lost.")
     return said
+
+
+def _nothing_to_forget(page: RunPage, since: Sequence[Forgetting]) -> str:
+    """Why no row is said to be kept or lost: there is none that could be, or answers are not right or wrong."""
+    m = page.run.matrix
+    average = number(average_accuracy(m), 1)
+    said = f"The average over the tasks learned is {average}{' %' * (average != '-')}"
+    if not any(m.last(task) < len(m.stages) - 1 for task in m.seen()):
+        return f"{said}; there is nothing to forget yet: nothing has been trained since."
+    if since:
+        return f"{said}; there is nothing to forget yet: none of its earlier tasks' rows was right before."
+    points = forgetting(m)
+    fell = "" if points is None else f", forgetting {number(points, 1)} points"
+    return f"{said}{fell}; of its earlier tasks no answer is right or wrong, so no rows are counted."
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _share(part: int, whole: int) -> str:
+    """In percent; all and nothing are said of these alone."""
+    if 0 < part < whole:
+        share = 100 * part / whole
+        return "under 1 %" if share < 1 else "over 99 %" if share > 99 else f"{share:.0f} %"
+    return f"{100 * part / whole:.0f} %"
 
 
 def _to(task: Forgetting) -> str:
@@ -177,9 +206,9 @@ _ANSWERED: dict[Kind, str] = {
 }
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], other: str = "other ") -> str:
     if len(names) > 4:
-        return f"{len(names)} other tasks"
+        return f"{len(names)} {other}tasks"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -191,10 +220,12 @@ def _numbers(page: RunPage) -> list[tuple[str, str]]:
         (forgetting(m), "forgetting, points"),
         (learning_accuracy(m), "learned: right after each stage, %"),
     ]
-    tiles = [(number(value, 1), what) for value, what in found if value is not None]
+    tiles = [(number(value, 1), f"{what}{page.run.mark}") for value, what in found if value is not None]
     seconds = page.run.seconds or {}
     if "stage" in seconds:
-        tiles.append((duration(seconds["stage"]), "for all stages"))
+        done = page.run.stages_done
+        stages = "all stages" if page.run.finished else f"{done} stage{'s' * (done != 1)}"
+        tiles.append((duration(seconds["stage"]), f"for {stages}"))
     if page.run.megabytes is not None:
         tiles.append((size(round(page.run.megabytes * 2**20)), "left by the last stage"))
     return tiles
@@ -217,12 +248,18 @@ def _by_task(page: RunPage) -> list[dict[str, Any]]:
                 "now": number(now, 1),
                 "change": change,
                 "said": number(change, 1) if known else "-",
-                "bar": (max(now or 0.0, 0.0), max(-change, 0.0)),
+                "bar": _bar(learned, now),
                 "lost": "" if lost is None else f"{len(lost.forgotten)} of {len(lost.right)}",
                 "to": "" if lost is None else _most(_whose(lost)),
             }
         )
     return rows
+
+
+def _bar(learned: float | None, now: float | None) -> tuple[float, float]:
+    """How long what is kept is, and what was lost of it, in percent; what is negative (a correlation) has no length."""
+    kept, had = (max(value or 0.0, 0.0) for value in (now, learned))
+    return kept, max(had - kept, 0.0) if now is not None else 0.0
 
 
 def _whose(task: Forgetting) -> list[tuple[str, int]]:
@@ -275,14 +312,15 @@ def _went(page: RunPage) -> str:
     if not seconds.get("stage"):
         return ""
     whole = seconds["stage"]
-    method = seconds.get("method", 0.0)
     parts = {
-        "training": seconds.get("train", 0.0) - method,
-        "the method's own work": method,
+        "training": seconds.get("train", 0.0),
         "evaluation": seconds.get("evaluate", 0.0),
         "probes": seconds.get("probe", 0.0),
     }
-    parts["the rest (building, saving)"] = whole - sum(parts.values())
+    parts["the rest (what is built and looked at before and after)"] = whole - sum(parts.values())
     said = [f"{what} {100 * spent / whole:.0f} %" for what, spent in parts.items() if spent / whole >= 0.005]
+    # Part of it is before the first step, so that it is neither a part of the training nor beside it.
+    share = seconds.get("method", 0.0) / whole
+    method = f" Of all, the method's own work is {100 * share:.0f} %, in training and before it." * (share >= 0.005)
     memory = "" if page.peak is None else f" Peak memory {size(round(page.peak * 2**20))}."
-    return f"{duration(whole)}: {', '.join(said)}.{memory}"
+    return f"{duration(whole)}: {', '.join(said)}.{method}{memory}"

@@ -206,6 +206,15 @@ def test_intervals_of_a_group() -> None:
     assert other.groups[0].over_rows is None and "no interval over rows of olora: sums: no" in other.left_out
 
 
+def test_no_interval_stands_beside_an_average_that_there_is_not() -> None:
+    whole = entry({"dbpedia": "1101", "sums": "1010"}, metrics={"dbpedia": "normalised", "sums": "pearson"})
+    matrix = replace(whole.summary.matrix, values=[[100.0, None], [75.0, None]], undefined=[{}, {"sums": "all same"}])
+    answers = {"dbpedia": whole.answers["dbpedia"]}
+    lacking = replace(whole, summary=replace(whole.summary, matrix=matrix), answers=answers, unjudged={"sums": "no"})
+    group = compare([lacking]).groups[0]
+    assert group.average is None and group.over_rows is None
+
+
 @pytest.mark.parametrize("count", [3, 10])
 @pytest.mark.parametrize("orders", [("order1",), ("order1", "order2")])
 @pytest.mark.parametrize("width", [80, 60])
