@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -60,16 +61,18 @@ def entries(runs: Sequence[tuple[RunDir, bool]], *, updates: bool = False) -> tu
 def kept(found: Comparison, runs: Sequence[RunDir]) -> list[Kept]:
     """What the best of each order keeps and each other group has lost, and the reverse; of seeds that both have.
 
-    Without pairs that have no task to lose in common, or not the same rows. Raises UserError for a broken file.
+    Without pairs that have no task to lose in common, or not the same rows, and without runs of one name in several
+    folders. Raises UserError for a broken file.
     """
-    folders = {run.name: run for run in runs}
+    named = Counter(run.name for run in runs)
+    folders = {run.name: run for run in runs if named[run.name] == 1}
     read = cache(lambda name: read_forgotten(folders[name]))
     pairs = []
     for order in found.orders:
         known = [group for group in found.of(order) if group.average is not None]
         best = max(known, key=lambda group: group.average or 0.0, default=None)
         pairs += [(best, other) for other in known if best is not None and other is not best]
-    held = (_kept(best, other, read) for best, other in pairs)
+    held = (_kept(best, other, read) for best, other in pairs if {*best.runs, *other.runs} <= folders.keys())
     return [each for each in held if each is not None]
 
 

@@ -205,6 +205,20 @@ class RunDir:
                     f"({names[done]}) is not; put it back, or --restart to begin anew beside it"
                 )
 
+    def log_rows(self) -> list[dict[str, Any]]:
+        """The rows of ``log.jsonl``, without a last one that is not written to its end (the power went).
+
+        Raises UserError where another is broken.
+        """
+        file = self.path / "log.jsonl"
+        if not file.is_file():
+            return []
+        *whole, _ = file.read_text("utf-8", "replace").split("\n")
+        try:
+            return [json.loads(line) for line in whole if line]
+        except ValueError as error:
+            raise UserError(f"{file}: broken JSON: {error}") from None
+
     def keep_log_rows(self, stages: Sequence[str]) -> None:
         """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""
         file = self.path / "log.jsonl"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cl_runner.atomic import read_json, read_jsonl
+from cl_runner.atomic import read_json
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS
 from cl_runner.report.page.run_page import RunPage
@@ -36,8 +36,7 @@ def read_page(run: RunDir) -> RunPage:
         names = stage_names(about)[: summary.stages_done]
         stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(names)]
         environment = _read(run.path / "environment.json")
-        log = run.path / "log.jsonl"
-        rows = [row for row in read_jsonl(log) if row["stage"] in names] if log.is_file() else []
+        rows = [row for row in run.log_rows() if row["stage"] in names]
         return RunPage(
             run=summary,
             title=METHODS.get(about["method"]).title if about["method"] in METHODS.ours else "",

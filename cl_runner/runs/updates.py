@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.atomic import read_json, read_jsonl
+from cl_runner.atomic import read_json
 from cl_runner.metrics.free_subspace import free_share
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import NEXT, TENSORS, StageState
@@ -72,6 +72,4 @@ def _training(run: RunDir, index: int, name: str) -> dict[str, Any]:
 
 def peak_megabytes(run: RunDir) -> float | None:
     """Peak memory of the device that the log has seen, in MB: of the GPU, or of the process."""
-    log = run.path / "log.jsonl"
-    rows = read_jsonl(log) if log.is_file() else []
-    return max((row["memory_mb"] for row in rows if "memory_mb" in row), default=None)
+    return max((row["memory_mb"] for row in run.log_rows() if "memory_mb" in row), default=None)

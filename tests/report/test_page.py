@@ -305,6 +305,14 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
         write_page(run.dir)
 
 
+def test_a_row_that_the_power_cut_in_two_is_none(tmp_path: Path) -> None:
+    run = three(tmp_path)
+    before = read_page(run.dir).log
+    with (run.path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "agnews", "st')
+    assert read_page(run.dir).log == before
+
+
 def test_a_run_without_a_finished_stage_has_a_page(tmp_path: Path) -> None:
     run = three(tmp_path)
     shutil.rmtree(run.path / "stages")

@@ -70,6 +70,6 @@ def test_pairs_that_fill_the_space_and_updates_without_factors(tmp_path: Path) -
     ]
     assert 0 < sum(taken) < len(taken)
     assert free_subspace(dense, STAGES) == pytest.approx(100 * (1 - sum(taken) / len(taken)))
-    text = call("report", "wide", "dense", "--markdown", cwd=tmp_path).out
+    text = call("compare", "wide", "dense", "--markdown", cwd=tmp_path).out
     assert "‖ΔW‖ | free % | peak MB |" in text
-    assert "free" not in call("report", "wide", "dense", cwd=tmp_path).out  # no room on a terminal
+    assert "free" not in call("compare", "wide", "dense", cwd=tmp_path).out  # no room on a terminal
