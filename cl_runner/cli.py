@@ -164,7 +164,7 @@ def rescore(
     """Score the kept answers again by another metric, no model needed. Writes nothing into the run."""
     from cl_runner.commands import rescore as command
 
-    form = "json" if as_json else "csv" if csv else "table"
+    form = _form(json=as_json, csv=csv)
     command.rescore(run, metric or [], root=Path(output_dir or "runs"), form=form)
 
 
@@ -185,7 +185,7 @@ def report(
     """Accuracy matrix, AA, forgetting, transfer of a run."""
     from cl_runner.commands import report as command
 
-    form = "html" if html else "json" if as_json else "csv" if csv else "markdown" if markdown else "table"
+    form = _form(html=html, json=as_json, csv=csv, markdown=markdown)
     command.report(run or [], root=Path(output_dir or "runs"), form=form, figures_in=figures)
 
 
@@ -211,7 +211,7 @@ def compare(
     """Methods over orders and seeds: means, intervals, paired tests, ranks, cost."""
     from cl_runner.commands import compare as command
 
-    form = "json" if as_json else "csv" if csv else "markdown" if markdown else "latex" if latex else "table"
+    form = _form(json=as_json, csv=csv, markdown=markdown, latex=latex, html=html is not None)
     root = Path(output_dir or "runs")
     if html is not None or figures is not None:
         command.write_page(run or [], root=root, against=against, file=html, figures_in=figures)
@@ -266,10 +266,15 @@ def analyze(
     intruders: Annotated[
         bool, typer.Option("--intruders", help="Count intruder dimensions, which takes long.")
     ] = False,
-    top_k: Annotated[int, typer.Option("--top-k", help="Intruders: singular vectors looked at.", min=1)] = 10,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Intruders: singular vectors looked at; default 10.", min=1)
+    ] = None,
     epsilon: Annotated[
-        float, typer.Option("--epsilon", help="Intruders: |cos| with all of the base's is under it.", min=0, max=1)
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--epsilon", help="Intruders: |cos| with all of the base's is under it; default 0.5.", min=0, max=1
+        ),
+    ] = None,
     gradients: Annotated[
         int | None,
         typer.Option("--gradients", metavar="ROWS", help="Cosines of the tasks' gradients, of so many rows.", min=1),
@@ -288,7 +293,7 @@ def analyze(
     """What each stage, or adapter, changed of the weights, and how these updates overlap."""
     from cl_runner.commands import analyze as command
 
-    form = "json" if as_json else "csv" if csv else "table"
+    form = _form(json=as_json, csv=csv)
     asked = command.Asked(layers, model, intruders, top_k, epsilon, gradients, text, unseen or [], data_dir)
     command.analyze(what or [], asked, root=Path(output_dir or "runs"), form=form)
 
@@ -446,6 +451,14 @@ def new_order(
     else:
         for line in lines:
             print(line)
+
+
+def _form(**given: bool) -> str:
+    """The one form of output that is asked for; ``table`` without. Raises UserError for two."""
+    wanted = [name for name, is_given in given.items() if is_given]
+    if len(wanted) > 1:
+        raise UserError(f"--{wanted[0]} and --{wanted[1]}: one form at a time")
+    return wanted[0] if wanted else "table"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # What is computed after a run: as many entries of ΔW as a core goes through in so much of the run's time, or seconds.
 SHARE, LITTLE, PACE = 0.02, 2.0, 3e7  # the last in a second: benchmarks/analysis.py, of T5-large's shape
+TOP_K, EPSILON = 10, 0.5  # of intruder dimensions, as published
 COSTLY = ("intruders", "gradients", "drift")  # of it what is computed only when it is asked for
 
 
@@ -45,8 +46,8 @@ class Asked:
     layers: str | None = None
     model: str | None = None
     intruders: bool = False
-    top_k: int = 10
-    epsilon: float = 0.5
+    top_k: int | None = None
+    epsilon: float | None = None
     gradients: int | None = None
     text: Path | None = None
     unseen: Sequence[str] = ()
@@ -61,6 +62,8 @@ class Asked:
 
 def analyze(wanted: Sequence[str], asked: Asked, *, root: Path, form: str) -> None:
     """``cl-runner analyze``: one run, or folders of adapters."""
+    if not asked.intruders and (asked.top_k is not None or asked.epsilon is not None):
+        raise UserError("--top-k and --epsilon are of intruder dimensions; say --intruders too")
     paths = [Path(word) for word in wanted]
     if len(paths) > 1:
         for path in paths:
@@ -245,7 +248,7 @@ def _against(
         skipped.append(f"what needs the base (ΔM, ΔD): {error}")
         return []
     if asked.intruders:
-        looked = Looked(asked.top_k, asked.epsilon)
+        looked = Looked(asked.top_k or TOP_K, EPSILON if asked.epsilon is None else asked.epsilon)
         counts = intruding(changes, layers, base(), looked, bar(screen, "intruder dimensions", len(layers)))
         sections.append(IntrudersSection(names, base().name, counts, asked.layers))
     return sections
@@ -303,7 +306,12 @@ def _keep(run: RunDir, values: dict[str, Any], screen: Screen) -> None:
         before = read_json(file) if file.is_file() else {}
     except UserError:
         before = {}  # broken, and about to be written anew
-    kept = {key: before[key] for key in COSTLY if key in before} if before.get("stages") == values["stages"] else {}
+    if before.get("stages") != values["stages"]:
+        before = {}
+    if "pattern" in values and before and "pattern" not in before:  # all layers stay, beside what was asked for of some
+        values = {**before, **{key: values[key] for key in COSTLY if key in values}}
+        screen.line(f"{file} keeps what it says of all layers")
+    kept = {key: before[key] for key in COSTLY if key in before}
     try:
         write_json(file, {**kept, **values})
     except OSError as error:

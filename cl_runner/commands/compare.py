@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_runner.atomic import write_text
 from cl_runner.errors import UserError
 from cl_runner.report.comparison.compared import compare as compared
 from cl_runner.report.comparison.found import Comparison
@@ -39,20 +38,16 @@ def write_page(wanted: Sequence[str], *, root: Path, against: str, file: Path | 
         UserError: as ``compare``, or nothing can be written there.
     """
     from cl_runner.report.page.comparison_page import comparison_page, drawn, figures
+    from cl_runner.report.page.render import save
 
     if file is None:
         raise UserError("--figures: the figures are those of the page; say --html FILE too")
+    if file.name.startswith("-"):
+        raise UserError(f"--html {file}: say which file to write the page to")
     found = _found(wanted, root, against, updates=False)
     held = kept(found, [run for run, _ in catalog.find_several(root, wanted)])
     pictures = figures(found)
-    try:
-        if figures_in is not None:
-            figures_in.mkdir(parents=True, exist_ok=True)
-            for each in drawn(pictures):
-                each.save(figures_in)
-        write_text(file, comparison_page(found, held, pictures))
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from None
+    save(file, comparison_page(found, held, pictures), drawn(pictures), figures_in)
     print(f"page to open: {file}")
 
 

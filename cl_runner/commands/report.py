@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_runner.atomic import write_text
 from cl_runner.errors import UserError
 from cl_runner.report import tables
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs import catalog
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.forgotten import forgotten_counts
 from cl_runner.runs.page import FILE, read_page
 from cl_runner.runs.results import summary_of
@@ -49,19 +48,15 @@ def write_page(run: RunDir, figures_in: Path | None = None) -> Path:
     Raises:
         UserError: a file of the run is broken, or nothing can be written there.
     """
+    from cl_runner.report.page.render import save
     from cl_runner.report.page.run_page import figures, run_page
 
     page = read_page(run)
-    drawn = figures(page)
+    with readable(run):
+        drawn = figures(page)
+        html = run_page(page, drawn)
     file = run.path / FILE
-    try:
-        if figures_in is not None:
-            figures_in.mkdir(parents=True, exist_ok=True)
-            for each in drawn:
-                each.save(figures_in)
-        write_text(file, run_page(page, drawn))
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from None
+    save(file, html, drawn, figures_in)
     return file
 
 

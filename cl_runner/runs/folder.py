@@ -54,7 +54,10 @@ class RunDir:
 
     def exists(self) -> bool:
         """Whether this folder is a run."""
-        return self.config_file.is_file() and (self.path / "run.json").is_file()
+        try:
+            return self.config_file.is_file() and (self.path / "run.json").is_file()
+        except OSError:  # a name longer than names may be
+            return False
 
     def create(
         self,
@@ -109,7 +112,9 @@ class RunDir:
             UserError: this is no run folder, or its ``run.json`` is broken or of another version.
         """
         if not self.exists():
-            what = "is no run folder (it has no run.yaml and run.json)" if self.path.exists() else "does not exist"
+            what = (
+                "is no run folder (it has no run.yaml and run.json)" if os.path.lexists(self.path) else "does not exist"
+            )
             raise UserError(f"{self.path} {what}")
         about = read_json(self.path / "run.json")
         if about.get("layout") not in READABLE:
@@ -214,10 +219,13 @@ class RunDir:
         if not file.is_file():
             return []
         *whole, _ = file.read_text("utf-8", "replace").split("\n")
+        rows: list[dict[str, Any]] = []
         try:
-            return [json.loads(line) for line in whole if line]
-        except ValueError as error:
-            raise UserError(f"{file}: broken JSON: {error}") from None
+            for line in whole:
+                rows += [json.loads(line)] if line else []
+        except ValueError:
+            raise UserError(f"{file}: broken JSON behind row {len(rows)}") from None
+        return rows
 
     def keep_log_rows(self, stages: Sequence[str]) -> None:
         """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,11 @@ FILE = "report.html"
 def read_page(run: RunDir) -> RunPage:
     """All that stands on the page of a run. Raises UserError where a file of it is broken."""
     summary = summary_of(run)
-    forgetting: RunForgetting | None = None
-    with suppress(UserError):  # no stage yet
-        forgetting = read_forgotten(run)
+    forgetting, untold = None, ""
+    try:
+        forgetting = read_forgotten(run) if summary.stages_done else None
+    except UserError as error:
+        untold = f"what was forgotten is not told: {error}"
     with readable(run):
         about = run.about()
         names = stage_names(about)[: summary.stages_done]
@@ -47,7 +48,7 @@ def read_page(run: RunDir) -> RunPage:
             stages=stages,
             peak=peak_megabytes(run),
             analysis=_analysis(run, names),
-            health=_warnings(run),
+            health=[*filter(None, [untold]), *_warnings(run)],
             command=environment.get("command", ""),
             environment=_told(environment),
             again=shlex.quote(run.name),

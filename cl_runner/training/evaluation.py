@@ -62,7 +62,8 @@ def evaluate(
         ticking(0)
         known = name if method.knows_task else None
         wanted = method.answering(known)
-        if wanted is not None and wanted != adapters.live:
+        # The set that trains answers by itself inside its stage; after it, by what it has left (``end_task``).
+        if wanted is not None and (wanted in adapters.kept or wanted != adapters.live):
             shown = shown or [adapters.shown()]
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
         results.append(score_task(test, stage.answer(test.examples, known, ticking, test.labels)))

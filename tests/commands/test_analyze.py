@@ -192,6 +192,21 @@ def test_what_took_long_is_kept_while_the_stages_are_the_same(run: Path) -> None
     assert call("analyze", run.name, cwd=cwd).code == 0 and json.loads(file.read_text())["updates"] == STAGES
 
 
+def test_of_some_layers_nothing_is_kept_in_the_place_of_all(run: Path) -> None:
+    cwd, file = run.parent.parent, run / "analysis.json"
+    whole = call("analyze", run.name, "--json", cwd=cwd).json
+    asked = call("analyze", run.name, "--intruders", r"--layers=decoder.*\.q$", "--json", cwd=cwd)
+    assert asked.json["pattern"] and "analysis.json keeps what it says of all layers" in asked.err
+    assert json.loads(file.read_text()) == whole | {"intruders": asked.json["intruders"]}
+
+
+def test_what_is_of_intruders_alone_is_not_ignored(run: Path) -> None:
+    done = call("analyze", run.name, "--top-k", "3", cwd=run.parent.parent)
+    assert done.code == 2 and done.line.endswith(
+        "--top-k and --epsilon are of intruder dimensions; say --intruders too"
+    )
+
+
 def test_counts_on_a_terminal_and_as_csv(run: Path) -> None:
     cwd = run.parent.parent
     given = ("analyze", run.name, "--intruders", "--epsilon=0.9", r"--layers=decoder.*\.q$")

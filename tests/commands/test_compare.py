@@ -205,3 +205,20 @@ def test_a_page_and_its_figures(cwd: Path, tmp_path: Path) -> None:
     assert names == ["fronts-1.png", "fronts-1.svg", "intervals-1.png", "intervals-1.svg"]
     refused(call("compare", "runs", "--figures", "x", cwd=cwd), ("--figures", "--html FILE"))
     refused(call("compare", "runs", "--html", "nowhere/c.html", cwd=cwd), ("cannot write", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("runs", "--html", "--json"), "--html --json: say which file to write the page to"),
+        (("runs", "--latex", "--csv"), "--csv and --latex: one form at a time"),
+        (("empty",), "empty holds no run"),
+        (("x" * 300,), f"there is no run '{'x' * 300}' in runs"),
+        (("runs/" + "x" * 300,), f"runs/{'x' * 300} does not exist"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "empty").mkdir()
+    done = call("compare", *arguments, cwd=tmp_path)
+    assert done.code == 2 and done.line == f"cl-runner: {said}"

@@ -289,13 +289,21 @@ def test_the_command_writes_the_page_and_its_figures(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--figures", "pictures"), "--figures: the figures are those of the page; say --html too"),
-        (("--html", "--figures", "runs/mine/run.json"), "cannot write runs/mine/run.json: File exists"),
+        (("--html", "--json"), "--html and --json: one form at a time"),
+        (("--html", "--figures", "runs/mine/run.json"), "cannot write figures into runs/mine/run.json: File exists"),
     ],
 )
 def test_what_cannot_be_written_is_said(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     three(tmp_path / "runs")
     done = call("report", "mine", *arguments, cwd=tmp_path)
     assert done.code == 2 and done.line == f"cl-runner: {said}"
+
+
+def test_damaged_answers_are_said(tmp_path: Path) -> None:
+    run = three(tmp_path)
+    (run.path / "stages/02-amazon/predictions.jsonl").unlink()
+    page = Tags(write_page(run.dir).read_text()).text
+    assert "what was forgotten is not told: " in page and "predictions.jsonl is missing" in page
 
 
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:

@@ -44,12 +44,12 @@ def accuracy_matrix(matrix: Matrix, unit: str) -> Drawn:
         both = [
             [f"{s}\n{f}" if f else s for s, f in zip(*rows, strict=True)] for rows in zip(scores, losses, strict=True)
         ]
-        with drawing(cell * T + named + 0.4) as (figure, axis):
+        with drawing(cell * max(T, 2) + named + 0.5) as (figure, axis):
             heat(axis, matrix.values, columns=matrix.tasks, rows=stages, low=0, high=100, text=both)
             axis.set_title(f"{unit}; below it, points under its best so far")
             return Drawn("accuracy", f"{unit} on each task (across) after each stage (down)", figure)
     shown = max(T, K) <= NUMBERS
-    with drawing(2 * (cell * T + named + 0.4), rows=2) as (figure, axes):
+    with drawing(2 * (cell * max(T, 4) + named + 0.5), rows=2) as (figure, axes):
         heat(axes[0], matrix.values, columns=matrix.tasks, rows=stages, low=0, high=100, text=scores if shown else None)
         axes[0].set_title(unit)
         worst = max((v for row in lost for v in row if v is not None), default=0.0)

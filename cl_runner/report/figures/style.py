@@ -60,9 +60,10 @@ def drawing(height: float, rows: int = 1, columns: int = 1, **more: Any) -> Iter
 
     ``more`` goes to ``Figure.subplots``. Inside, everything that is drawn has the style.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    with _quiet():
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(_STYLE), _quiet():
         figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04))
@@ -71,8 +72,8 @@ def drawing(height: float, rows: int = 1, columns: int = 1, **more: Any) -> Iter
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of fonts on the screen: that they are looked for, the first time; that one lacks a letter of a task's
-    name, which a browser takes from another."""
+    """Nothing of fonts on the screen: that they are looked for, the first time, and where that is kept; that one lacks
+    a letter of a task's name, which a browser takes from another."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ def overlaps(analysis: Mapping[str, Any]) -> Drawn | None:
     there = [key for key in BETWEEN if any(v is not None for row in between[key] for v in row)]
     size = 0.3 if T <= 16 else 0.11
     named = 0.2 + 0.055 * max(len(short(name)) for name in names)
-    with drawing(len(there) * (size * (T - 1) + named + 0.35), rows=len(there), squeeze=False) as (figure, axes):
+    with drawing(len(there) * (size * max(T - 1, 2) + named + 0.5), rows=len(there), squeeze=False) as (figure, axes):
         for axis, key in zip(axes[:, 0], there, strict=True):
             what, low, high = BETWEEN[key]
             below = [[between[key][i][j] if j < i else None for j in range(T - 1)] for i in range(1, T)]
@@ -80,7 +80,9 @@ def gradients(analysis: Mapping[str, Any]) -> Drawn | None:
     tasks = list(found["tasks"])
     size = 0.3 if len(tasks) <= 16 else 0.11
     named = 0.2 + 0.055 * max(len(short(task)) for task in tasks)
-    with drawing(len(found["at"]) * (size * len(tasks) + named + 0.35), rows=len(found["at"]), squeeze=False) as (
+    with drawing(
+        len(found["at"]) * (size * max(len(tasks), 3) + named + 0.5), rows=len(found["at"]), squeeze=False
+    ) as (
         figure,
         axes,
     ):
