@@ -45,9 +45,9 @@ def write_page(wanted: Sequence[str], *, root: Path, against: str, file: Path | 
     if file.name.startswith("-"):
         raise UserError(f"--html {file}: say which file to write the page to")
     found = _found(wanted, root, against, updates=False)
-    held = kept(found, [run for run, _ in catalog.find_several(root, wanted)])
+    held, untold = kept(found, [run for run, _ in catalog.find_several(root, wanted)])
     pictures = figures(found)
-    save(file, comparison_page(found, held, pictures), drawn(pictures), figures_in)
+    save(file, comparison_page(found, held, pictures, untold), drawn(pictures), figures_in)
     print(f"page to open: {file}")
 
 

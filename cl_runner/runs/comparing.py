@@ -58,31 +58,36 @@ def entries(runs: Sequence[tuple[RunDir, bool]], *, updates: bool = False) -> tu
     return _with_revisions(found, [revision(run.about()["identity"]) for run, _ in read]), broken
 
 
-def kept(found: Comparison, runs: Sequence[RunDir]) -> list[Kept]:
+def kept(found: Comparison, runs: Sequence[RunDir]) -> tuple[list[Kept], list[str]]:
     """What the best of each order keeps and each other group has lost, and the reverse; of seeds that both have.
 
-    Without pairs that have no task to lose in common, or not the same rows, and without runs of one name in several
-    folders. Raises UserError for a broken file.
+    And a line for each pair that cannot be told: other test rows, damaged answers, runs of one name in several folders.
+    Pairs that have no task to lose in common are left out.
     """
     named = Counter(run.name for run in runs)
     folders = {run.name: run for run in runs if named[run.name] == 1}
     read = cache(lambda name: read_forgotten(folders[name]))
-    pairs = []
+    held: list[Kept | None] = []
+    untold = []
     for order in found.orders:
         known = [group for group in found.of(order) if group.average is not None]
         best = max(known, key=lambda group: group.average or 0.0, default=None)
-        pairs += [(best, other) for other in known if best is not None and other is not best]
-    held = (_kept(best, other, read) for best, other in pairs if {*best.runs, *other.runs} <= folders.keys())
-    return [each for each in held if each is not None]
+        for other in known:
+            if best is None or other is best:
+                continue
+            try:
+                if twice := {*best.runs, *other.runs} - folders.keys():
+                    raise UserError(f"{min(twice)} is there twice")
+                held.append(_kept(best, other, read))
+            except UserError as error:
+                untold.append(f"what {best.label} keeps and {other.label} loses is not told: {error}")
+    return [each for each in held if each is not None], untold
 
 
 def _kept(best: Group, other: Group, read: Callable[[str], RunForgetting]) -> Kept | None:
     runs = [dict(zip(group.seeds, group.runs, strict=True)) for group in (best, other)]
     seeds = [seed for seed in best.seeds if seed in runs[1]]
-    try:
-        differ = [hold_against(read(runs[0][seed]), read(runs[1][seed])) for seed in seeds]
-    except UserError:  # other rows, or another rule: the comparison has said so
-        return None
+    differ = [hold_against(read(runs[0][seed]), read(runs[1][seed])) for seed in seeds]
     tasks = [task for each in differ for task in each.tasks if task.task in _earlier(each.run) | _earlier(each.other)]
     if not sum(len(task.kept) + len(task.lost) + task.both_forget for task in tasks):
         return None

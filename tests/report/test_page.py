@@ -19,7 +19,7 @@ from cl_runner.commands.report import write_page
 from cl_runner.errors import UserError
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.metrics.forgotten import Whose
-from cl_runner.report.figures.scores import forgotten_by, over_stages
+from cl_runner.report.figures.scores import accuracy_matrix, forgotten_by, over_stages
 from cl_runner.report.figures.training import POINTS, Curves, _thin, training_curves
 from cl_runner.report.page.run_page import _bar, _share, figures, run_page
 from cl_runner.runs.folder import RunDir
@@ -219,6 +219,15 @@ def test_a_negative_score_is_in_the_picture() -> None:
     drawn = [over_stages(below, "score, %"), training_curves(curves)]
     for figure, least in zip(drawn, (-50.0, -40.0), strict=True):
         assert figure is not None and figure._figure.axes[0].get_ylim()[0] < least
+
+
+@pytest.mark.parametrize(("stages", "tasks"), [(1, 1), (1, 40), (2, 2), (3, 9), (40, 1)])
+def test_no_figure_is_too_small_for_what_is_in_it(stages: int, tasks: int) -> None:
+    names = [f"a_rather_long_name_{k}" for k in range(tasks)]
+    trained = [names if stages == 1 else [names[t % tasks]] for t in range(stages)]
+    matrix = Matrix([f"stage{t}" for t in range(stages)], names, [[50.0] * tasks] * stages, trained)
+    assert "<svg" in accuracy_matrix(matrix, "percent correct").svg()  # what matplotlib warns of is an error here
+    assert "<svg" in over_stages(matrix, "percent correct").svg()
 
 
 def test_curves_go_on_from_stage_to_stage(tmp_path: Path) -> None:

@@ -39,8 +39,13 @@ def drawn(all_: dict[str, Figures]) -> Iterator[Drawn]:
         yield from (figure for figure in (each.intervals, each.fronts) if figure is not None)
 
 
-def comparison_page(found: Comparison, kept: Sequence[Kept], pictures: dict[str, Figures]) -> str:
-    """The page, one HTML file that asks nothing of anywhere. kept: what the best of an order keeps and others lose."""
+def comparison_page(
+    found: Comparison, kept: Sequence[Kept], pictures: dict[str, Figures], untold: Sequence[str] = ()
+) -> str:
+    """The page, one HTML file that asks nothing of anywhere.
+
+    kept: what the best of an order keeps and others lose; untold: lines on pairs of which that is not known.
+    """
     mark = marked(found.groups)
     return render(
         "comparison.html.j2",
@@ -63,7 +68,7 @@ def comparison_page(found: Comparison, kept: Sequence[Kept], pictures: dict[str,
             for each in found.published
         ],
         fronts=list(text.fronts(found)),
-        lines_below=[*found.variants(), *found.notes, *found.left_out],
+        lines_below=[*found.variants(), *found.notes, *found.left_out, *untold],
     )
 
 
