@@ -75,15 +75,20 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     try:
         draft.mkdir(parents=True)
         write(draft)
-        for path in draft.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
-            sync(path)
-        sync(draft)
-        draft.rename(final)
+        put_folder(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)  # on a full disk, its room is wanted
         raise
+
+
+def put_folder(draft: Path, final: Path) -> None:
+    """Move a folder that is whole to its place beside it, in one atomic step, the disk having all of it."""
+    for path in draft.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask())  # safetensors lets nobody but the owner read what it writes
+        sync(path)
+    sync(draft)
+    draft.rename(final)
     sync(final.parent)
 
 

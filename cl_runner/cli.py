@@ -100,6 +100,9 @@ def train(
         str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")] = False,
+    restart_stage: Annotated[
+        bool, typer.Option("--restart-stage", help="Begin the stage anew that was left in its middle.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
@@ -115,7 +118,8 @@ def train(
     request = Request(order, preset or [], config, flags, set_ or [], plugin or [])
     if extend is not None:
         request = Request.extending(extend, request, root=Path(output_dir or "runs"))
-    raise typer.Exit(command.train(request, gpus=gpus, restart=restart, dry_run=dry_run, as_json=as_json))
+    anew = {"restart": restart, "restart_stage": restart_stage}
+    raise typer.Exit(command.train(request, gpus=gpus, **anew, dry_run=dry_run, as_json=as_json))
 
 
 @app.command(name="eval")

@@ -66,6 +66,7 @@ def _command(place: Any, arguments: tuple[str, ...], cwd: Path, during: int, aft
         with variables(**{name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1"):
             return call(*arguments, cwd=cwd)
     finally:
+        engine.stop()  # a rank that was stopped leaves it, for its process ends
         engine.start(replace(place, port=after))
 
 

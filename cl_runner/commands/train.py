@@ -16,6 +16,7 @@ from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
 from cl_runner.models.locate import check, locate, model_identity
 from cl_runner.runs import catalog
+from cl_runner.runs.checkpoints import refuse_others, there
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.page import FILE as PAGE
 from cl_runner.runs.results import summary_of, write_results
@@ -28,7 +29,9 @@ from cl_runner.training.plan import Plan
 from cl_runner.training.session import Session
 
 
-def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, as_json: bool) -> int:
+def train(
+    request: Request, *, gpus: int | None, restart: bool, restart_stage: bool, dry_run: bool, as_json: bool
+) -> int:
     """Train what is asked for, or say that it is done; returns the exit code.
 
     Raises:
@@ -60,8 +63,11 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
         refuse_other_settings(folder, config, identity)
         folder.refuse_gaps(plan.names)
         done = folder.committed(plan.names)
+    step = 0
+    if folder.exists() and done < len(plan.stages) and not restart_stage:
+        step = step_to_enter(folder, plan, done, processes)
     if dry_run:
-        print_plan(plan, resolved, folder, done, processes, as_json)
+        print_plan(plan, resolved, folder, done, step, processes, as_json)
         return 0
     if done == len(plan.stages):
         if part is None or part.rank == 0:
@@ -77,7 +83,7 @@ def train(request: Request, *, gpus: int | None, restart: bool, dry_run: bool, a
         from cl_runner.launch.local import launch
 
         return launch(processes, sys.argv[1:])
-    session = Session(resolved, located, plan, identity, folder, part, extended)
+    session = Session(resolved, located, plan, identity, folder, part, extended, restart_stage)
     code = session.run()
     if code == 0 and session.place.rank == 0:
         print_result(session.folder, as_json, page_of(session.folder) if config.output.html else None)
@@ -118,6 +124,15 @@ def name_of(resolved: Resolved, restart: bool) -> RunDir:
     return RunDir(root / (catalog.beside(root, name) if restart else name))
 
 
+def step_to_enter(folder: RunDir, plan: Plan, index: int, processes: int) -> int:
+    """The step that a stage (from 0) goes on from, 0 where it begins. Raises UserError where it may not go on there."""
+    for one in there(folder, index, plan.names[index]):
+        if (then := one.facts()) is not None:  # else it is damaged, and the run will pass over it
+            refuse_others(one, then, plan.facts(folder, index, processes))
+            return one.step
+    return 0
+
+
 def finish(folder: RunDir) -> None:
     """Write the results of a run that was cut off between its last stage and them; else do nothing."""
     if folder.status().get("state") != "done":
@@ -126,7 +141,7 @@ def finish(folder: RunDir) -> None:
             folder.set_status("done")
 
 
-def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks: int, as_json: bool) -> None:
+def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, step: int, ranks: int, as_json: bool) -> None:
     """``--dry-run``: stages, steps, batch arithmetic, rows."""
     stages = []
     for index, (stage, batch) in enumerate(zip(plan.stages, plan.batches(ranks), strict=True)):
@@ -154,6 +169,7 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
         "grows": plan.grows or None,
         "folder": str(folder.path),
         "stages_done": done,
+        "step": step,
         "stages": stages,
     }
     if as_json:
@@ -180,8 +196,9 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, ranks:
         print("* done")
     if plan.grows:
         print(plan.grows)
-    there = "done already" if done == len(stages) else f"goes on after stage {done}" if folder.exists() else "new"
-    print(f"folder: {folder.path} ({there}; nothing was written)")
+    goes_on = f"goes on in stage {done + 1} at step {step}" if step else f"goes on after stage {done}"
+    state = "done already" if done == len(stages) else goes_on if folder.exists() else "new"
+    print(f"folder: {folder.path} ({state}; nothing was written)")
 
 
 def page_of(folder: RunDir) -> Path | None:

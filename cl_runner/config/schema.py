@@ -368,9 +368,7 @@ class EvalConfig(Section):
         ge=0,
         description="Warn where an old task's probe is by more points under what it was as the task was learned.",
     )
-    probe_stop: float | None = Field(
-        default=None, ge=0, description="Stop the run there; the stage is not committed, and nothing of it kept."
-    )
+    probe_stop: float | None = Field(default=None, ge=0, description="Stop the run there; the stage is not committed.")
 
 
 def _trackers(schema: dict[str, Any]) -> None:
@@ -379,12 +377,29 @@ def _trackers(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": schema.pop("type"), "items": schema.pop("items")}, {"enum": list(TRACKERS)}]
 
 
+class CheckpointConfig(Section):
+    """When what a stage holds between two steps is written, so that it goes on from there. On a signal too."""
+
+    every_steps: int | None = Field(default=None, ge=1, description="After so many optimizer steps; null: by time.")
+    every_minutes: float | None = Field(
+        default=10.0,
+        gt=0,
+        description="After so many minutes of a stage, so that shorter ones write none; null: never.",
+    )
+    keep: int = Field(default=1, ge=1, description="How many of a stage's checkpoints stay, the last ones.")
+
+
 class OutputConfig(Section):
     """What is written, and where. Nothing here changes a number."""
 
     dir: str = Field(default="runs", description="Folder of the run folders.")
     name: str | None = Field(default=None, description="Name of the run folder; default: made of the settings.")
     log_every: int = Field(default=10, ge=1, description="Optimizer steps between lines of log.jsonl.")
+    checkpoint: CheckpointConfig | None = Field(
+        default_factory=CheckpointConfig,
+        description="A stage that is stopped goes on in its middle: {every_steps, every_minutes, keep}; null: it "
+        "begins anew.",
+    )
     html: bool = Field(default=True, description="Write report.html, the run's page, when it ends.")
     trackers: list[str] = Field(
         default_factory=list,

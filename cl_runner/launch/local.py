@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cl_runner.engine.process import free_port
 from cl_runner.errors import TrainingError, UserError
 from cl_runner.launch.channel import STOP, TOLD, VARIABLE, Channel
 from cl_runner.terminal.console import results_fd
-from cl_runner.terminal.stopping import Stopped
+from cl_runner.terminal.stopping import SIGNALS, Stopped
 
 GRACE = 10.0  # seconds that ranks get to end after their launcher has
 
@@ -71,18 +72,27 @@ def launch(processes: int, arguments: Sequence[str], module: str = "cl_runner") 
         "--module", module, *arguments,
     ]  # fmt: skip
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their launcher become ours
-    child = subprocess.Popen(command, env=environment, stdout=results_fd(), preexec_fn=die_with_parent)
+    child = subprocess.Popen(command, env=environment, stdout=results_fd(), preexec_fn=_begin)
     return _wait(child, channel)
 
 
 def _wait(child: subprocess.Popen[bytes], channel: Channel) -> int:
-    """Wait for the launcher, handing on what ends us; a run that was stopped so ends with 130."""
+    """Wait for the launcher, handing on what ends us; a run that was stopped so ends with 130.
+
+    The ranks are told first, who end when a step is done and kept; the launcher, which would kill them after half a
+    minute, where there are none yet, or where somebody does not want to wait.
+    """
 
     def hand_on(number: int, frame: object) -> None:
+        told = [] if STOP in channel.heard() else list(_children(child.pid))
         channel.say(STOP)
-        child.send_signal(signal.SIGTERM)
+        for pid in told:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not told:
+            child.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, hand_on)
     code = child.wait()
@@ -123,20 +133,26 @@ def _end_others() -> None:
         if ended:
             continue
         if time.monotonic() > until:
-            for pid in _children():
+            for pid in _children(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
             until += GRACE
         time.sleep(0.05)
 
 
-def _children() -> Iterator[int]:
+def _children(parent: int) -> Iterator[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[1]) == os.getpid():
+        if int(fields[1]) == parent:
             yield int(entry.name)
+
+
+def _begin() -> None:
+    """In the launcher, before it is one: Slurm's warning is handed on by us, and would end it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent()
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:

@@ -28,10 +28,10 @@ SCORES = ("AA", "forgetting")
 class Listed:
     """A run in a list; of one whose files cannot be read (``broken``) only name and time are known.
 
-    stage of stages are committed. Scores in percent. undefined: the tasks that they are without. chosen: answers among
-    the labels (``eval.mode: choose``). trained_at: when its state was last written, UTC. differs: its values of the
-    settings that are not the same in all runs of the list; None where its settings cannot be read. named: its name says
-    order, method, model and seed.
+    stage of stages are committed, and the next one is kept to ``step`` (0: it begins). Scores in percent. undefined:
+    the tasks that they are without. chosen: answers among the labels (``eval.mode: choose``). trained_at: when its
+    state was last written, UTC. differs: its values of the settings that are not the same in all runs of the list;
+    None where its settings cannot be read. named: its name says order, method, model and seed.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Listed:
     seed: int = 0
     stage: int = 0
     stages: int = 0
+    step: int = 0
     state: str  # running, stopped, failed, done or broken
     average_accuracy: float | None = None
     forgetting: float | None = None
@@ -58,8 +59,9 @@ class Listed:
 
     @property
     def stands(self) -> str:
-        """``done``, ``stopped 2/4``."""
-        return self.state if self.state in ("done", "broken") else f"{self.state} {self.stage}/{self.stages}"
+        """``done``, ``stopped 2/4``, ``stopped 2/4 step 120``."""
+        step = f" step {self.step}" if self.step else ""
+        return self.state if self.state in ("done", "broken") else f"{self.state} {self.stage}/{self.stages}{step}"
 
     @property
     def scores(self) -> list[str]:

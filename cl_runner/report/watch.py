@@ -24,10 +24,11 @@ SOME = 2  # lines that the order, a warning or what was said last may take
 class Seen:
     """What the folder of a run says.
 
-    stages: names of all. state: running, done, failed, stopped; message: why it failed. stage: the one that is trained
-    or evaluated, from 0. step of steps: the last that was logged of it, 0 before. row: the last row with a loss.
-    curves: loss and penalty over the stage that ``row`` is of. probes: task → percent at each probe of the run. left:
-    seconds, None where unknown. warnings, said: of ``run.log``, said the last line.
+    stages: names of all. state: running, done, failed, stopped; message: why it failed. stage: the one that is
+    trained or evaluated, from 0. step of steps: the last that was logged of it, 0 before. kept: the step that the
+    next process goes on from, 0 where that is the stage's beginning. row: the last row with a loss. curves: loss and
+    penalty over the stage that ``row`` is of. probes: task → percent at each probe of the run. left: seconds, None
+    where unknown. warnings, said: of ``run.log``, said the last line.
     """
 
     summary: RunSummary
@@ -37,6 +38,7 @@ class Seen:
     stage: int = 0
     step: int = 0
     steps: int = 0
+    kept: int = 0
     row: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     probes: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Seen:
             "doing": None if self.over else self.doing,
             "step": self.step,
             "steps": self.steps,
+            "kept_step": self.kept,
             **{fact: self.row.get(fact) for fact in facts},
             "seconds_left": self.left,
             "synthetic": run.synthetic,
@@ -184,7 +187,8 @@ def standing(seen: Seen) -> str:
     where = f"stage {seen.stage + 1} of {len(seen.stages)} {clean(seen.stages[seen.stage])}"
     step = f", step {seen.step}/{seen.steps}" if seen.step else ""
     if seen.over:
-        return f"{seen.state} in {where}{step}" + (f": {clean(seen.message)}" if seen.message else "")
+        kept = f", kept to step {seen.kept}" if seen.kept else ""
+        return f"{seen.state} in {where}{step}{kept}" + (f": {clean(seen.message)}" if seen.message else "")
     share = f" ({100 * seen.step / seen.steps:.0f} %)" if seen.step and seen.steps else ""
     left = f", {duration(seen.left)} left" if seen.left is not None else ""
     return f"{seen.doing}: {where}{step}{share}{left}"

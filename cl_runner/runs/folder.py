@@ -227,14 +227,27 @@ class RunDir:
             raise UserError(f"{file}: broken JSON behind row {len(rows)}") from None
         return rows
 
-    def keep_log_rows(self, stages: Sequence[str]) -> None:
-        """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again."""
+    def count_log_rows(self, stage: str) -> int:
+        """How many rows of ``log.jsonl`` are of a stage."""
+        file = self.path / "log.jsonl"
+        if not file.is_file():
+            return 0
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            return sum(_stage_of(line) == stage for line in stream)
+
+    def keep_log_rows(self, stages: Sequence[str], entered: str = "", rows: int = 0) -> None:
+        """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again.
+
+        Of the one that is ``entered`` in its middle the first ``rows`` rows stay.
+        """
         file = self.path / "log.jsonl"
         if not file.is_file():
             return
         with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
             lines = list(stream)
-        kept = [line for line in lines if _stage_of(line) in stages]
+        own = [number for number, line in enumerate(lines) if _stage_of(line) == entered]
+        stay = set(own[:rows])
+        kept = [line for number, line in enumerate(lines) if _stage_of(line) in stages or number in stay]
         if kept != lines:
             write_text(file, "".join(kept))
 

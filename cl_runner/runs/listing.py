@@ -19,6 +19,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.metrics.accuracy import average_accuracy, forgetting
 from cl_runner.report.listing import Listed, Listing
 from cl_runner.runs.catalog import all_runs, names_all, trained_at
+from cl_runner.runs.checkpoints import kept_to
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.results import _matrix, chosen
 from cl_runner.runs.resume_guard import as_written, recorded
@@ -90,6 +91,7 @@ def listed(run: RunDir) -> Listed:
                 seed=int(about["seed"]),
                 stage=done,
                 stages=len(names),
+                step=kept_to(run, names, done),
                 state=state_of(run, done, len(names)),
                 average_accuracy=average_accuracy(matrix),
                 forgetting=forgetting(matrix),

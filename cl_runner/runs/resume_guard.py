@@ -81,7 +81,7 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
     stages = before["stages"]
     if problem := other_plugins(run, before, now, extending):
         raise UserError(problem)
-    paths = [path for path in differing(recorded(run), config) if not _free(path)]
+    paths = [path for path in differing(recorded(run), config) if not is_free(path)]
     if extending:
         paths = [path for path in paths if not _of_new(path, stages)]
     if paths:
@@ -116,7 +116,7 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
         _refuse_other_rule(run, before, now)
 
 
-def _free(path: Key) -> bool:
+def is_free(path: Key) -> bool:
     """Whether a setting may differ."""
     key = str(path[2]) if path[0] in ("tasks", "stages") else dotted(path)
     return key.startswith(FREE)

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from cl_runner.atomic import read_json
 from cl_runner.report.tables import RunSummary
 from cl_runner.report.watch import Seen
+from cl_runner.runs.checkpoints import kept_to
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.follow import Lines, Log
 from cl_runner.runs.listing import state_of
@@ -70,6 +71,7 @@ class Watched:
                 stage=stage,
                 step=step,
                 steps=steps,
+                kept=kept_to(self.run, self.stages, done),
                 row=self._row,
                 curves=self._curves,
                 probes=self._probes,

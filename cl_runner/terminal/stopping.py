@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost terminal end a command in one orderly way."""
+"""Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and a lost terminal end a command in one orderly way."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 AGAIN = 1.0  # seconds: an impatient second Ctrl-C does not disturb what the first has begun
 
 _asked: str | None = None
 _at = 0.0
+_before: dict[int, Any] | None = None  # handlers, while the first signal is put off
 
 
 class Stopped(BaseException):
@@ -26,12 +28,12 @@ class Stopped(BaseException):
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """Inside, each of the three signals raises ``Stopped``; one that was ignored (nohup, a script's &) stays so.
+    """Inside, each of these signals raises ``Stopped``; one that was ignored (nohup, a script's &) stays so.
 
     After one has come they are ignored for good: the process is about to end, with its own exit code.
     """
-    global _asked
-    _asked = None
+    global _asked, _before
+    _asked = _before = None
     before = {}
     unraisable = sys.unraisablehook
     sys.unraisablehook = lambda found: None if found.exc_type is Stopped else unraisable(found)
@@ -50,8 +52,33 @@ def _stop(number: int, frame: object) -> None:
     global _asked, _at
     if _asked is not None and time.monotonic() - _at < AGAIN:
         return
+    waits = _before is not None and _asked is None
     _asked, _at = signal.Signals(number).name, time.monotonic()
-    raise Stopped(_asked)
+    if not waits:
+        heed()
+        raise Stopped(_asked)
+
+
+def put_off() -> None:
+    """From here on the first signal is noted alone (``asked``), to be heeded at a better moment; a second one raises.
+
+    It holds in a process that signals would end at once, too. To be there already is no matter.
+    """
+    global _before
+    if _before is None:
+        _before = {}
+        if threading.current_thread() is threading.main_thread():
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            _before = {number: signal.signal(number, _stop) for number in heard}
+
+
+def heed() -> None:
+    """The end of ``put_off``: signals do again what they did before; ``check`` raises for one that was noted."""
+    global _before
+    if _before is not None:
+        handlers, _before = _before, None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def asked() -> str | None:
@@ -60,8 +87,11 @@ def asked() -> str | None:
 
 
 def check() -> None:
-    """Raise ``Stopped`` where a signal came at a moment in which Python drops exceptions (a destructor)."""
-    if _asked is not None:
+    """Raise ``Stopped`` where a signal came at a moment in which Python drops exceptions (a destructor).
+
+    Not while it is put off.
+    """
+    if _asked is not None and _before is None:
         raise Stopped(_asked)
 
 

@@ -20,7 +20,7 @@ from cl_runner.registry import TRACKERS, load_plugin
 from cl_runner.runs.folder import RunDir
 from cl_runner.trackers.feeding import feed
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # are the run's, which says how it ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # are the run's, which says how it ended
 EVERY = 1.0  # seconds between two looks at the run's folder
 AFTER = 120.0  # seconds that it may take, after the run has ended and did not wait any longer
 
@@ -45,8 +45,8 @@ def main() -> None:
         for file in given["plugins"]:
             load_plugin(file)
         tracker = TRACKERS.get(given["tracker"])()
-        run, kept = RunDir(Path(given["run"])), given["kept"]
-        feed(run, tracker, kept, lambda: ended.wait(EVERY), lambda text: tell(says=text))
+        run, kept, step = RunDir(Path(given["run"])), given["kept"], given["step"]
+        feed(run, tracker, kept, lambda: ended.wait(EVERY), lambda text: tell(says=text), step)
         tell(ended="")
     except BaseException as error:
         traceback.print_exc()

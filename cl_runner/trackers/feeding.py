@@ -32,21 +32,21 @@ class Reader:
         self._stage, self._before = 0, 0  # the stage that is read, and the steps of those before it
         self._step, self._time = 0, time.time()  # of its last row
 
-    def read(self) -> Iterator[tuple[int, Entry]]:
-        """What is new, each with its stage (from 0)."""
+    def read(self) -> Iterator[tuple[int, int, Entry]]:
+        """What is new, each with its stage (from 0) and step of it, scores after the last one."""
         committed = self.run.committed(self.names)  # first: all rows of these stages are in the log by now
         for row in self._log.read()[1]:
             if row["stage"] not in self.names[self._stage :]:
                 continue  # another process has begun the log anew
             yield from self._close(self.names.index(row["stage"]))
             self._step, self._time = row["step"], float(row.get("time") or time.time())
-            yield self._stage, self._entry(numbers(row))
+            yield self._stage, self._step, self._entry(numbers(row))
         yield from self._close(committed)
 
-    def _close(self, until: int) -> Iterator[tuple[int, Entry]]:
+    def _close(self, until: int) -> Iterator[tuple[int, int, Entry]]:
         """The scores of the stages before that one, which begins."""
         while self._stage < until:
-            yield self._stage, self._entry(scores(read_matrix(self.run), self._stage))
+            yield self._stage, self._step + 1, self._entry(scores(read_matrix(self.run), self._stage))
             self._before += self._step
             self._stage, self._step = self._stage + 1, 0
 
@@ -80,17 +80,25 @@ def scores(matrix: Matrix, stage: int) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def feed(run: RunDir, tracker: Tracker, kept: int, ended: Callable[[], bool], say: Callable[[str], None]) -> None:
+def feed(
+    run: RunDir,
+    tracker: Tracker,
+    kept: int,
+    ended: Callable[[], bool],
+    say: Callable[[str], None],
+    step: int = 0,
+) -> None:
     """Tell a tracker all of a run until it has ended.
 
-    kept: stages that were committed when this process of the run began. ended: waits a while, and says whether the run
+    kept: stages that were committed when this process of the run began; step: that of the next one which it goes on
+    from. ended: waits a while, and says whether the run
     has ended. say: takes a line for the user. Whatever the tracker raises is raised.
     """
     reader = Reader(run)
     earlier: list[Entry] = []
     new: list[Entry] = []
-    for stage, entry in reader.read():
-        (earlier if stage < kept else new).append(entry)
+    for stage, within, entry in reader.read():
+        (earlier if stage < kept or (stage == kept and within <= step) else new).append(entry)
     goes_on = tracker.start(tracked(run, earlier[-1].step if earlier else 0))
     if where := tracker.where():
         say(where)
@@ -103,7 +111,7 @@ def feed(run: RunDir, tracker: Tracker, kept: int, ended: Callable[[], bool], sa
         if over:
             break
         over = ended()
-        new = [entry for _, entry in reader.read()]
+        new = [entry for _, _, entry in reader.read()]
     # A run that was killed said nothing: it is running still, by its own word.
     state = run.status().get("state")
     tracker.end(state if state in ("done", "failed") else "stopped")

@@ -48,13 +48,14 @@ class Trackers:
         self._heard: dict[str, bytes] = {}
         self._ending: set[str] = set()  # those that have taken all of it
 
-    def start(self, run: RunDir, kept: int) -> None:
-        """Start them on a run of which so many stages are committed."""
+    def start(self, run: RunDir, kept: int, step: int = 0) -> None:
+        """Start them on a run of which so many stages are committed, and the next one is done to a step."""
         for name in self.names:
             given = {
                 "run": str(run.path.absolute()),
                 "tracker": name,
                 "kept": kept,
+                "step": step,
                 "plugins": [str(plugin.file) for plugin in plugins()],
                 "debug": console.debugging,
             }

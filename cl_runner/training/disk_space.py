@@ -13,10 +13,11 @@ from cl_runner.training.plan import Plan
 from cl_runner.training.stage import Room
 
 
-def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: int = 0) -> None:
+def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: int = 0) -> str:
     """Refuse a disk that cannot hold the stages after the first ``done``, and ``copied`` bytes. Raises UserError.
 
-    folder: the run's; it need not exist.
+    folder: the run's; it need not exist. Returns a line where there is no room for checkpoints beside the stages, which
+    could then not be committed; empty where there is.
     """
     needed = bytes_to_write(plan, room, done) + copied
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
@@ -26,6 +27,10 @@ def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: in
             f"{folder.parent}: {size(free)} free on this disk, and the stages to come need about {size(needed)}; "
             "make room, or give another --output-dir"
         )
+    kept = _checkpoints(plan, room)
+    if needed + kept <= free:
+        return ""
+    return f"no room on the disk for checkpoints (about {size(kept)}): a stage that is stopped begins anew"
 
 
 def bytes_to_write(plan: Plan, room: Room, done: int) -> int:
@@ -40,6 +45,13 @@ def bytes_to_write(plan: Plan, room: Room, done: int) -> int:
     if plan.kind.folder == "model" and keep != "all" and plan.stages[0].start != "base":
         stages = stages[-(keep + 1 - min(done, keep)) :]  # so many at a time, and the one being written
     return answers + sum(stages)
+
+
+def _checkpoints(plan: Plan, room: Room) -> int:
+    """Bytes of what is kept of a stage that is not over, and of the one being written: what trains, and its moments."""
+    settings = plan.config.output.checkpoint
+    one = room.adapters.folder_bytes(1, plan.config.adapter.largest, False)  # of what trains
+    return 0 if settings is None else (settings.keep + 1) * 3 * one
 
 
 def _adapter(plan: Plan, room: Room, index: int) -> int:

@@ -44,12 +44,13 @@ def evaluate(
     tests: Mapping[str, TestSet],
     tick: Callable[[str, int, int], None] = lambda *_: None,
     settled: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    done: Callable[[str, Sequence[str]], None] = lambda *_: None,
 ) -> list[Scored]:
     """Answer and score the test rows of each task, each with the parameters that the method answers it with.
 
     Batches are formed over all rows and then dealt to the ranks, so that their number changes no answer.
     ``tick`` takes a task, how many of its rows are answered, and how many there are. ``settled``: of some tasks the
-    answers, which are known (``Method.settled``).
+    answers, which are known (``Method.settled``). ``done`` takes a task that was asked, and its answers.
     """
     method, adapters = stage.room.method, stage.adapters
     shown: list[Any] = []  # what answered before another did
@@ -66,7 +67,9 @@ def evaluate(
         if wanted is not None and (wanted in adapters.kept or wanted != adapters.live):
             shown = shown or [adapters.shown()]
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
-        results.append(score_task(test, stage.answer(test.examples, known, ticking, test.labels)))
+        answers = stage.answer(test.examples, known, ticking, test.labels)
+        done(name, answers)
+        results.append(score_task(test, answers))
     if shown:
         adapters.show(shown[0])
     return results

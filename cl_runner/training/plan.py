@@ -12,6 +12,8 @@ from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import Method, StagePlan
 from cl_runner.metrics.scores import require
+from cl_runner.runs import checkpoints
+from cl_runner.runs.folder import RunDir
 from cl_runner.tasks.task import Task
 from cl_runner.terminal.progress import ShownStage
 from cl_runner.training.compatibility import check_method, check_quantized, fitting_kind, stage_config, unused_settings
@@ -143,6 +145,12 @@ class Plan:
             rows = sum(len(self.data.train[task]) for task in plan.tasks)
             found.append(BatchPlan.make(rows, stage_config(self.config, index, plan).training, ranks))
         return found
+
+    def facts(self, run: RunDir, index: int, ranks: int) -> dict[str, Any]:
+        """What has to be the same for a stage (from 0) to go on in its middle (``runs.checkpoints``)."""
+        batch = self.batches(ranks)[index]
+        sizes = {key: getattr(batch, key) for key in ("global_batch", "micro_batch", "accumulation")}
+        return checkpoints.facts(run, self.config, index, ranks, sizes)
 
     def identity(self, ranks: int) -> dict[str, Any]:
         """What has to be the same for a run to go on, beside the settings: stages, tasks, rows and micro-batches.

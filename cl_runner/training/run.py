@@ -18,6 +18,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
+from cl_runner.runs.checkpoints import Checkpoint
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
@@ -29,6 +30,7 @@ from cl_runner.training.checkpoint import answers_to, committed, remove_models, 
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health
+from cl_runner.training.keeping import Keeper
 from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
@@ -51,6 +53,8 @@ class Run:
         self.screen = screen
         self.logged = logged  # called after each row of log.jsonl
         self.current: str | None = None
+        self.entered: Checkpoint | None = None  # of the first stage to train: it goes on from there (rank 0 says)
+        self.keeps = True  # whether there is room for checkpoints (rank 0 says)
         self._open: tuple[Room, Tokens] | None = None
         self._trains = 0  # numbers, as said last
 
@@ -74,6 +78,7 @@ class Run:
         for line in [*said, *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))
+        self.entered, self.keeps = engine.broadcast_object(self.place, (self.entered, self.keeps))
         batches = self.plan.batches(self.place.ranks)
         self.screen.begin(self.plan.shown(), done)
         if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
@@ -105,8 +110,9 @@ class Run:
     def _stage(self, room: Room, tokens: Tokens, index: int, batch: BatchPlan) -> None:
         name = self.names[index]
         stage = open_stage(room, self.plan.config, index)
-        started = time.perf_counter()
-        self.screen.stage(index + 1, len(self.names), name, batch.steps)
+        entered, self.entered = self.entered, None
+        keeper = self._keeper(stage, entered)
+        self.screen.stage(index + 1, len(self.names), name, batch.steps, entered.step if entered else 0)
         try:
             if stage.plan.start == "base":
                 room.adapters.restore([], room.adapters.kept, None)
@@ -115,20 +121,28 @@ class Run:
             own = tokens.source(stage.plan)
             tests = {task: tokens.test[task] for task in self.plan.tested(index)}
             probe = self._probe(stage, tests)
-            trained = train_stage(stage, own, log=self._log, tick=partial(self._tick, stage), probe=probe)
+            trained = train_stage(
+                stage,
+                own,
+                log=self._log,
+                tick=partial(self._tick, stage),
+                state=keeper.state,
+                between=keeper.between,
+                probe=probe,
+            )
             room.adapters.train(False)
             health = self._health(room, stage, trained)
             before = time.perf_counter()
             known = self._settled(tests, index)
-            score = partial(evaluate, stage, tests, self._tick_evaluation, known)
-            unfolded = score() if room.method.fold_loses else None
-            answers, scored = self._fold(room, stage, score)
+            score = partial(self._score, stage, tests, known, keeper)
+            unfolded = score("unfolded") if room.method.fold_loses else None
+            answers, scored = self._fold(room, stage, partial(score, "folded"))
             seconds = {
                 "train": round(trained.seconds, 3),
                 "method": round(trained.hook_seconds, 3),
                 **({"probe": round(probe.seconds, 3)} if probe else {}),
                 "evaluate": round(time.perf_counter() - before, 3),
-                "stage": round(time.perf_counter() - started, 3),
+                "stage": round(keeper.seconds, 3),
             }
             if self.place.rank == 0:
                 write = partial(
@@ -147,6 +161,7 @@ class Run:
                 write_results(self.rundir)
             self._wait()
             committed(self.rundir, stage)
+            keeper.committed()
             keep = self.plan.config.output.keep_stages
             if self.place.rank == 0 and keep != "all":
                 remove_models(self.rundir, stage, keep)
@@ -156,7 +171,21 @@ class Run:
             self._show_scores(scored, self.plan.seen(index))
             self.screen.stage_done()
         finally:
+            keeper.close()
             stage.close()
+
+    def _keeper(self, stage: StageRun, entered: Checkpoint | None) -> Keeper:
+        """What keeps the stage's checkpoints, and has the state of the one that it goes on from."""
+        facts = self.plan.facts(self.rundir, stage.index, self.place.ranks)
+        settings = self.plan.config.output.checkpoint if self.keeps else None
+        return Keeper(self.rundir, stage, settings, facts, entered, partial(self._say, stage))
+
+    def _score(
+        self, stage: StageRun, tests: Mapping[str, TestSet], known: Mapping[str, list[str]], keeper: Keeper, how: str
+    ) -> list[Scored]:
+        """Evaluate; what an earlier process has answered already, of just these parameters, is not asked again."""
+        answered = {task: rows for task, rows in keeper.answered(how).items() if len(rows) == len(tests[task].rows)}
+        return evaluate(stage, tests, self._tick_evaluation, {**answered, **known}, partial(keeper.answers, how))
 
     def _probe(self, stage: StageRun, tests: Mapping[str, TestSet]) -> Probe | None:
         """What looks at the tasks seen while the stage trains, where that is wanted."""

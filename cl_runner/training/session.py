@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from cl_runner.errors import LimitReached, TrainingError, UserError
 from cl_runner.imports import light_imports
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
-from cl_runner.runs import catalog
+from cl_runner.runs import catalog, checkpoints
+from cl_runner.runs.checkpoints import Checkpoint
 from cl_runner.runs.commit import clear_drafts
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.resume_guard import computes, refuse_other_settings
 from cl_runner.settings import Resolved, dump, dump_order
 from cl_runner.terminal import console, stopping
@@ -48,6 +49,7 @@ class Session:
         folder: RunDir,
         part: Assigned | None,
         extended: Extended | None,
+        restart_stage: bool = False,
     ) -> None:
         with light_imports():
             from cl_runner.engine.process import here
@@ -60,6 +62,8 @@ class Session:
         self.folder = folder
         self.part = part
         self.extended = extended
+        self.restart_stage = restart_stage
+        self.entered: Checkpoint | None = None  # what the first stage to train goes on from
         self.channel = Channel.given()
 
     def run(self) -> int:
@@ -83,7 +87,7 @@ class Session:
                 run = Run(self.plan, self.folder, self.place, screen, self.trackers.hear)
                 new = not self.folder.exists()
                 if not new:
-                    self._open(stack)
+                    self._open(stack, screen)
                 if not new or self.extended:
                     begun = self.extended.run if new and self.extended else self.folder
                     self.plan.computes = computes(begun.about()["identity"])
@@ -94,13 +98,16 @@ class Session:
                 if self.place.rank == 0:
                     done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
                     copied = self.extended.bytes if self.extended else 0
-                    check_disk_space(self.folder.path, self.plan, room, done, copied)
+                    if full := check_disk_space(self.folder.path, self.plan, room, done, copied):
+                        screen.line(full)
+                        run.keeps = False
                 if new:
                     if room.compute.kept:
                         self.identity = {**self.identity, "computes": room.compute.name}
                     if self.place.rank == 0:
                         self.folder.create(*self._new())  # or another process has, meanwhile
-                    self._open(stack)
+                    self._open(stack, screen)
+                run.entered = self.entered
                 if embedded:
                     self._introduce(screen)
                 code = self._train(run, screen)
@@ -157,7 +164,7 @@ class Session:
             about |= {**more, "notes": [*notes, *more["notes"]]}
         return dump(config), dump_order(order.written()), about, self.extended.fill if self.extended else None
 
-    def _open(self, stack: ExitStack) -> None:
+    def _open(self, stack: ExitStack, screen: Screen) -> None:
         """Lock the folder, and clear what an interrupted process left in it."""
         if self.place.rank != 0:
             return
@@ -165,7 +172,24 @@ class Session:
         # Another process may have made the folder, or gone on with it, since we looked.
         refuse_other_settings(self.folder, self.resolved.config, self.identity)
         clear_drafts(self.folder)
-        self.folder.keep_log_rows(["base", *self.plan.names[: self.folder.committed(self.plan.names)]])
+        done = self.folder.committed(self.plan.names)
+        rows = self._enter(done, screen) if done < len(self.plan.names) else 0
+        names = ["base", *self.plan.names]
+        self.folder.keep_log_rows(names[: done + 1], names[done + 1] if rows else "", rows)
+
+    def _enter(self, index: int, screen: Screen) -> int:
+        """Find where the stage (from 0) was left, if it was; returns how many rows it had logged by then."""
+        name = self.plan.names[index]
+        checkpoints.clear(self.folder, but=None if self.restart_stage else self.folder.stage_dir(index, name).name)
+        self.entered = checkpoints.newest(self.folder, index, name, screen.line)
+        if self.entered is None:
+            return 0
+        with readable(self.folder):
+            about = self.entered.about()
+            checkpoints.refuse_others(
+                self.entered, about["facts"], self.plan.facts(self.folder, index, self.place.ranks)
+            )
+            return int(about["log_rows"])
 
     def _train(self, run: Run, screen: Screen) -> int:
         """Train what is missing; a bad end is told here, in one line, on the screen and in ``run.log``."""
@@ -189,7 +213,8 @@ class Session:
         screen.log_to(self.folder.log_file)
         screen.line(f"run folder: {self.folder.path}")
         self.folder.set_status("running", pid=os.getpid(), host=socket.gethostname())
-        self.trackers.start(self.folder, self.folder.committed(self.plan.names))
+        done = self.folder.committed(self.plan.names)
+        self.trackers.start(self.folder, done, self.entered.step if self.entered else 0)
 
     def _tell(self, run: Run, screen: Screen, error: BaseException) -> int:
         """One line: the stage, why, what is kept, the command to go on. Returns the exit code."""
@@ -202,7 +227,7 @@ class Session:
         limited = isinstance(error, LimitReached) and not stopped  # which stays, where the same command goes on
         what = f"stopped{where}" if stopped else f"{'stopped' if limited else 'failed'}{where}: {reason}"
         again = f"{self._again()} --set {error.without}" if isinstance(error, LimitReached) else self._again()
-        keeps = f"kept: {', '.join(kept)}" if kept else "no stage is finished yet"
+        keeps = f"kept: {self._kept(kept)}" if self._kept(kept) else "no stage is finished yet"
         screen.close()
         self.channel.say(TOLD)
         screen.line(f"{what}; {keeps}; go on: {again}")
@@ -210,6 +235,12 @@ class Session:
             self.folder.set_status("stopped" if stopped or limited else "failed", message=reason)
         self.trackers.close(stopped or limited)
         return 130 if stopped else 2 if isinstance(error, UserError) else 1
+
+    def _kept(self, done: Sequence[str]) -> str:
+        """What is on disk: ``dbpedia, and amazon to step 120``."""
+        step = checkpoints.kept_to(self.folder, self.plan.names, len(done))
+        whole = ", ".join(done)
+        return f"{whole}{', and ' if whole else ''}{self.plan.names[len(done)]} to step {step}" if step else whole
 
     def _reason(self, error: BaseException) -> tuple[bool, str]:
         """Whether this is a stop that was asked for, and why the run ends."""
@@ -219,7 +250,7 @@ class Session:
             # The launcher ends us with SIGTERM too, when another process of the run has ended.
             if asked == "SIGTERM" and self.channel and STOP not in self.channel.heard():
                 return False, others[0] if others else "another process of the run ended, or its launcher"
-            return True, f"by {asked or 'SIGINT'}"
+            return True, f"by {asked or str(error) or 'SIGINT'}"
         if others and not isinstance(error, UserError | TrainingError | OSError | MemoryError):
             return False, others[0]
         return False, why(error)
@@ -228,8 +259,8 @@ class Session:
         """The command that goes on."""
         if self.part is not None and not self.channel:
             return "the same command again"
-        words = [word for word in sys.argv[1:] if word != "--restart"]
-        if len(words) < len(sys.argv) - 1:
+        words = [word for word in sys.argv[1:] if word not in ("--restart", "--restart-stage")]
+        if "--restart" in sys.argv:
             words += ["--name", self.folder.name]
         return shlex.join(["cl-runner", *words])
 

@@ -127,7 +127,7 @@ def test_json_is_whole(cwd: Path) -> None:
     [run] = call("list", "runs", "--state", "failed", "--json", cwd=cwd).json["runs"]
     assert run == {
         "name": "begun", "method": "olora", "order": "two", "model": "tiny-t5", "seed": 1, "stage": 1, "stages": 2,
-        "state": "failed", "average_accuracy": 50.0, "forgetting": None, "undefined": [], "synthetic": False,
+        "step": 0, "state": "failed", "average_accuracy": 50.0, "forgetting": None, "undefined": [], "synthetic": False,
         "chosen": False, "trained_at": "2023-11-14T22:13:24Z", "differs": {},
     }  # fmt: skip
     [worst] = [run for run in call("list", "runs", "--json", cwd=cwd).json["runs"] if run["name"] == "worst"]

@@ -18,7 +18,7 @@ import pytest
 
 from cl_runner.terminal import stopping
 from cl_runner.terminal.stopping import Stopped, signals_stop
-from tests.command_line import ORDER, SMALL, call, environment, finish, logged, start
+from tests.command_line import ORDER, SMALL, STAGES, call, environment, finish, logged, start
 
 NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=20")
 
@@ -31,11 +31,17 @@ def cwd(tmp_path: Path) -> Path:
 
 def stage_of(said: str) -> str:
     found = re.search(
-        r"^stopped in stage (\d) \((\w+)\); (.*); go on: cl-runner train .*--name mine", said, re.MULTILINE
+        r"^stopped in stage (\d) \((\w+)\); (.*?)( to step \d+)?; go on: cl-runner train .*--name mine",
+        said,
+        re.MULTILINE,
     )
     assert found, said
-    kept = {"1": "no stage is finished yet", "2": "kept: dbpedia", "3": "kept: dbpedia, amazon"}
-    assert found[3] == kept[found[1]]
+    before = STAGES[: int(found[1]) - 1]
+    if found[4]:
+        there = f"kept: {', '.join(before)}{', and ' if before else ''}{found[2]}"
+    else:  # between its steps alone there is something to keep
+        there = f"kept: {', '.join(before)}" if before else "no stage is finished yet"
+    assert found[3] == there
     return found[2]
 
 
@@ -66,7 +72,9 @@ def test_sigterm(cwd: Path) -> None:
     [listed] = call("list", "runs", "--json", cwd=cwd).json["runs"]
     assert (listed["state"], listed["stage"]) == ("stopped", 1)
     command = last.split("go on: cl-runner ")[1].split()
-    assert "goes on after stage 1" in call(*(word for word in command if word != "--json"), "--dry-run", cwd=cwd).out
+    assert (
+        "goes on in stage 2 at step " in call(*(word for word in command if word != "--json"), "--dry-run", cwd=cwd).out
+    )
 
 
 class Terminal:

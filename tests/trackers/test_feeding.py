@@ -133,6 +133,19 @@ def test_a_run_that_goes_on(tmp_path: Path, goes_on: bool) -> None:
     assert tracker.entries == [*([] if goes_on else first), *second]
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_stage_that_goes_on_in_its_middle(tmp_path: Path, goes_on: bool) -> None:
+    """What an earlier process has told of it stays; its scores are new, whenever they came."""
+    run, tracker = a_run(tmp_path, later=[{}]), Kept(goes_on)
+    all_of_it = [*first_stage(run), *second_stage(run)]
+    feed(run.dir, tracker, 1, lambda: True, lambda text: None, step=2)
+    assert tracker.run.steps == 7
+    assert tracker.entries == all_of_it[5 if goes_on else 0 :]
+    last = Kept(goes_on=True)
+    feed(run.dir, last, 1, lambda: True, lambda text: None, step=4)
+    assert last.entries == all_of_it[-1:]
+
+
 @pytest.mark.parametrize(("status", "said"), [("done", "done"), ("failed", "failed"), ("stopped", "stopped"),
                                               ("running", "stopped"), (None, "stopped")])  # fmt: skip
 def test_how_it_ended(tmp_path: Path, status: str | None, said: str) -> None:

@@ -1,8 +1,10 @@
-"""A stage entered in its middle: everything built anew, what was held put back, and the rest is the same to the bit."""
+"""A stage entered in its middle: all built anew, what was held put back from files, the rest is the same to the bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from cl_runner.methods.protocol import State
 from cl_runner.models.batch import Example
 from cl_runner.training.loop import train_stage
 from cl_runner.training.stage import StageRun
+from cl_runner.training.step_files import read, write_own, write_shared
 from cl_runner.training.step_state import StepState
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -98,6 +101,21 @@ def differing(a: State, b: State) -> list[str]:
     return found + [key for key, value in a.json.items() if key not in times and value != b.json[key]]
 
 
+def through_files(state: StepState, rank: int) -> StepState:
+    """As a checkpoint has it; nothing may change on the way, nor lie otherwise."""
+    with TemporaryDirectory() as name:
+        write_shared(Path(name), state)
+        write_own(Path(name), state, rank)
+        found = read(Path(name), state.step, rank)
+    assert list(found.parts) != [] and found.parts.keys() == state.parts.keys()
+    for part, held in state.parts.items():
+        assert held.json == found.parts[part].json
+        assert list(held.tensors) == list(found.parts[part].tensors)
+        for one, other in zip(held.tensors.values(), found.parts[part].tensors.values(), strict=True):
+            assert one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
+    return found
+
+
 def _entered(place: Place, method: str, at: int, drop: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What differs between a stage in one go and one entered after ``at`` steps, without what ``drop`` held."""
     straight, again = (begun(place, method, AFTER.get(method, 1), **settings) for _ in range(2))
@@ -108,7 +126,7 @@ def _entered(place: Place, method: str, at: int, drop: str, settings: dict[str, 
         for name in tensors:  # of Adam's the moments, not what trains
             if tensors[name].is_floating_point() and not name.startswith("parameter."):
                 tensors[name] = torch.zeros_like(tensors[name])
-    [held], rows = trained(again, state)
+    [held], rows = trained(again, through_files(state, place.rank))
     ends = [stage.room.method.state() for stage in (straight, again)]
     values = [State({n: p.detach() for n, p in s.adapters.parameters().items()}) for s in (straight, again)]
     return {
