@@ -45,7 +45,12 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(file: Path, value: Any) -> None:
     """Replace a file by readable JSON, in one atomic step."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(file, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Readable JSON, as ``write_json`` has it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(file: Path) -> dict[str, Any]:

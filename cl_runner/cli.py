@@ -173,6 +173,33 @@ def rescore(
 
 
 @app.command()
+def verify(
+    run: RunName = None,
+    stage: Annotated[int | None, typer.Option("--stage", help="One stage, from 1; default: all.", min=1)] = None,
+    again: Annotated[bool, typer.Option("--again", help="Ask the model of each stage again, too.")] = False,
+    output_dir: OutputDir = None,
+    data_dir: DataDir = None,
+    model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Check a run: hashes, scores from its answers, data, base model. Exit code 1 where something differs."""
+    from cl_runner.commands import verify as command
+
+    code = command.verify(
+        run,
+        root=Path(output_dir or "runs"),
+        stage=stage,
+        again=again,
+        data_dir=data_dir,
+        model=model,
+        plugins=plugin or [],
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def report(
     run: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]", help="As for eval; several: cl-runner compare.")

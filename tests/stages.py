@@ -145,7 +145,7 @@ def some_rows(count: int, seed: int = 0, task: str = "one", weight: float = 1.0)
         return [dice.randrange(3, VOCABULARY) for _ in range(dice.randint(low, high))]
 
     examples = [Example([*ids(2, 7), END], [*ids(1, 4), END]) for _ in range(count)]
-    return Source(examples, [task] * count, weight)
+    return Source(examples, [task] * count, weight, [f"train/{row}" for row in range(count)])
 
 
 def widths(examples: Sequence[Example]) -> list[int]:

@@ -293,6 +293,11 @@ class TrainingConfig(Section):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     clip: float = Field(default=1.0, ge=0, description="Whole-gradient norm bound; 0 is off.")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A step whose loss or gradient is NaN or infinite ends the run, its rows named; skip: it is left "
+        "out and counted.",
+    )
     global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
     micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
     length_window: int = Field(

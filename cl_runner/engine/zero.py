@@ -237,19 +237,30 @@ class Engine:
             if zero._hp_mapping is not None:
                 yield zero._hp_mapping.get_lp_grad_fragment(zero._index_in_param_group)
 
+    @property
+    def offloads(self) -> bool:
+        """Optimizer states in CPU memory: DeepSpeed looks at gradients as they come then, not as they are edited."""
+        return bool(self._optimizer.cpu_offload)
+
     @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """L2 norm of the whole mean gradient (no clipping), the same number on every rank."""
+    def gradient_norm(self, also: Iterable[Tensor] = ()) -> float:
+        """L2 norm of the whole mean gradient (no clipping), the same number on every rank.
+
+        ``also``: scalars of this rank, on its device. Where one of them, on any rank, is not finite the norm is not
+        either; finite ones change no bit. So the device is waited for once a step, whatever there is to be known.
+        """
         square = torch.zeros((), dtype=torch.float64, device=self.place.torch_device)
         fragments = list(self._fragments())
         for norm in torch._foreach_norm(fragments) if fragments else ():  # a rank may own nothing but padding
             square += norm.double().to(square.device) ** 2
+        for value in also:
+            square += 0.0 * value.double().sum()
         return float(self.all_reduce(square).sqrt())
 
     @torch.no_grad()
-    def clip(self) -> float:
-        """Scale the whole gradient to norm ``training.clip`` at most; returns the norm before."""
-        norm = self.gradient_norm()
+    def clip(self, also: Iterable[Tensor] = ()) -> float:
+        """Scale the whole gradient to norm ``training.clip`` at most; returns the norm before (see there)."""
+        norm = self.gradient_norm(also)
         fragments = list(self._fragments())
         if fragments and 0 < self._clip < norm < math.inf:
             torch._foreach_mul_(fragments, self._clip / (norm + 1e-6))
@@ -271,13 +282,24 @@ class Engine:
         for name, gradient in gradients.items():
             safe_set_full_grad(self.parameters[name], gradient.to(torch.float32).contiguous())
 
-    def step(self) -> None:
-        """One optimizer step from the gradients as they are."""
+    @torch.no_grad()
+    def skip(self) -> None:
+        """Leave this step out, on all ranks: parameters and what their rules keep stay as they are. It is counted."""
+        for fragment in self._fragments():
+            fragment.fill_(math.nan)  # which DeepSpeed sees, and then takes no step
+        if self.offloads:
+            norms = self._optimizer.norm_for_param_grads
+            norms.update({key: norm * math.nan for key, norm in norms.items()})
+        self.step()
+
+    def step(self) -> bool:
+        """One optimizer step from the gradients as they are; whether it was taken: not where one is not finite."""
         before = self._engine.skipped_steps
         self._engine.step()
         self.skipped += int(self._engine.skipped_steps - before)
         if not self._linked and self._engine.global_steps > self._engine.skipped_steps:
             self._link_moments()
+        return bool(self._engine.skipped_steps == before)
 
     def _link_moments(self) -> None:
         """Let each parameter know its moments: DeepSpeed does so once, when the first group alone has any."""

@@ -37,16 +37,21 @@ class StagePlan:
 
 @dataclass
 class Source:
-    """A part of a stage's training mix: examples, and the weight of each one's label tokens in the loss."""
+    """A part of a stage's training mix: examples, and the weight of each one's label tokens in the loss.
+
+    ``ids`` are what the data call the rows (``train/7``), to name them to a user; empty where they are no rows of data.
+    """
 
     examples: Sequence[Example]
     tasks: Sequence[str]
     weight: float = 1.0
+    ids: Sequence[str] = ()
 
     def take(self, rows: Iterable[int]) -> Source:
         """Some of its rows, by number."""
         rows = list(rows)
-        return Source([self.examples[i] for i in rows], [self.tasks[i] for i in rows], self.weight)
+        ids = [self.ids[i] for i in rows] if self.ids else []
+        return Source([self.examples[i] for i in rows], [self.tasks[i] for i in rows], self.weight, ids)
 
 
 @dataclass
@@ -463,7 +468,10 @@ class Method:
         raise NotImplementedError
 
     def after_step(self, stage: Stage) -> None:
-        """Runs after the optimizer step; writes only through ``stage.write``."""
+        """Runs after the optimizer step; writes only through ``stage.write``.
+
+        Not after one that was left out (``training.non_finite``).
+        """
 
     def end_task(self, stage: Stage) -> None:
         """Runs when the parameters are final, the engine still alive."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -86,7 +87,8 @@ class RunDir:
             (draft / "stages").mkdir()
             write_text(draft / "run.yaml", config_yaml)
             write_text(draft / "order.yaml", order_yaml)
-            write_json(draft / "run.json", {"layout": LAYOUT, "folder": str(self.path.absolute()), **about})
+            written = {"layout": LAYOUT, "folder": str(self.path.absolute()), **about}
+            write_json(draft / "run.json", {**written, "sha256": seals(draft, written)})
             if fill is not None:
                 fill(draft)
             for file in ("run.yaml", "order.yaml", "run.json", ""):
@@ -259,6 +261,13 @@ class RunDir:
     def set_status(self, state: str, **more: Any) -> None:
         """Record how the run stands: running, stopped, failed, done."""
         write_json(self.path / "status.json", {"state": state, **more})
+
+
+def seals(folder: Path, about: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of what a run begins with, none of which is written again; of ``run.json`` that of all else in it."""
+    rest = json.dumps({key: value for key, value in about.items() if key != "sha256"}, sort_keys=True)
+    files = {name: sha256(folder / name) for name in ("run.yaml", "order.yaml") if (folder / name).is_file()}
+    return {**files, "run.json": hashlib.sha256(rest.encode()).hexdigest()}
 
 
 def _stage_of(line: str) -> str | None:

@@ -136,7 +136,7 @@ def _by_now(committed: RunSummary, answered: Sequence[_Answered], tasks: Mapping
         for name, task in tasks.items():
             if name not in one.rows:
                 continue
-            found, why = _score(task, one.rows[name])
+            found, why = score_of(task, one.rows[name])
             if one.index < 0:
                 base = {**(base or {}), name: found}
                 continue
@@ -152,7 +152,7 @@ def _by_now(committed: RunSummary, answered: Sequence[_Answered], tasks: Mapping
     )
 
 
-def _score(task: Task, rows: Rows) -> tuple[float | None, str]:
+def score_of(task: Task, rows: Rows) -> tuple[float | None, str]:
     """Percent, or None and why there is none."""
     answers, golds = [row["output"] for row in rows], [row["gold"] for row in rows]
     try:

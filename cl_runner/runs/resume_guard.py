@@ -21,7 +21,7 @@ from cl_runner.settings import differing, dotted, read_dump
 # fingerprint). Of a single task or position too.
 FREE = (
     "order", "presets", "plugins", "data.dir", "data.source", "data.empty_texts", "eval.probe_", "method.max_gb",
-    "output.",
+    "output.", "training.non_finite",
 )  # fmt: skip
 
 

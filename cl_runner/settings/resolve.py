@@ -40,7 +40,8 @@ StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 # What is in the name of the run's folder already, or changes no number.
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir")
 _NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
-_LOOKS = ("output.", "eval.probe_")  # what is written, and looked at meanwhile
+# What is written, and looked at meanwhile; and what becomes of a step without which a run ends.
+_LOOKS = ("output.", "eval.probe_", "training.non_finite")
 
 
 @dataclass(frozen=True)
@@ -350,8 +351,9 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
 def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
     """What order, config file, flags and ``--set`` changed of defaults and presets and what may change a number.
 
-    Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, ``eval.probe_*``, and
-    the path to the data. Where the rows come from (``data.source``, as it works out) is in.
+    Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, ``eval.probe_*``,
+    ``training.non_finite``, and the path to the data. Where the rows come from (``data.source``, as it works out) is
+    in.
     """
     config, baseline = resolved.config, resolved.baseline
     values = {dotted(path): value for path, value in settings_of(config)}

@@ -7,6 +7,7 @@ left. All of these have cost users of the published codes whole runs, and none s
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 NOTHING = 0.02
 # Gradient of the penalty beside the task loss's: less than this and the penalty is not what held the update down.
 WEAK = 0.1
+# Of the median of a stage's first logged losses (MOST, at least FEWEST): more than this and it explodes. A loss
+# that begins next to 0, of a task that is known already, is taken for NOISE: one hard step is no explosion.
+EXPLODES, FEWEST, MOST, NOISE = 10.0, 3, 5, 0.1
 
 
 class PenaltyWatch:
@@ -65,6 +69,36 @@ class PenaltyWatch:
     def idle(self) -> bool:
         """There is a penalty, and it was exactly 0 at every step looked at."""
         return self.seen and not self.pulled
+
+
+class Explosion:
+    """Whether a stage's loss grows far over what it began with: its own logged steps alone decide. Said once."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []  # the first logged losses
+        self.said = False
+
+    def see(self, step: int, loss: float) -> str | None:
+        """A logged loss, finite; the warning, where it is the first to be one."""
+        if len(self.first) >= FEWEST and not self.said:
+            usual = statistics.median(self.first)
+            if loss > EXPLODES * max(usual, NOISE):
+                self.said = True
+                return (
+                    f"warning: the loss is {loss:.4g} at step {step}, and was {usual:.4g} at first (median of "
+                    f"{len(self.first)} logged steps); try a lower training.lr"
+                )
+        if len(self.first) < MOST:
+            self.first.append(loss)
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What it has seen, between two steps, as JSON has it."""
+        return {"first": list(self.first), "said": self.said}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state``."""
+        self.first, self.said = list(state["first"]), state["said"]
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ One step reads: options before it, micro-batches (condition, loss, backward), th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from cl_runner.engine.optim import WHOLE, Muon
 from cl_runner.engine.zero import Engine
-from cl_runner.errors import TrainingError
 from cl_runner.methods.protocol import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
 from cl_runner.models.token_cache import Joined, lengths
 from cl_runner.training.health import PenaltyWatch
+from cl_runner.training.non_finite import NonFinite
 from cl_runner.training.prefetch import prefetched
 from cl_runner.training.probe import Probe
 from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed
@@ -42,6 +42,7 @@ def train_stage(
     *,
     log: Callable[[LogRow], None],
     tick: Callable[[int, float | None, float | None], None],
+    warn: Callable[[str], None] = lambda _: None,
     state: StepState | None = None,
     between: Callable[[Callable[[], StepState]], None] = lambda _: None,
     probe: Probe | None = None,
@@ -54,13 +55,14 @@ def train_stage(
         log: takes a row of ``log.jsonl`` (rank 0 writes it).
         tick: called before the first step and after every one with steps done, loss and examples/s (those two at
             logged steps).
+        warn: takes a line for the user, while it trains.
         state: of this stage, taken between two of its steps: it is entered there, and the rest is to the bit that of a
             stage that was never left.
         between: called after every step, on every rank, with what takes the state (a collective).
         probe: asked between steps, as it is due; it changes nothing here.
 
     Raises:
-        TrainingError: a gradient that is not finite.
+        TrainingError: a loss or gradient that is not finite, where ``training.non_finite`` is ``stop``.
         LimitReached: the probe has found an old task lower than the user lets it be.
     """
     method, training = stage.room.method, stage.config.training
@@ -74,6 +76,9 @@ def train_stage(
         sources = method.training_data(stage, own)
     examples = Joined([source.examples for source in sources])
     tasks = [task for source in sources for task in source.tasks]
+    faults = NonFinite(
+        stage, [id_ for source in sources for id_ in source.ids or [""] * len(source.tasks)], tasks, warn
+    )
     shares = [source.weight for source in sources for _ in source.tasks]
     for source in sources:
         if source is not own:
@@ -92,7 +97,7 @@ def train_stage(
         accumulation=plan.accumulation,
     )
     stage.engine = engine
-    meter = Meter(stage, log, tick, hooks)
+    meter = Meter(stage, log, tick, hooks, warn)
     scales = {group.lr_scale for group in engine.groups}
     scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
     try:
@@ -112,12 +117,13 @@ def train_stage(
                 lr = learning_rate(training, stage.step, plan.steps)
                 engine.set_lr(lr)
                 _before_step(stage, hooks)
-                loss, penalty, norm, batch = _gradients(stage, plan, rows, batches, hooks, meter)
-                gradients = {} if method.edits_before_clip else _edit(stage, hooks)
-                _whole_steps(stage, gradients, lr, muon, hooks)
-                engine.step()
+                loss, penalty, norm, batch, losses = _gradients(stage, plan, rows, batches, hooks, meter)
+                taken = _step(stage, norm, lr, muon, hooks)
                 stage.step += 1
-                _after_step(stage, batch, hooks, meter)
+                if taken:
+                    _after_step(stage, batch, hooks, meter)
+                else:
+                    meter.leave_step_out(faults.met(plan, rows, losses, penalty, norm))
                 meter.step(len(rows), loss, penalty, lr * scale, norm)
                 if probe:
                     probe.look(meter)
@@ -145,6 +151,17 @@ def _begin(stage: StageRun, own: Source, state: StepState | None, hooks: HookTim
         stage.room.method.begin_task(stage)
 
 
+def _step(stage: StageRun, norm: float, lr: float, muon: Muon, hooks: HookTime) -> bool:
+    """Edit, whole steps, engine step; whether it was taken. One that has something not finite is left out."""
+    assert stage.engine is not None
+    if math.isfinite(norm):
+        gradients = {} if stage.room.method.edits_before_clip else _edit(stage, hooks)
+        if _whole_steps(stage, gradients, lr, muon, hooks):
+            return stage.engine.step()
+    stage.engine.skip()
+    return False
+
+
 def _before_step(stage: StageRun, hooks: HookTime) -> None:
     with hooks:
         for option in stage.options:
@@ -167,23 +184,19 @@ def _gradients(
     batches: Iterator[Padded],
     hooks: HookTime,
     meter: Meter,
-) -> tuple[Tensor, Tensor | None, float, Batch]:
-    """The whole gradient of a step, clipped; this rank's loss, the penalty, the norm, and the last micro-batch."""
+) -> tuple[Tensor, Tensor | None, float, Batch, dict[int, Tensor]]:
+    """The whole gradient of a step, clipped; this rank's loss, the penalty, the norm, the last micro-batch, the losses
+    of all of them by number."""
     engine, watch = stage.engine, meter.watch
     assert engine is not None
     looking = watch if meter.due(stage.step + 1) else None
-    loss, penalty, batch = _micro_batches(stage, plan, rows, batches, hooks, looking)
+    loss, penalty, batch, losses = _micro_batches(stage, plan, rows, batches, hooks, looking)
     if watch.waits:
         watch.compare(engine.whole_gradients())
     if stage.room.method.edits_before_clip:
         _edit(stage, hooks)
-    norm = engine.clip()
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"stage {stage.index + 1} ({stage.plan.name}), step {stage.step + 1}: the gradient is not finite; try a "
-            "lower training.lr"
-        )
-    return loss, penalty, norm, batch
+    norm = engine.clip([loss] if penalty is None else [loss, penalty])
+    return loss, penalty, norm, batch, losses
 
 
 def _padded(
@@ -215,19 +228,22 @@ def _micro_batches(
     batches: Iterator[Padded],
     hooks: HookTime,
     watch: PenaltyWatch | None,
-) -> tuple[Tensor, Tensor | None, Batch]:
-    """Forward and backward of a step's micro-batches; this rank's task loss, the penalty, and the last micro-batch."""
+) -> tuple[Tensor, Tensor | None, Batch, dict[int, Tensor]]:
+    """Forward and backward of a step's micro-batches; this rank's task loss, the penalty, the last micro-batch, and the
+    loss of each by number."""
     method, engine = stage.room.method, stage.engine
     assert engine is not None
     total = torch.zeros((), device=stage.device)
     penalty: Tensor | None = None
+    losses: dict[int, Tensor] = {}
     for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
         _seed(stage, "forward", stage.step, number)
         stage.dropout.draw(derived_seed(stage.config.seed, stage.index, "dropout", stage.step))
         batch = stage.ready(*next(batches), first=number * plan.micro_batch)
         loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
         # Not the last forward's alone: a rank may have had no rows for that one.
-        stage.task_loss = total = total + loss.detach()
+        losses[number] = loss.detach()
+        stage.task_loss = total = total + losses[number]
         last = slot == plan.accumulation - 1
         if last:
             with hooks:
@@ -239,7 +255,7 @@ def _micro_batches(
         engine.backward(loss if penalty is None else loss + penalty)
         if not last:
             engine.next_micro_batch()
-    return total, None if penalty is None else penalty.detach(), batch
+    return total, None if penalty is None else penalty.detach(), batch, losses
 
 
 def _seed(stage: StageRun, *of: object) -> None:
@@ -268,10 +284,16 @@ def _edit(stage: StageRun, hooks: HookTime) -> dict[str, Tensor]:
     return gradients
 
 
-def _whole_steps(stage: StageRun, gradients: dict[str, Tensor], lr: float, muon: Muon, hooks: HookTime) -> None:
-    """The updates by rules that take whole gradients: those given, where they are at hand."""
+def _whole_steps(stage: StageRun, gradients: dict[str, Tensor], lr: float, muon: Muon, hooks: HookTime) -> bool:
+    """The updates by rules that take whole gradients: those given, where they are at hand.
+
+    Whether they could be made: of gradients that the method has edited into something not finite none is, nor are any
+    written that it made so itself.
+    """
     method, engine = stage.room.method, stage.engine
     assert engine is not None
+    if gradients and (engine.whole or engine.offloads) and not _all_finite(gradients.values()):
+        return False
     if engine.whole:
         gradients = gradients or engine.whole_gradients(engine.whole)
     updates: dict[str, Tensor] = {}
@@ -283,5 +305,12 @@ def _whole_steps(stage: StageRun, gradients: dict[str, Tensor], lr: float, muon:
             else:
                 with hooks:
                     updates[name] = method.whole_step(stage, name, gradients[name], rate)
+    if any(group.rule == "whole" for group in engine.groups) and not _all_finite(updates.values()):
+        return False
     if updates:
         engine.write({name: engine.parameters[name].detach() + update for name, update in updates.items()})
+    return True
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

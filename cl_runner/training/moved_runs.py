@@ -24,6 +24,10 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 MOST = 64  # ways to read the names of a split that are tried in a folder
 
 
+class OtherRows(UserError):
+    """Files are there, and hold other rows than the run's."""
+
+
 def run_of(order: Order) -> RunDir | None:
     """The run that keeps this order as its own; None where the order is a file of the user's."""
     run = RunDir(order.file.parent)
@@ -84,7 +88,7 @@ def _find(
         other = other or folder
     name, places = task.name, ", ".join(map(str, folders))
     if other is not None:
-        raise UserError(f"task {name}: the rows in {other} are not those of the run {run.path} (looked in {places})")
+        raise OtherRows(f"task {name}: the rows in {other} are not those of the run {run.path} (looked in {places})")
     raise UserError(f"{faults[0]} (looked in {places}); give --data-dir the folder that has the files of {name}")
 
 

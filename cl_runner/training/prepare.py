@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,6 +40,7 @@ class Tokens:
     train: dict[str, Encoded]
     test: dict[str, TestSet]
     notes: list[str]
+    ids: dict[str, list[str]] = field(default_factory=dict)  # task → of its train rows
 
     @classmethod
     def make(cls, data: Data, base: Base, max_new_tokens: int, only: Sequence[str] | None = None) -> Tokens:
@@ -63,7 +64,7 @@ class Tokens:
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
             test[name] = TestSet(task, data.test[name].rows, examples, _tree(encoder, task))
-        return cls(train, test, notes)
+        return cls(train, test, notes, {name: [row.id for row in rows.rows] for name, rows in data.train.items()})
 
     def cut_targets(self) -> list[str]:
         """A line on the train targets that lost tokens (``data.long_targets``); none where none did."""
@@ -73,7 +74,8 @@ class Tokens:
     def source(self, plan: StagePlan) -> Source:
         """The own rows of a stage."""
         examples = [self.train[task] for task in plan.tasks]
-        return Source(Joined(examples), [task for task in plan.tasks for _ in self.train[task]])
+        tasks = [task for task in plan.tasks for _ in self.train[task]]
+        return Source(Joined(examples), tasks, ids=[id_ for task in plan.tasks for id_ in self.ids[task]])
 
 
 def sayable(task: Task, test: Rows, vocabulary: Vocabulary, *, refuse: bool = True) -> list[str]:

@@ -126,6 +126,7 @@ class Run:
                 own,
                 log=self._log,
                 tick=partial(self._tick, stage),
+                warn=partial(self._say, stage),
                 state=keeper.state,
                 between=keeper.between,
                 probe=probe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.training.accounting import Counts
-from cl_runner.training.health import PenaltyWatch
+from cl_runner.training.health import Explosion, PenaltyWatch
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import StageRun
 
@@ -57,14 +58,20 @@ class Meter:
     """
 
     def __init__(
-        self, stage: StageRun, log: Callable[[LogRow], None], tick: Callable[..., None], hooks: HookTime
+        self,
+        stage: StageRun,
+        log: Callable[[LogRow], None],
+        tick: Callable[..., None],
+        hooks: HookTime,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.stage, self.log, self.tick, self.hooks = stage, log, tick, hooks
+        self.stage, self.log, self.tick, self.hooks, self.warn = stage, log, tick, hooks, warn
         self.started = self.last = time.perf_counter()
         self.examples = self.since = 0
         self.loss: float | None = None
         self.penalty: float | None = None
         self.watch = PenaltyWatch()
+        self.explosion = Explosion()
         self.counts = Counts.of(stage)
 
     def due(self, step: int) -> bool:
@@ -79,8 +86,10 @@ class Meter:
         if not self.due(stage.step):
             self.tick(stage.step, None, None)
             return
-        self.loss = float(stage.mean(loss))
-        self.penalty = None if penalty is None else float(penalty)
+        self.loss = _finite(float(stage.mean(loss)))
+        self.penalty = None if penalty is None else _finite(float(penalty))
+        if self.loss is not None and (warning := self.explosion.see(stage.step, self.loss)):
+            self.warn(warning)
         now = time.perf_counter()
         pace = self.since / max(now - self.last, 1e-9)
         self.last, self.since = now, 0
@@ -107,6 +116,11 @@ class Meter:
         self.started += seconds
         self.last += seconds
 
+    def leave_step_out(self, row: Mapping[str, Any]) -> None:
+        """The step just counted was left out; ``row`` says why."""
+        self.watch.ratio = None
+        self.note(row)
+
     def note(self, row: Mapping[str, Any]) -> None:
         """A row of its own."""
         self.log({"stage": self.stage.plan.name, "step": self.stage.step, "steps": self.stage.steps, **row})
@@ -123,6 +137,7 @@ class Meter:
             "loss": self.loss,
             "penalty": self.penalty,
             "watch": self.watch.state(),
+            "explosion": self.explosion.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -133,6 +148,7 @@ class Meter:
         self.examples, self.since = state["examples"], state["since"]
         self.loss, self.penalty = state["loss"], state["penalty"]
         self.watch.load_state(state["watch"])
+        self.explosion.load_state(state["explosion"])
 
     def trained(self, plan: BatchPlan, skipped: int) -> Trained:
         """The stage's summary."""
@@ -149,8 +165,22 @@ class Meter:
             hook_seconds=self.hooks.seconds,
             watch=self.watch,
             about={key: value for option in options for key, value in option.about().items()},
-            said=[*self.stage.sharing.said(), *(said for option in options if (said := option.said()))],
+            said=[
+                *self.stage.sharing.said(),
+                *_left_out(skipped, self.stage.step),
+                *(said for option in options if (said := option.said())),
+            ],
         )
+
+
+def _left_out(skipped: int, steps: int) -> list[str]:
+    what = "loss or gradient was not finite; log.jsonl has their rows"
+    return [f"warning: {skipped} of {steps} steps left out: {what}"] if skipped else []
+
+
+def _finite(value: float) -> float | None:
+    """Of a step that was left out there may be none."""
+    return value if math.isfinite(value) else None
 
 
 def memory_mb(device: torch.device) -> float:

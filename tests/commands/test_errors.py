@@ -219,7 +219,7 @@ OUTPUT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*THREE, "--output-dir", "taken", "--name", "file"), ("taken/file", "no folder")),
     ((*THREE, "--output-dir", "own.csv", "--dry-run"), ("own.csv", "no folder")),
 ]
-READERS = ("eval", "report", "rescore", "forgotten")
+READERS = ("eval", "report", "rescore", "forgotten", "verify")
 RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     *[((command, "taken/mine"), ("taken/mine", "no run folder")) for command in READERS],
     *[((command, "nowhere/x"), ("nowhere/x", "does not exist")) for command in READERS],
@@ -296,8 +296,8 @@ def test_none_of_it_needs_torch(place: Path) -> None:
     helps = [
         [*command.split(), "--help"]
         for command in (
-            "", "train", "eval", "rescore", "report", "compare", "forgotten", "list", "show", "config", "config show",
-            "config schema", "data", "data check", "data show", "new", "new order",
+            "", "train", "eval", "rescore", "verify", "report", "compare", "forgotten", "list", "show", "config",
+            "config show", "config schema", "data", "data check", "data show", "new", "new order",
         )
     ]  # fmt: skip
     assert len(bad) > 60, heavy

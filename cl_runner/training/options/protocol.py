@@ -63,7 +63,7 @@ class Option:
     def after_step(self, stage: StageRun, batch: Batch) -> dict[str, Any] | None:
         """Runs after each step and the method's ``after_step``; ``batch`` is this rank's last micro-batch of it.
 
-        What it returns is a row of its own in ``log.jsonl``.
+        Not after one that was left out (``training.non_finite``). What it returns is a row of its own in ``log.jsonl``.
         """
         return None
 

@@ -1,0 +1,142 @@
+"""``cl-runner verify``: whether a run is what was committed, says what its answers give, and still answers so."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_runner import methods
+from cl_runner.atomic import read_json
+from cl_runner.errors import UserError
+from cl_runner.imports import light_imports
+from cl_runner.report.verified import Check, Verified
+from cl_runner.runs import catalog
+from cl_runner.runs.folder import RunDir, kept_order
+from cl_runner.runs.verifying import BASE, Folder, title, verify_folder
+from cl_runner.settings import Resolved, resolve
+from cl_runner.terminal.console import one_line, print_json, rich_print
+from cl_runner.training.origins import check_origins, not_at_hand
+
+if TYPE_CHECKING:
+    from cl_runner.training.ask_again import AskedAgain
+
+
+def verify(
+    wanted: str | None,
+    *,
+    root: Path,
+    stage: int | None,
+    again: bool,
+    data_dir: str | None,
+    model: str | None,
+    plugins: Sequence[str],
+    as_json: bool,
+) -> int:
+    """``cl-runner verify``. Writes nothing into the run. Returns the exit code: 1 where something differs."""
+    run = _run(root, wanted)
+    index = None if stage is None else stage - 1
+    folder = verify_folder(run, index)
+    checks, said = list(folder.checks), list(folder.said)
+    resolved: Resolved | None = None
+    why = "run.json cannot be read"
+    if folder.about is not None:
+        try:
+            resolved = resolve(
+                config_file=run.config_file,
+                plugins=plugins,
+                flags={"data.dir": data_dir or None, "model.name": model},
+                method_schema=methods.method_schema,
+                stage_names=methods.stage_names,
+                kept_order=kept_order,
+            )
+            checks[1:1] = check_origins(run, folder.about, resolved)
+        except UserError as error:
+            why = str(error)
+        except (KeyError, TypeError, AttributeError) as error:
+            why = f"run.json is broken ({type(error).__name__}: {error})"
+    if len(checks) == len(folder.checks):
+        checks[1:1] = not_at_hand(why)
+    if again:
+        wanted_stages = folder.there if index is None else [index]
+        said += _asked(run, folder, wanted_stages, resolved, why, checks)
+    found = Verified(str(run.path), checks, said)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        rich_print(found)
+    return 0 if found.holds else 1
+
+
+def _run(root: Path, wanted: str | None) -> RunDir:
+    """The run that is meant, damaged as it may be: a folder with stages in it is one. Raises UserError."""
+    for path in [Path(wanted), root / wanted] if wanted else []:
+        if (path / "stages").exists() or (path / "run.json").exists():
+            return RunDir(path)
+    run = catalog.find(root, wanted)
+    if wanted is None:
+        print(f"the newest run: {run.path}", file=sys.stderr)
+    return run
+
+
+def _asked(
+    run: RunDir, folder: Folder, stages: Sequence[int], resolved: Resolved | None, why: str, checks: list[Check]
+) -> list[str]:
+    """Ask stages again, and add what comes of it; returns lines that are no fault."""
+    with light_imports():
+        from cl_runner.engine.process import here
+        from cl_runner.terminal.progress import Screen
+        from cl_runner.training.ask_again import ask_again
+
+        place = here()
+    with Screen(enabled=place.rank == 0) as screen:
+        for index in stages:
+            check = Check(title(index, folder.names[index]), "asked again")
+            checks.append(check)
+            if resolved is None or not folder.whole(index):
+                check.unchecked.append(f"answers of the model: {why if resolved is None else 'the stage is damaged'}")
+                continue
+            try:
+                asked = ask_again(resolved, run, index, None, place, screen)
+            except UserError as error:
+                check.unchecked.append(f"answers of the model: {error}")
+            else:
+                path = run.stage_dir(index, folder.names[index])
+                _compare(asked, read_json(path / "metrics.json")["counts"], check)
+    if any(check.of == BASE for check in checks):
+        checks.append(Check(BASE, "asked again", unchecked=["answers of the untouched base: stages alone are asked"]))
+    return _devices(run, place.device)
+
+
+def _compare(asked: AskedAgain, counts: dict[str, int], check: Check) -> None:
+    """Answers and scores of now against those that were committed."""
+    for task, now in asked.now.items():
+        ids, then = asked.differing[task] or [], asked.committed.get(task)
+        check.checked += counts[task]
+        check.wrong += len(ids)
+        if ids:
+            few = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+            scores = "the same score" if now == then else f"score {_percent(then)} → {_percent(now)}"
+            check.differs.append(f"{task}: {len(ids)} of {counts[task]} answers differ ({few}); {scores}")
+        elif now != then:
+            check.differs.append(f"{task}: the same answers, and the score {then!r} → {now!r}")
+
+
+def _devices(run: RunDir, device: str) -> list[str]:
+    """A line where the run was computed on another device than what asks now, which rounds otherwise."""
+    try:
+        said: Any = read_json(run.path / "environment.json").get("device")
+    except UserError:
+        said = "an unknown device"
+    import torch
+
+    now = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or "cpu"
+    if said == now:
+        return []
+    return [one_line(f"trained on {said}, asked again on {now}: answers in a near tie may differ by rounding")]
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
