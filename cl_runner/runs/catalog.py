@@ -122,7 +122,7 @@ def _several(root: Path, name: str) -> list[tuple[RunDir, bool]]:
     if name and not RunDir(path).exists() and os.path.isdir(path):  # noqa: PTH112 - a name may be too long for Path's
         inside = [(run, False) for run in sorted(all_runs(path), key=lambda run: run.name)]
         if not inside and not any(run.name.startswith(name) for run in all_runs(root)):
-            raise UserError(f"{path} holds no run")
+            raise UserError(f"{path} is no run folder and holds no run")
         if inside:
             return inside
     if not any(sign in name for sign in "*?[") or RunDir(path).exists():

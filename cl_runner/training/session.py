@@ -201,7 +201,8 @@ class Session:
         except BaseException as error:
             if first:
                 return self._tell(run, screen, error)
-            self.channel.say(FAILED + f"process {self.place.rank}: {why(error)}")
+            if not isinstance(error, Stopped | KeyboardInterrupt):  # which is no failure of this process
+                self.channel.say(FAILED + f"process {self.place.rank}: {why(error)}")
             raise
         if first:
             self.folder.set_status("done")

@@ -218,7 +218,7 @@ def test_lists(finished: Finished) -> None:
     assert run.pop("average_accuracy") is not None and run.pop("forgetting") is not None and run.pop("trained_at")
     assert run == {
         "name": finished.name, "method": "olora", "order": "three", "model": "tiny-t5", "seed": 42, "stage": 3,
-        "stages": 3, "state": "done", "undefined": [], "synthetic": True, "chosen": False, "differs": {},
+        "stages": 3, "step": 0, "state": "done", "undefined": [], "synthetic": True, "chosen": False, "differs": {},
     }  # fmt: skip
 
 

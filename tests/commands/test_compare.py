@@ -212,7 +212,7 @@ def test_a_page_and_its_figures(cwd: Path, tmp_path: Path) -> None:
     [
         (("runs", "--html", "--json"), "--html --json: say which file to write the page to"),
         (("runs", "--latex", "--csv"), "--csv and --latex: one form at a time"),
-        (("empty",), "empty holds no run"),
+        (("empty",), "empty is no run folder and holds no run"),
         (("x" * 300,), f"there is no run '{'x' * 300}' in runs"),
         (("runs/" + "x" * 300,), f"runs/{'x' * 300} does not exist"),
     ],

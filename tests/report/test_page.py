@@ -238,6 +238,11 @@ def test_curves_go_on_from_stage_to_stage(tmp_path: Path) -> None:
     assert curves.stages == [("dbpedia", 20), ("amazon", 40), ("agnews", 60)]
 
 
+def test_one_point_is_a_curve() -> None:
+    drawn = training_curves(Curves.of([{"stage": "mine", "step": 1, "steps": 1, "loss": 1.0, "penalty": 0.5}]))
+    assert drawn is not None and "mine" in drawn.svg()
+
+
 def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
     points = [(step, 0.0) for step in range(10_000)]
     points[1234], points[7777] = (1234, 9.0), (7777, -9.0)

@@ -85,7 +85,7 @@ def training_curves(curves: Curves, mark: str = "") -> Drawn | None:
                 transform=top.get_xaxis_transform(),
             )
         _name_stages(axes[0, 0], curves.stages)
-        axes[-1, 0].set_xlabel("step of the run")
+        axes[-1, 0].set(xlabel="step of the run", xlim=(0, curves.stages[-1][1] * 1.02))
         marked = "; ▾ the factor was made orthogonal again" if curves.marks else ""
         return Drawn("training", f"{', '.join(panels)} over the steps of all stages{marked}", figure)
 
