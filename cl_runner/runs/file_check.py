@@ -22,7 +22,7 @@ from cl_runner.runs.state import FILE as STATE
 SEALED = ("run.yaml", "order.yaml", "run.json")
 JSON = ("environment.json", "status.json", "analysis.json")  # no hashes are kept of these, but they can be read
 LOG = "log.jsonl"
-TOP = (*SEALED, *JSON, LOG, "run.log", "report.html", "matrix.csv", "metrics.json")
+TOP = (*SEALED, *JSON, LOG, "run.log", "report.html", "matrix.csv", "metrics.json", "stages", "checkpoint")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -93,7 +93,7 @@ def others(run: RunDir) -> list[str]:
     return sorted(
         path.name
         for path in run.path.iterdir()
-        if path.name not in (*TOP, "stages", "tensorboard") and not path.name.startswith(".")
+        if path.name not in (*TOP, "tensorboard") and not path.name.startswith(".")
     )
 
 

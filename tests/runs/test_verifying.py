@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cl_runner.atomic import json_text, sha256
 from cl_runner.metrics.scores import METRICS
+from cl_runner.runs import checkpoints
 from cl_runner.runs.commit import remove
 from cl_runner.runs.folder import RunDir, seals
 from cl_runner.runs.verifying import verify_folder
@@ -164,6 +165,13 @@ def test_what_was_added_is_found(run: RunDir) -> None:
         "2 amazon: adapter/more.bin is not of the stage (by DONE)",
     ]
     assert verify_folder(run).said == ["thoughts.txt: in the run's folder, and none of its files"]
+
+
+def test_what_is_kept_of_a_stage_that_is_not_over_is_the_runs(run: RunDir) -> None:
+    kept = checkpoints.place(run, 1, STAGES[1], 120)
+    kept.mkdir(parents=True)
+    found = verify_folder(run)
+    assert found.said == [] and not any(check.differs for check in found.checks)
 
 
 def test_swapped_stages_are_found(run: RunDir) -> None:
