@@ -54,6 +54,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder of the run folders (default runs).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 AGAIN = "may be given again, or with commas."
+FiguresIn = Annotated[
+    Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
+]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.")
 ]
@@ -208,9 +211,7 @@ def report(
     csv: Annotated[bool, typer.Option("--csv", help="The matrix as CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
     html: Annotated[bool, typer.Option("--html", help="Write report.html into the run's folder: one page.")] = False,
-    figures: Annotated[
-        Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
-    ] = None,
+    figures: FiguresIn = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy matrix, AA, forgetting, transfer of a run."""
@@ -234,9 +235,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown tables.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="As LaTeX tabulars (booktabs).")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one page to this file.")] = None,
-    figures: Annotated[
-        Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
-    ] = None,
+    figures: FiguresIn = None,
     as_json: Json = False,
 ) -> None:
     """Methods over orders and seeds: means, intervals, paired tests, ranks, cost."""

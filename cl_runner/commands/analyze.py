@@ -10,15 +10,14 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_runner import methods
 from cl_runner.atomic import read_json, write_json
+from cl_runner.commands.given import own_settings
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
-from cl_runner.runs.folder import RunDir, kept_order, readable, stage_names
+from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.page import ANALYSIS
-from cl_runner.settings import resolve
 from cl_runner.terminal.console import print_json, rich_print
 from cl_runner.terminal.progress import Screen, ShownStage
 
@@ -283,14 +282,7 @@ def _model(run: RunDir, name: str | None) -> ModelConfig:
     """The run's base model, which may be at ``name`` now. Raises UserError where it is another one by now."""
     from cl_runner.models.locate import locate, model_identity
 
-    resolved = resolve(
-        config_file=run.config_file,
-        flags={"model.name": name},
-        method_schema=methods.method_schema,
-        stage_names=methods.stage_names,
-        kept_order=kept_order,
-    )
-    model = resolved.config.model
+    model = own_settings(run, model=name).config.model
     if run.about()["identity"]["model"] != model_identity(locate(model), model.quantize):
         raise UserError(f"the base model {model.name} is not the one of the run")
     return model

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cl_runner import methods
-from cl_runner.commands.given import several
+from cl_runner.commands.given import own_settings, several
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
-from cl_runner.runs.folder import RunDir, kept_order
-from cl_runner.settings import Resolved, resolve
+from cl_runner.runs.folder import RunDir
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.order import load_order, order_names
 from cl_runner.tasks.task import Task
@@ -32,7 +30,7 @@ def ask(
 
     names: of the committed stages. shapes: layer → (m, n), of those whose gradients are taken. bar: begins one.
     """
-    resolved = _resolved(run, asked, ["eval.mode=choose"])
+    resolved = own_settings(run, model=asked.model, data_dir=asked.data_dir, sets=["eval.mode=choose"])
     if asked.data_dir:
         resolved.config.data.source = "folder"
     others = _unseen(asked.unseen, run.about()["tasks"])
@@ -47,7 +45,8 @@ def ask(
     gone: list[str] = []
     texts = read_texts(asked.text) if asked.text else []
     if asked.gradients:
-        found = look.gradients(_resolved(run, asked), run, names, asked.gradients, shapes, place, bar)
+        own = own_settings(run, model=asked.model, data_dir=asked.data_dir)
+        found = look.gradients(own, run, names, asked.gradients, shapes, place, bar)
         sections.append(GradientsSection(asked.gradients, found, asked.layers))
     if texts or others:
         data = look.unseen(others, resolved, run) if others else None
@@ -56,18 +55,6 @@ def ask(
         made_up = [name for name in rows if data and data.test[name].synthetic]
         sections.append(DriftSection(str(asked.text) if asked.text else None, rows, made_up, left))
     return sections, gone
-
-
-def _resolved(run: RunDir, asked: Asked, sets: Sequence[str] = ()) -> Resolved:
-    """The run's own settings, with its base and rows where they are now."""
-    return resolve(
-        config_file=run.config_file,
-        sets=sets,
-        flags={"model.name": asked.model, "data.dir": asked.data_dir},
-        method_schema=methods.method_schema,
-        stage_names=methods.stage_names,
-        kept_order=kept_order,
-    )
 
 
 def _unseen(given: Sequence[str], learned: Sequence[str]) -> list[Task]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_runner import methods
-from cl_runner.commands.given import several
+from cl_runner.commands.given import own_settings, several
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
-from cl_runner.runs.folder import kept_order, readable, stage_names
+from cl_runner.runs.folder import readable, stage_names
 from cl_runner.runs.results import real_tasks
 from cl_runner.runs.resume_guard import other_plugins, plugin_identity
-from cl_runner.settings import resolve
 from cl_runner.terminal.console import print_json
 
 
@@ -37,15 +35,7 @@ def evaluate(
     for item in sets:
         if not item.startswith("eval."):
             raise UserError(f"--set {item}: eval takes only --set eval.…; the rest is the run's own")
-    resolved = resolve(
-        config_file=rundir.config_file,
-        plugins=plugins,
-        sets=sets,
-        flags={"data.dir": data_dir or None, "model.name": model},
-        method_schema=methods.method_schema,
-        stage_names=methods.stage_names,
-        kept_order=kept_order,
-    )
+    resolved = own_settings(rundir, model=model, data_dir=data_dir, sets=sets, plugins=plugins)
     if data_dir and resolved.config.data.source == "synthetic" and not real_tasks(about):
         raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")
     if resolved.config.eval.future and tasks is None:

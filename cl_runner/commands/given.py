@@ -1,10 +1,13 @@
-"""Flags that take several values."""
+"""What commands are given: flags that take several values, and a run whose own settings they go by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cl_runner import methods
 from cl_runner.errors import UserError
+from cl_runner.runs.folder import RunDir, kept_order
+from cl_runner.settings import Resolved, resolve
 
 
 def several(flag: str, given: Sequence[str], known: Sequence[str] = ()) -> list[str]:
@@ -18,3 +21,23 @@ def several(flag: str, given: Sequence[str], known: Sequence[str] = ()) -> list[
         there = f"there are {', '.join(known)}" if known else "leave it out, or say which"
         raise UserError(f"{flag} '{given[0]}': names nothing; {there}")
     return values
+
+
+def own_settings(
+    run: RunDir,
+    *,
+    model: str | None = None,
+    data_dir: str | None = None,
+    sets: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+) -> Resolved:
+    """A run's own settings, with its base model and its rows where they are now. Raises UserError."""
+    return resolve(
+        config_file=run.config_file,
+        plugins=plugins,
+        sets=sets,
+        flags={"data.dir": data_dir or None, "model.name": model},
+        method_schema=methods.method_schema,
+        stage_names=methods.stage_names,
+        kept_order=kept_order,
+    )

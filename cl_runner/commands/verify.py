@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cl_runner import methods
 from cl_runner.atomic import read_json
+from cl_runner.commands.given import own_settings
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.report.verified import Check, Verified
 from cl_runner.runs import catalog
-from cl_runner.runs.folder import RunDir, kept_order
+from cl_runner.runs.folder import RunDir
 from cl_runner.runs.verifying import BASE, Folder, title, verify_folder
-from cl_runner.settings import Resolved, resolve
+from cl_runner.settings import Resolved
 from cl_runner.terminal.console import one_line, print_json, rich_print
 from cl_runner.training.origins import check_origins, not_at_hand
 
 if TYPE_CHECKING:
+    from cl_runner.engine.process import Place
     from cl_runner.training.ask_again import AskedAgain
 
 
@@ -44,14 +44,7 @@ def verify(
     why = "run.json cannot be read"
     if folder.about is not None:
         try:
-            resolved = resolve(
-                config_file=run.config_file,
-                plugins=plugins,
-                flags={"data.dir": data_dir or None, "model.name": model},
-                method_schema=methods.method_schema,
-                stage_names=methods.stage_names,
-                kept_order=kept_order,
-            )
+            resolved = own_settings(run, model=model, data_dir=data_dir, plugins=plugins)
             checks[1:1] = check_origins(run, folder.about, resolved)
         except UserError as error:
             why = str(error)
@@ -107,7 +100,7 @@ def _asked(
                 _compare(asked, read_json(path / "metrics.json")["counts"], check)
     if any(check.of == BASE for check in checks):
         checks.append(Check(BASE, "asked again", unchecked=["answers of the untouched base: stages alone are asked"]))
-    return _devices(run, place.device)
+    return _devices(run, place)
 
 
 def _compare(asked: AskedAgain, counts: dict[str, int], check: Check) -> None:
@@ -124,15 +117,15 @@ def _compare(asked: AskedAgain, counts: dict[str, int], check: Check) -> None:
             check.differs.append(f"{task}: the same answers, and the score {then!r} → {now!r}")
 
 
-def _devices(run: RunDir, device: str) -> list[str]:
+def _devices(run: RunDir, place: Place) -> list[str]:
     """A line where the run was computed on another device than what asks now, which rounds otherwise."""
     try:
-        said: Any = read_json(run.path / "environment.json").get("device")
+        said = run.environment().get("device", "an unknown device")
     except UserError:
         said = "an unknown device"
-    import torch
+    from cl_runner.training.environment import device_name
 
-    now = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or "cpu"
+    now = device_name(place)
     if said == now:
         return []
     return [one_line(f"trained on {said}, asked again on {now}: answers in a near tie may differ by rounding")]

@@ -93,6 +93,16 @@ class Matrix:
         """Whether the score on ``task`` after ``stage`` (0-based) is no undefined one; it may be missing."""
         return task not in self.undefined[stage]
 
+    def until(self, stages: int) -> Matrix:
+        """As it was after the first so many stages."""
+        return replace(
+            self,
+            stages=self.stages[:stages],
+            values=self.values[:stages],
+            trained=self.trained[:stages],
+            undefined=self.undefined[:stages],
+        )
+
     def over_all(self) -> Matrix:
         """The same for means to stand beside those of other runs: what is undefined counts as missing."""
         return replace(self, undefined=[])

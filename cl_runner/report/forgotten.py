@@ -61,7 +61,7 @@ class ForgottenTable:
         if task.learned == len(self.stages):
             return f"{task.task}: {right} of {task.rows} rows right after stage {task.learned}{mark}; no stage since"
         back = f", {task.returned} came back" if task.returned else ""
-        return f"{task.task}: {lost} of {right} right after stage {task.learned} {_are(lost)} forgotten{mark}{back}"
+        return f"{task.task}: {lost} of {right} right after stage {task.learned} {are(lost)} forgotten{mark}{back}"
 
     def _summary(self, cut: OverflowMethod) -> Table:
         table = _table()
@@ -189,7 +189,8 @@ def _listed(counted: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{what} {rows}" for what, rows in counted)
 
 
-def _are(count: int) -> str:
+def are(count: int) -> str:
+    """``is`` or ``are``."""
     return "is" if count == 1 else "are"
 
 

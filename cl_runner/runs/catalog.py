@@ -119,12 +119,11 @@ def find_several(root: Path, wanted: Sequence[str]) -> list[tuple[RunDir, bool]]
 
 def _several(root: Path, name: str) -> list[tuple[RunDir, bool]]:
     path = Path(name)
-    if name and not RunDir(path).exists() and os.path.isdir(path):  # noqa: PTH112 - a name may be too long for Path's
-        inside = [(run, False) for run in sorted(all_runs(path), key=lambda run: run.name)]
-        if not inside and not any(run.name.startswith(name) for run in all_runs(root)):
-            raise UserError(f"{path} is no run folder and holds no run")
-        if inside:
-            return inside
+    folder = bool(name) and not RunDir(path).exists() and os.path.isdir(path)  # noqa: PTH112 - Path's takes no long name
+    if folder and (inside := all_runs(path)):
+        return [(run, False) for run in sorted(inside, key=lambda run: run.name)]
+    if folder and not any(run.name.startswith(name) for run in all_runs(root)):
+        raise UserError(f"{path} is no run folder and holds no run")
     if not any(sign in name for sign in "*?[") or RunDir(path).exists():
         return [(find(root, name), True)]
     folders = sorted(path.parent.glob(path.name)) if "/" in name else []

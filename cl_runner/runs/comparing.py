@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from cl_runner.atomic import read_json
 from cl_runner.config.schema import RunConfig
 from cl_runner.config.yamlfile import Key, as_yaml
 from cl_runner.errors import UserError
@@ -172,8 +171,7 @@ def _facts(run: RunDir, about: Mapping[str, Any]) -> dict[str, str]:
     for task, splits in identity["data"].items():
         found |= {f"{split} rows{OF}{task}": _short(data["fingerprint"]) for split, data in splits.items()}
         found[f"wording{OF}{task}"] = _short(identity["definitions"][task])
-    file = run.path / "environment.json"
-    environment = read_json(file) if file.is_file() else {}
+    environment = run.environment()
     names = ("device", "processes", "threads")
     return {**found, **{name: str(environment[name]) for name in names if name in environment}}
 

@@ -258,6 +258,11 @@ class RunDir:
         file = self.path / "status.json"
         return read_json(file) if file.is_file() else {}
 
+    def environment(self) -> dict[str, Any]:
+        """``environment.json``: what the run's processes ran on; ``{}`` before the first. Raises UserError."""
+        file = self.path / "environment.json"
+        return read_json(file) if file.is_file() else {}
+
     def set_status(self, state: str, **more: Any) -> None:
         """Record how the run stands: running, stopped, failed, done."""
         write_json(self.path / "status.json", {"state": state, **more})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class Lines:
@@ -53,6 +54,11 @@ class Log:
         """Whether the file was begun anew since the last call, and its rows since then."""
         anew, lines = self._lines.read()
         return anew, [row for line in lines if (row := _row(line)) is not None]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a row is a measurement that can be drawn: finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _row(line: str) -> dict[str, Any] | None:

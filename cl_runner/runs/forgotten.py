@@ -66,6 +66,51 @@ class RunForgetting:
         }
 
 
+Answered = dict[str, dict[int, Counter[Whose | None]]]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read of a run, up to stage ``now``. learned: the stages that last trained its tasks; skipped: of these
+    tasks, why no answer is right or wrong; answers: of the others, as ``_answers`` has them."""
+
+    run: RunDir
+    about: Mapping[str, Any]
+    names: list[str]
+    now: int
+    learned: dict[str, int]
+    known: dict[str, LabelSet]
+    notes: list[str]
+    skipped: dict[str, str]
+    answers: dict[str, dict[int, list[Answer]]]
+
+    def sets(self, task: str, stage: int) -> LabelSets:
+        """What an answer to a task may be of, after a stage."""
+        return _sets_of(task, self.learned[task], stage, self.about, self.known)
+
+    def forgotten(self) -> tuple[Forgetting, ...]:
+        """Of each task whose answers were read."""
+        return tuple(follow(task, stages, self.sets(task, self.now)) for task, stages in self.answers.items())
+
+
+def _read(run: RunDir, stage: int | None, task: str | None) -> _Read:
+    about = run.about()
+    if task is not None:
+        _refuse_unknown(run, task, about["tasks"])
+    names = stage_names(about)
+    now = run.finished(names, stage)
+    learned = _learned(about, now)
+    known, notes = _label_sets(run, about)
+    skipped = {name: why for name in learned if (why := why_not_judged(name, about, known))}
+    if task is not None:
+        if task not in learned:
+            raise UserError(f"--task {task}: the run {run.path} has not learned it by stage {now}")
+        if task in skipped:
+            raise UserError(f"--task {task}: {skipped[task]}")
+    wanted = {name: at for name, at in learned.items() if name not in skipped and task in (None, name)}
+    return _Read(run, about, names, now, learned, known, notes, skipped, _answers(run, names[:now], wanted))
+
+
 def read_forgotten(run: RunDir, *, stage: int | None = None, task: str | None = None) -> RunForgetting:
     """What a run has forgotten by the end of a finished stage (from 1; the last without one), of one task or of all.
 
@@ -74,46 +119,31 @@ def read_forgotten(run: RunDir, *, stage: int | None = None, task: str | None = 
             right or wrong; or a file is broken.
     """
     with readable(run):
-        about = run.about()
-        if task is not None:
-            _refuse_unknown(run, task, about["tasks"])
-        names = stage_names(about)
-        now = run.finished(names, stage)
-        learned = _learned(about, now)
-        known, notes = _label_sets(run, about)
-        skipped = {name: why for name in learned if (why := why_not_judged(name, about, known))}
-        if task is not None:
-            if task not in learned:
-                raise UserError(f"--task {task}: the run {run.path} has not learned it by stage {now}")
-            if task in skipped:
-                raise UserError(f"--task {task}: {skipped[task]}")
-        wanted = [name for name in learned if name not in skipped and task in (None, name)]
-        answers = _answers(run, names[:now], {name: learned[name] for name in wanted})
-        found = [follow(name, answers[name], _sets_of(name, learned[name], now, about, known)) for name in wanted]
-    to_come = tuple(name for name in about["tasks"] if name not in learned)
-    if task is not None:
-        skipped, to_come = {}, ()
-    return RunForgetting(run, tuple(names[:now]), tuple(found), skipped, to_come, tuple(notes))
+        read = _read(run, stage, task)
+        found = read.forgotten()
+    return _forgetting(read, found, whole=task is None)
 
 
-def read_answered(run: RunDir) -> dict[str, dict[int, Counter[Whose | None]]]:
-    """Task → stage (from the one that last trained it) → how its test rows are answered (``answered_with``).
-
-    Without tasks whose answers are not right or wrong. Raises UserError.
-    """
+def read_answered(run: RunDir) -> tuple[RunForgetting, Answered]:
+    """What a run has forgotten by now, and how its test rows are answered (``answered_with``): task → stage, from the
+    one that last trained it; without tasks whose answers are not right or wrong. Raises UserError."""
     with readable(run):
-        about = run.about()
-        names = stage_names(about)
-        now = run.committed(names)
-        known, _ = _label_sets(run, about)
-        learned = {task: at for task, at in _learned(about, now).items() if not why_not_judged(task, about, known)}
-        return {
-            task: {
-                stage: answered_with(rows, _sets_of(task, learned[task], stage, about, known))
-                for stage, rows in stages.items()
-            }
-            for task, stages in _answers(run, names[:now], learned).items()
+        read = _read(run, None, None)
+        answered = {
+            task: {stage: answered_with(rows, read.sets(task, stage)) for stage, rows in stages.items()}
+            for task, stages in read.answers.items()
         }
+        found = read.forgotten()
+    return _forgetting(read, found, whole=True), answered
+
+
+def _forgetting(read: _Read, found: tuple[Forgetting, ...], whole: bool) -> RunForgetting:
+    """whole: of all tasks, those that are not told too."""
+    to_come = tuple(name for name in read.about["tasks"] if name not in read.learned)
+    skipped = read.skipped if whole else {}
+    return RunForgetting(
+        read.run, tuple(read.names[: read.now]), found, skipped, to_come if whole else (), tuple(read.notes)
+    )
 
 
 def forgotten_counts(run: RunDir) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cl_runner.atomic import read_json
@@ -13,7 +12,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import METHODS
 from cl_runner.report.page.run_page import RunPage
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.forgotten import RunForgetting, read_answered, read_forgotten
+from cl_runner.runs.forgotten import Answered, RunForgetting, read_answered
 from cl_runner.runs.results import summary_of
 from cl_runner.runs.updates import peak_megabytes
 
@@ -27,23 +26,26 @@ FILE = "report.html"
 def read_page(run: RunDir) -> RunPage:
     """All that stands on the page of a run. Raises UserError where a file of it is broken."""
     summary = summary_of(run)
-    forgetting, untold = None, ""
+    forgetting: RunForgetting | None = None
+    answered: Answered = {}
+    untold = ""
     try:
-        forgetting = read_forgotten(run) if summary.stages_done else None
+        if summary.stages_done:
+            forgetting, answered = read_answered(run)
     except UserError as error:
         untold = f"what was forgotten is not told: {error}"
     with readable(run):
         about = run.about()
         names = stage_names(about)[: summary.stages_done]
         stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(names)]
-        environment = _read(run.path / "environment.json")
+        environment = run.environment()
         rows = [row for row in run.log_rows() if row["stage"] in names]
         return RunPage(
             run=summary,
             title=METHODS.get(about["method"]).title if about["method"] in METHODS.ours else "",
             rows=_rows(about, summary.metrics),
             forgotten=[] if forgetting is None else forgetting.tasks,
-            answered={} if forgetting is None else read_answered(run),
+            answered=answered,
             log=rows,
             stages=stages,
             peak=peak_megabytes(run),
@@ -112,7 +114,3 @@ def _notes(forgetting: RunForgetting | None) -> list[str]:
         return []
     skipped = [f"{task}: no rows are right or wrong; {why}" for task, why in forgetting.skipped.items()]
     return [*skipped, *forgetting.notes]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

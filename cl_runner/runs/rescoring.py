@@ -16,11 +16,10 @@ from cl_runner.errors import UserError
 from cl_runner.metrics.scores import Undefined, require, score, wrong_gold
 from cl_runner.report.rescored import Example, Rescored, Sides
 from cl_runner.report.tables import RunSummary
-from cl_runner.runs.folder import RunDir, kept_order, readable, stage_names
+from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.predictions import predictions
 from cl_runner.runs.results import chosen, summary_of
-from cl_runner.runs.resume_guard import as_written
-from cl_runner.tasks.order import load_order
+from cl_runner.runs.resume_guard import order_of
 from cl_runner.tasks.task import Task
 
 EXAMPLES = 5
@@ -87,7 +86,7 @@ def _answered(run: RunDir, about: Mapping[str, Any]) -> Iterator[_Answered]:
 
 def _tasks(run: RunDir, about: Mapping[str, Any]) -> dict[str, Task]:
     """The run's tasks, in their order. Raises UserError where one is not what the run asked."""
-    order = load_order(kept_order(run.config_file) or as_written(run).order or about["order"])
+    order = order_of(run, about)
     known = {task.name: task for task in order.tasks}
     for name in about["tasks"]:
         if name not in known or about["identity"]["definitions"][name] != known[name].definition:

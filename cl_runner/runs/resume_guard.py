@@ -14,8 +14,9 @@ from cl_runner.config.yamlfile import Key
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.registry import plugins
-from cl_runner.runs.folder import RunDir, readable
+from cl_runner.runs.folder import RunDir, kept_order, readable
 from cl_runner.settings import differing, dotted, read_dump
+from cl_runner.tasks.order import Order, load_order
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
 # fingerprint). Of a single task or position too.
@@ -51,6 +52,11 @@ def as_written(run: RunDir) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise _not_as_written(run, error) from None
+
+
+def order_of(run: RunDir, about: Mapping[str, Any]) -> Order:
+    """The run's order: as it keeps it, or (of an earlier version) as it was named. Raises UserError."""
+    return load_order(kept_order(run.config_file) or as_written(run).order or about["order"])
 
 
 def _not_as_written(run: RunDir, error: ValidationError) -> UserError:

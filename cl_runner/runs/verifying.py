@@ -12,10 +12,9 @@ from typing import Any
 from cl_runner.errors import UserError
 from cl_runner.report.verified import Check
 from cl_runner.runs.file_check import check_run_files, check_stage_files, others
-from cl_runner.runs.folder import RunDir, kept_order, readable, stage_names
-from cl_runner.runs.resume_guard import as_written, other_rules
+from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.resume_guard import order_of, other_rules
 from cl_runner.runs.score_check import ScoreCheck, StageScores, check_results
-from cl_runner.tasks.order import load_order
 from cl_runner.tasks.task import Task
 
 BASE = "base"  # in the place of a stage's title
@@ -114,7 +113,7 @@ def _is_there(run: RunDir, index: int, name: str) -> bool:
 def _tasks(run: RunDir, about: Mapping[str, Any], of_run: Check) -> tuple[dict[str, Task], dict[str, str]]:
     """The tasks that are asked and scored today as they were, and why the others are not."""
     try:
-        order = load_order(kept_order(run.config_file) or as_written(run).order or about["order"])
+        order = order_of(run, about)
     except UserError as error:
         return {}, dict.fromkeys(about["tasks"], f"its order cannot be read: {error}")
     known = {task.name: task for task in order.tasks}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from cl_runner.atomic import read_json
 from cl_runner.report.tables import RunSummary
 from cl_runner.report.watch import Seen
 from cl_runner.runs.checkpoints import kept_to
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.follow import Lines, Log
+from cl_runner.runs.follow import Lines, Log, is_number
 from cl_runner.runs.listing import state_of
 from cl_runner.runs.results import summary_of
 from cl_runner.terminal.progress import ShownStage, TimeLeft, clean
@@ -94,7 +93,7 @@ class Watched:
         """A row of the log."""
         if isinstance(row.get("probe"), dict):
             for task, value in row["probe"].items():
-                if _is_number(value):
+                if is_number(value):
                     self._probes.setdefault(task, []).append(value)
             return
         before = self._steps[0] if stage == self._stage else 0
@@ -104,7 +103,7 @@ class Watched:
         if "loss" in row:
             self._row = row
             for name in DRAWN:
-                if _is_number(row.get(name)):
+                if is_number(row.get(name)):
                     self._curves[name].append(row[name])
         self._count(stage, before, row)
         self._stage = stage
@@ -112,7 +111,7 @@ class Watched:
     def _count(self, stage: int, before: int, row: Mapping[str, Any]) -> None:
         """What a row says of how long steps take, and of how many there are."""
         left, now = self._left, row.get("time")
-        if left is None or not _is_number(now):
+        if left is None or not is_number(now):
             return
         left.plans[stage] = replace(left.plans[stage], steps=self._steps[1])
         for ended in range(max(self._stage, 0), stage):
@@ -164,7 +163,3 @@ class Watched:
             with suppress(OSError):
                 wrote = max(wrote, (self.run.path / name).stat().st_mtime)
         return time.time() - wrote
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from cl_runner.atomic import read_json
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, forgetting
 from cl_runner.runs.folder import RunDir, stage_names
-from cl_runner.runs.follow import Log
+from cl_runner.runs.follow import Log, is_number
 from cl_runner.runs.results import read_matrix
 from cl_runner.runs.resume_guard import as_written
 from cl_runner.settings import dotted, settings_of
@@ -57,24 +55,13 @@ class Reader:
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The measurements of a row of ``log.jsonl``: ``train/loss``, …, or ``probe/TASK``."""
     if isinstance(row.get("probe"), dict):
-        return {f"probe/{task}": float(value) for task, value in row["probe"].items() if _is_number(value)}
-    return {f"train/{key}": float(row[key]) for key in row if key not in PLACE and _is_number(row[key])}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return {f"probe/{task}": float(value) for task, value in row["probe"].items() if is_number(value)}
+    return {f"train/{key}": float(row[key]) for key in row if key not in PLACE and is_number(row[key])}
 
 
 def scores(matrix: Matrix, stage: int) -> dict[str, float]:
     """What is known after a stage (from 0): its scores, average accuracy and forgetting, as far as they are defined."""
-    end = stage + 1
-    then = replace(
-        matrix,
-        stages=matrix.stages[:end],
-        values=matrix.values[:end],
-        trained=matrix.trained[:end],
-        undefined=matrix.undefined[:end],
-    )
+    then = matrix.until(stage + 1)
     found = {f"score/{task}": then.at(stage, task) for task in then.tasks}
     found |= {"average_accuracy": average_accuracy(then), "forgetting": forgetting(then)}
     return {name: value for name, value in found.items() if value is not None}

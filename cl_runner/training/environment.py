@@ -32,13 +32,19 @@ def record_environment(folder: RunDir, about: Mapping[str, Any]) -> None:
     write_json(file, {**first, "later": later})
 
 
+def device_name(place: Place) -> str:
+    """What computes, by its maker's name."""
+    import torch
+
+    return torch.cuda.get_device_name(place.torch_device) if place.device == "cuda" else platform.processor() or "cpu"
+
+
 def environment(plan: Plan, place: Place) -> dict[str, Any]:
     """``environment.json``: versions, git commit, device, data."""
     import torch
 
     packages = ["torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors"]
     packages += ["bitsandbytes"] * bool(plan.config.model.quantize)
-    device = torch.cuda.get_device_name(place.torch_device) if place.device == "cuda" else platform.processor() or "cpu"
     return {
         "cl_runner": __version__,
         "command": shlex.join(["cl-runner", *sys.argv[1:]]),
@@ -46,7 +52,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "device": device,
+        "device": device_name(place),
         "processes": place.ranks,
         "threads": torch.get_num_threads(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +25,10 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import read_answered
 from cl_runner.runs.page import read_page
 from tests.command_line import call
+from tests.report.pages import SPENT, Read
 from tests.run_folders import RunFolder
 
-SPENT = {
-    "training": {"steps": 20},
-    "seconds": {"train": 6.0, "method": 1.0, "evaluate": 3.0, "stage": 10.0},
-    "megabytes": {"adapter": 1.5},
-}
 EVIL = '<img src=x onerror=alert(1)>&"$'
-
-
-class Tags(HTMLParser):
-    """The elements of a page, their ids, what they refer to, and the texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.refers: list[str] = []
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-                self.refers.append(value or "")
-            self.refers += re.findall(r"url\(([^)]*)\)", value or "")
-            assert not name.startswith("on"), name
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 def three(root: Path, name: str = "mine", **more: object) -> RunFolder:
@@ -112,7 +78,7 @@ def three(root: Path, name: str = "mine", **more: object) -> RunFolder:
 
 
 def test_the_first_screen_says_what_was_kept_and_lost(tmp_path: Path) -> None:
-    page = Tags(write_page(three(tmp_path).dir).read_text())
+    page = Read(write_page(three(tmp_path).dir).read_text())
     # By hand: 4 + 2 rows were right, dbpedia's Plant and Village and amazon's second row are wrong now.
     assert (
         "Of the 6 test rows of earlier tasks that were right when their task had been learned, 3 still are (50 %), "
@@ -137,7 +103,7 @@ def two(root: Path, first: list[str], now: list[str], **more: object) -> str:
     run.done = 0
     run.commit({"dbpedia": list(zip(golds, first, strict=True))}, **SPENT)
     run.commit({"dbpedia": list(zip(golds, now, strict=True)), "amazon": [("negative", "negative")]}, **SPENT)
-    return Tags(write_page(run.dir).read_text()).text
+    return Read(write_page(run.dir).read_text()).text
 
 
 def test_one_row_is_one_row(tmp_path: Path) -> None:
@@ -163,14 +129,14 @@ def test_those_that_lost_as_much_are_named_together(tmp_path: Path) -> None:
     page = read_page(run.dir)
     dbpedia, amazon, agnews = page.forgotten
     again = replace(page, forgotten=[dbpedia, replace(dbpedia, task="amazon", learned=2), agnews])
-    text = " ".join(Tags(run_page(again, figures(again))).texts)
+    text = " ".join(Read(run_page(again, figures(again))).texts)
     assert "dbpedia and amazon lost most, 2 each." in text and amazon.task == "amazon"
 
 
 def test_tasks_that_have_no_right_answers_are_not_said_to_be_untouched(tmp_path: Path) -> None:
     page = read_page(three(tmp_path).dir)
     page = replace(page, forgotten=[], answered={})
-    text = " ".join(Tags(run_page(page, figures(page))).texts)
+    text = " ".join(Read(run_page(page, figures(page))).texts)
     assert "nothing has been trained since" not in text
     # By hand: AA (50 + 50 + 100) / 3, both earlier ones fell by 50.
     assert "is 66.7 %, forgetting 50.0 points; of its earlier tasks no answer is right or wrong" in text
@@ -180,11 +146,11 @@ def test_what_is_synthetic_is_said_beside_the_answer_and_in_figures(tmp_path: Pa
     page = read_page(three(tmp_path, synthetic=True).dir)
     page = replace(page, run=replace(page.run, real=()))
     drawn = figures(page)
-    text = " ".join(" ".join(Tags(run_page(page, drawn)).texts).split())
+    text = " ".join(" ".join(Read(run_page(page, drawn)).texts).split())
     assert "labels of agnews. (synthetic)" in text
     assert "66.7 average accuracy (AA), % (synthetic)" in text and "for all stages (synthetic)" not in text
     for each in (drawn.accuracy, drawn.over_stages, drawn.answers, drawn.training):
-        assert each is not None and "(synthetic)" in " ".join(Tags(each.svg()).texts), each
+        assert each is not None and "(synthetic)" in " ".join(Read(each.svg()).texts), each
 
 
 def test_a_bar_is_as_long_as_the_score_was() -> None:
@@ -195,7 +161,8 @@ def test_a_bar_is_as_long_as_the_score_was() -> None:
 
 def test_rows_are_counted_by_what_they_are_answered_with(tmp_path: Path) -> None:
     own, amazon, agnews = Whose("own", ("amazon",)), Whose("later", ("amazon",)), Whose("later", ("agnews",))
-    assert read_answered(three(tmp_path).dir) == {
+    _, answered = read_answered(three(tmp_path).dir)
+    assert answered == {
         "dbpedia": {
             1: Counter({None: 4}),
             2: Counter({None: 2, amazon: 1, Whose("none"): 1}),
@@ -253,7 +220,7 @@ def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
 
 def test_a_page_stands_alone_and_nothing_in_it_is_run(tmp_path: Path) -> None:
     html = write_page(three(tmp_path).dir).read_text()
-    page = Tags(html)
+    page = Read(html)
     assert not {"script", "img", "link", "iframe", "object", "embed", "image"} & set(page.tags)
     # What is referred to is in the page, once.
     assert page.refers and all(ref.startswith("#") and ref[1:] in page.ids for ref in page.refers)
@@ -268,7 +235,7 @@ def test_names_of_tasks_are_text_in_figures_too(tmp_path: Path) -> None:
     drawn = figures(type(page)(**{**page.__dict__, "answered": dict(list(evil.items())[:1])}))
     assert drawn.answers is not None
     svg = drawn.answers.svg()
-    assert "<img" not in svg and "$x_" in "".join(Tags(svg).texts)
+    assert "<img" not in svg and "$x_" in "".join(Read(svg).texts)
 
 
 def test_letters_that_our_font_lacks_are_the_browsers(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -316,7 +283,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, arguments: tuple[str, ..
 def test_damaged_answers_are_said(tmp_path: Path) -> None:
     run = three(tmp_path)
     (run.path / "stages/02-amazon/predictions.jsonl").unlink()
-    page = Tags(write_page(run.dir).read_text()).text
+    page = Read(write_page(run.dir).read_text()).text
     assert "what was forgotten is not told: " in page and "predictions.jsonl is missing" in page
 
 
@@ -338,7 +305,7 @@ def test_a_row_that_the_power_cut_in_two_is_none(tmp_path: Path) -> None:
 def test_a_run_without_a_finished_stage_has_a_page(tmp_path: Path) -> None:
     run = three(tmp_path)
     shutil.rmtree(run.path / "stages")
-    assert "No stage is finished yet." in Tags(write_page(RunDir(run.path)).read_text()).text
+    assert "No stage is finished yet." in Read(write_page(RunDir(run.path)).read_text()).text
 
 
 def analysis(run: RunDir) -> dict[str, Any]:
@@ -375,10 +342,10 @@ def analysis(run: RunDir) -> dict[str, Any]:
 
 def test_the_page_has_what_was_analysed(tmp_path: Path) -> None:
     run = three(tmp_path)
-    before = Tags(write_page(run.dir).read_text())
+    before = Read(write_page(run.dir).read_text())
     assert "cl-runner analyze mine" in before.text
     (run.path / "analysis.json").write_text(json.dumps(analysis(run.dir)))
-    page = Tags(write_page(run.dir).read_text())
+    page = Read(write_page(run.dir).read_text())
     assert "update size ‖ΔW‖ nuclear eff. rank OO free, % intruders, left right" in page.text
     assert "2 amazon 2.5 2 3.25 0.25 50 8 0" in page.text
     assert EVIL in page.text and "cl-runner analyze mine" not in page.text
@@ -437,7 +404,7 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_many_stages_fit_into_a_page(tmp_path: Path, fifteen: str) -> None:
     fifty = write_page(many(tmp_path / "many", 50).dir).read_text()
     assert len(fifteen) < 1_000_000 and len(fifty) < 3_000_000
-    assert "15 tasks of" in Tags(fifteen).text and "50 tasks of" in Tags(fifty).text
+    assert "15 tasks of" in Read(fifteen).text and "50 tasks of" in Read(fifty).text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import UserError
-from cl_runner.metrics.updates.layer import LayerMetrics, layer_metrics
+from cl_runner.metrics.updates.layer import LayerMetrics, Metrics, layer_metrics
 from cl_runner.metrics.updates.update import Update
 
 
@@ -39,18 +39,12 @@ class Changes(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """``layers`` by name, and all of them together: sizes and sums add up, shares, ranks and angles are means of layers
-    where they are defined. names: of the T updates; by_stage, between, density, acr, …: as of a layer."""
+class Analysis(Metrics):
+    """Those of all layers together: sizes and sums add up, shares, ranks and angles are means of layers where they are
+    defined. names: of the T updates. layers: each by itself, by name."""
 
     names: tuple[str, ...]
     layers: dict[str, LayerMetrics]
-    by_stage: dict[str, Tensor]
-    between: dict[str, Tensor]
-    density: Tensor
-    acr: Tensor
-    expected_acr: Tensor
-    awom: float
 
 
 Found = TypeVar("Found")
@@ -98,14 +92,14 @@ def together(names: Sequence[str], layers: Mapping[str, LayerMetrics]) -> Analys
     norms = by_stage["update_norm"]
     between["cosine"] = between.pop("inner") / (norms[:, None] * norms)
     return Analysis(
-        tuple(names),
-        dict(layers),
         by_stage,
         between,
         torch.stack([each.density for each in every]).mean(0),
         torch.stack([each.acr for each in every]).mean(0),
         torch.stack([each.expected_acr for each in every]).mean(0),
         sum(each.awom for each in every),
+        tuple(names),
+        dict(layers),
     )
 
 

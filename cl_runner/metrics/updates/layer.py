@@ -26,20 +26,25 @@ SINGULAR = 256  # singular values that are kept of a layer
 
 
 @dataclass(frozen=True, eq=False)
-class LayerMetrics:
-    """Of T updates of a layer (m, n), by K thresholds; all fp64 on the CPU, nan where undefined.
+class Metrics:
+    """Of T updates, by K thresholds; all fp64 on the CPU, nan where undefined.
 
-    by_stage: name → (T). between: name → (T, T), symmetric. density (K, T), acr and expected_acr (K). singular: σ of
-    each stage, of a matrix the largest.
+    by_stage: name → (T). between: name → (T, T), symmetric. density (K, T), acr and expected_acr (K).
     """
 
-    shape: tuple[int, int]
     by_stage: dict[str, Tensor]
     between: dict[str, Tensor]
     density: Tensor
     acr: Tensor
     expected_acr: Tensor
     awom: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMetrics(Metrics):
+    """Those of a layer (m, n). singular: σ of each stage, of a matrix the largest."""
+
+    shape: tuple[int, int]
     singular: list[list[float]]
 
 
@@ -63,7 +68,6 @@ def layer_metrics(updates: Sequence[Update]) -> LayerMetrics:
     }
     last = [weight_overlap(updates[-1], before) for before in updates[:-1]]
     return LayerMetrics(
-        updates[0].shape,
         by_stage,
         {
             "orthogonal_overlap": overlaps,
@@ -75,6 +79,7 @@ def layer_metrics(updates: Sequence[Update]) -> LayerMetrics:
         collision_rate(found).cpu(),
         expected_collision_rate(found).cpu(),
         math.fsum(last) if last else math.nan,
+        updates[0].shape,
         [each.values[:SINGULAR].tolist() for each in spectra],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cl_runner.metrics.accuracy import Matrix
+from cl_runner.metrics.accuracy import Matrix, average_accuracy
 from cl_runner.report.figures.style import INK, LOSS, Drawn, colours, drawing, heat, short
 from cl_runner.report.tables import number
 
@@ -84,13 +84,8 @@ def over_stages(matrix: Matrix, unit: str) -> Drawn:
                 label=short(task),
                 alpha=1 if len(seen) <= 16 else 0.5,
             )
-        means = []
-        for t in range(T):
-            there = [matrix.at(t, task) for task in seen if matrix.first(task) <= t and matrix.has(t, task)]
-            known_now = [value for value in there if value is not None]
-            means.append(
-                sum(known_now) / len(known_now) if known_now and len(known_now) == len(there) else float("nan")
-            )
+        averages = (average_accuracy(matrix.until(t)) for t in range(1, T + 1))
+        means = [float("nan") if mean is None else mean for mean in averages]
         axis.plot(range(1, T + 1), means, color=INK, linestyle=(0, (4, 2)), label="mean of seen")
         # A correlation may be negative.
         least = min((v for row in matrix.values for v in row if v is not None), default=0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cl_runner.report.figures.style import SERIES, SHARE, Drawn, colours, drawing, heat, plain_numbers, short
@@ -23,10 +24,10 @@ def overlaps(analysis: Mapping[str, Any]) -> Drawn | None:
         return None
     between = analysis["together"]["between"]
     there = [key for key in BETWEEN if any(v is not None for row in between[key] for v in row)]
-    size = 0.3 if T <= 16 else 0.11
-    named = 0.2 + 0.055 * max(len(short(name)) for name in names)
-    with drawing(len(there) * (size * max(T - 1, 2) + named + 0.5), rows=len(there), squeeze=False) as (figure, axes):
-        for axis, key in zip(axes[:, 0], there, strict=True):
+    if not there:
+        return None
+    with _maps(len(there), T - 1, names) as (figure, axes):
+        for axis, key in zip(axes, there, strict=True):
             what, low, high = BETWEEN[key]
             below = [[between[key][i][j] if j < i else None for j in range(T - 1)] for i in range(1, T)]
             text = [["" if v is None else _few(v) for v in row] for row in below] if T <= 8 else None
@@ -34,6 +35,15 @@ def overlaps(analysis: Mapping[str, Any]) -> Drawn | None:
             heat(axis, below, columns=labels[:-1], rows=labels[1:], low=low, high=high, map=SHARE, text=text)
             axis.set_title(what)
         return Drawn("overlap", "how the stages' updates overlap, each (down) with each before it (across)", figure)
+
+
+@contextmanager
+def _maps(count: int, cells: int, names: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """A figure for so many square maps under each other, and their axes."""
+    named = 0.2 + 0.055 * max(len(short(name)) for name in names)
+    size = 0.3 if cells <= 16 else 0.11
+    with drawing(count * (size * max(cells, 3) + named + 0.5), rows=count, squeeze=False) as (figure, axes):
+        yield figure, axes[:, 0]
 
 
 def spectra(analysis: Mapping[str, Any]) -> Drawn | None:
@@ -78,15 +88,8 @@ def gradients(analysis: Mapping[str, Any]) -> Drawn | None:
     if not found or len(found["tasks"]) < 2:
         return None
     tasks = list(found["tasks"])
-    size = 0.3 if len(tasks) <= 16 else 0.11
-    named = 0.2 + 0.055 * max(len(short(task)) for task in tasks)
-    with drawing(
-        len(found["at"]) * (size * max(len(tasks), 3) + named + 0.5), rows=len(found["at"]), squeeze=False
-    ) as (
-        figure,
-        axes,
-    ):
-        for axis, at in zip(axes[:, 0], found["at"], strict=True):
+    with _maps(len(found["at"]), len(tasks), tasks) as (figure, axes):
+        for axis, at in zip(axes, found["at"], strict=True):
             text = [["" if v is None else f"{v:.2f}" for v in row] for row in at["cosine"]] if len(tasks) <= 8 else None
             heat(axis, at["cosine"], columns=tasks, rows=tasks, low=-1, high=1, map="RdBu", text=text)
             axis.set_title("at the base" if at["stage"] == "base" else f"after {at['stage']}")

@@ -18,7 +18,7 @@ from cl_runner.report.figures.scores import accuracy_matrix, over_stages
 from cl_runner.report.figures.style import Drawn
 from cl_runner.report.figures.training import Curves, training_curves
 from cl_runner.report.figures.updates import drift, gradients, overlaps, spectra, told
-from cl_runner.report.forgotten import whose_text
+from cl_runner.report.forgotten import are, whose_text
 from cl_runner.report.page.render import render
 from cl_runner.report.tables import RunSummary, number
 from cl_runner.terminal.console import size
@@ -146,7 +146,7 @@ def _answer(page: RunPage) -> list[str]:
     rows, were = ("row", "was") if right == 1 else ("rows", "were")
     said = [
         f"Of the {right:,} test {rows} of earlier tasks that {were} right when their task had been learned, "
-        f"{kept:,} still {_are(kept)} ({_share(kept, right)}), {len(lost):,} {_are(len(lost))} lost."
+        f"{kept:,} still {are(kept)} ({_share(kept, right)}), {len(lost):,} {are(len(lost))} lost."
     ]
     if lost:
         most = max(len(task.forgotten) for task in since)
@@ -174,10 +174,6 @@ def _nothing_to_forget(page: RunPage, since: Sequence[Forgetting]) -> str:
     points = forgetting(m)
     fell = "" if points is None else f", forgetting {number(points, 1)} points"
     return f"{said}{fell}; of its earlier tasks no answer is right or wrong, so no rows are counted."
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def _share(part: int, whole: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,47 +14,12 @@ from cl_runner.report.page.comparison_page import comparison_page, drawn, figure
 from tests.command_line import call
 from tests.report.comparison.made import entry, methods
 from tests.report.comparison.test_forms import beside
-from tests.report.test_page import SPENT, Tags
+from tests.report.pages import SPENT, Read
 from tests.run_folders import RunFolder
 
 
 def page(found: Comparison) -> str:
     return comparison_page(found, [], figures(found))
-
-
-class Read(HTMLParser):
-    """The texts of table cells and of the whole, the ids, and what is asked for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.cells: list[str] = []
-        self.ids: list[str] = []
-        self.asked: list[str] = []
-        self.words: list[str] = []
-        self._open = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self._open = True
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#"):
-                self.asked.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = self._open and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self._open:
-            self.cells[-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def test_it_says_who_is_ahead_and_how_sure_that_is() -> None:
@@ -157,7 +121,7 @@ def test_the_page_says_what_the_best_keeps_and_the_next_has_lost(tmp_path: Path)
         run.commit({"dbpedia": list(zip(golds, said, strict=True)), "amazon": [("negative", "negative")]}, **SPENT)
     done = call("compare", "runs", "--html", "page.html", cwd=tmp_path)
     assert done.code == 0, done.err
-    page = Tags((tmp_path / "page.html").read_text()).text
+    page = Read((tmp_path / "page.html").read_text()).text
     # By hand: of 4 rows olora alone keeps Plant and Animal, seqlora alone Village. Nothing was trained after amazon.
     assert (
         "Of the 4 test rows of earlier tasks that both had right when learned, olora keeps 2 that seqlora has lost "
