@@ -17,7 +17,6 @@ from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.runs.page import ANALYSIS
 from cl_runner.terminal.console import print_json, rich_print
 from cl_runner.terminal.progress import Screen, ShownStage
 
@@ -293,7 +292,7 @@ def _keep(run: RunDir, values: dict[str, Any], screen: Screen) -> None:
 
     Where nothing may be written there, that is said.
     """
-    file = run.path / ANALYSIS
+    file = run.analysis_file
     try:
         before = read_json(file) if file.is_file() else {}
     except UserError:

@@ -14,7 +14,6 @@ from cl_runner.report.tables import RunSummary
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.forgotten import forgotten_counts
-from cl_runner.runs.page import FILE, read_page
 from cl_runner.runs.results import summary_of
 from cl_runner.terminal.console import print_json, rich_print
 
@@ -50,14 +49,14 @@ def write_page(run: RunDir, figures_in: Path | None = None) -> Path:
     """
     from cl_runner.report.page.render import save
     from cl_runner.report.page.run_page import figures, run_page
+    from cl_runner.runs.page import read_page
 
     page = read_page(run)
     with readable(run):
         drawn = figures(page)
         html = run_page(page, drawn)
-    file = run.path / FILE
-    save(file, html, drawn, figures_in)
-    return file
+    save(run.page_file, html, drawn, figures_in)
+    return run.page_file
 
 
 def _json(run: RunDir, summary: RunSummary) -> dict[str, Any]:

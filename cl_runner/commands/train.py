@@ -18,7 +18,6 @@ from cl_runner.models.locate import check, locate, model_identity
 from cl_runner.runs import catalog
 from cl_runner.runs.checkpoints import refuse_others, there
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.page import FILE as PAGE
 from cl_runner.runs.results import summary_of, write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
@@ -73,8 +72,7 @@ def train(
         if part is None or part.rank == 0:
             finish(folder)
             print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
-            page = folder.path / PAGE
-            print_result(folder, as_json, page if page.is_file() else None)
+            print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
     if processes > 1 and part is None:
         if folder.exists():
@@ -210,5 +208,5 @@ def page_of(folder: RunDir) -> Path | None:
             print(f"of the updates the page says nothing: {error}", file=sys.stderr)
         return write_page(folder)
     except Exception as error:
-        print(f"{folder.path / PAGE} is not written: {one_line(str(error))}", file=sys.stderr)
+        print(f"{folder.page_file} is not written: {one_line(str(error))}", file=sys.stderr)
         return None

@@ -49,6 +49,16 @@ class RunDir:
         return self.path / "run.log"
 
     @property
+    def page_file(self) -> Path:
+        """The run's page."""
+        return self.path / "report.html"
+
+    @property
+    def analysis_file(self) -> Path:
+        """What ``cl-runner analyze`` found."""
+        return self.path / "analysis.json"
+
+    @property
     def stages_dir(self) -> Path:
         """Folder of the committed stages."""
         return self.path / "stages"

@@ -16,11 +16,7 @@ from cl_runner.runs.forgotten import Answered, RunForgetting, read_answered
 from cl_runner.runs.results import summary_of
 from cl_runner.runs.updates import peak_megabytes
 
-ANALYSIS = "analysis.json"
 _WARNING = re.compile(r"(?:stage (\d+) of \d+ (\S+): )?warning: (.*)")
-
-
-FILE = "report.html"
 
 
 def read_page(run: RunDir) -> RunPage:
@@ -72,7 +68,7 @@ def _rows(about: Mapping[str, Any], metrics: Mapping[str, str]) -> list[list[str
 
 def _analysis(run: RunDir, names: Sequence[str]) -> dict[str, Any] | None:
     """``analysis.json``, if it is of all layers, and of the stages that there are by now."""
-    file = run.path / ANALYSIS
+    file = run.analysis_file
     if not names or not file.is_file():
         return None
     found = read_json(file)
