@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from cl_runner.errors import first_line
@@ -39,7 +40,8 @@ def main() -> None:
     threading.Thread(target=_wait_for_the_end, args=(ended,), daemon=True).start()
 
     def tell(**word: str) -> None:
-        words.write(json.dumps(word) + "\n")
+        with suppress(BrokenPipeError):  # the run was killed: nobody hears it, and the tracker is to have the rest
+            words.write(json.dumps(word) + "\n")
 
     try:
         for file in given["plugins"]:

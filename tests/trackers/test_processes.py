@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -222,6 +223,27 @@ def test_a_call_that_hangs_ends_when_nobody_waits(
         time.sleep(0.02)
     trackers.close()
     assert len(said) == 1
+
+
+def test_a_run_that_was_killed_before_its_tracker_had_said_where_is_told_all_the_same(
+    tmp_path: Path, plugin: Path
+) -> None:
+    run = RunFolder(tmp_path / "runs", "mine")
+    (run.path / "environment.json").write_text('{"started": "then", "later": []}')
+    given = {
+        "run": str(run.path), "tracker": "good", "kept": 0, "step": 0, "plugins": [str(plugin)], "debug": False
+    }  # fmt: skip
+    hears, says = os.pipe()
+    os.close(hears)
+    command = [sys.executable, "-m", "cl_runner.trackers", json.dumps(given)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=says, start_new_session=True)
+    os.close(says)
+    process.wait()
+    until = time.monotonic() + 60
+    while alive(process.pid):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert json.loads((run.path / "told.jsonl").read_text().splitlines()[-1])[0] == "end"
 
 
 def test_nothing_is_started_without_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
