@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo demo-real test lint bench clean
+.PHONY: setup demo demo-real test test-wide lint bench clean
 
 setup: $(STAMP)
 
@@ -43,8 +43,16 @@ demo-real: setup smollm2
 smollm2: | setup
 	PYTHON=$(BIN)/python scripts/get_smollm2.sh $@
 
+# A worker more than there are cores: many a test waits for a process.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+WORKERS := $(shell n=$$(($$(nproc 2>/dev/null || echo 2) + 1)); echo $$((n < 5 ? n : 5)))
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not wide"
+
+# Claims about all methods, kinds and families on the rest of them.
+test-wide: setup
+	$(PYTEST) -m wide
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,6 +29,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_power_cuts() -> Iterator[None]:
+    """To wait for the disk at every commit would be a third of a small run; only a machine that goes down needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def heard_signals() -> None:
     """Of tests started in the background or by nohup the shell lets some signals be ignored; a user's are not."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -36,6 +36,8 @@ from cl_runner.models.verify import answers
 from cl_runner.registry import KINDS
 from cl_runner.tasks.task import Prompt
 from cl_runner.training.stage import Room, StageRun
+from tests import breadth
+from tests.breadth import narrowed
 from tests.distributed import on_ranks
 from tests.families import FAMILIES, NO_CACHE, NO_POSITIONS, WINDOW
 from tests.methods.orders import learn
@@ -43,7 +45,7 @@ from tests.stages import Outcome, distance, tiny_config
 
 # peft 0.21 asks transformers 5.23 for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", narrowed(FAMILIES, breadth.FAMILIES))
 
 CPU, LIMIT = torch.device("cpu"), 6
 HEAD = "say if the word is red or blue :"

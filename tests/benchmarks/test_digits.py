@@ -13,6 +13,7 @@ from benchmarks import digits as script
 from benchmarks.classifier import ClassifierStage, examples, learn
 from benchmarks.digits import WHITE, Digits, perceptron, problem
 from cl_runner.methods import method_class
+from tests.breadth import wide
 
 
 def test_tasks_are_turned_or_shuffled_images() -> None:
@@ -78,6 +79,7 @@ def scores(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, v
     return {"all": seen, "ave": seen.mean(1), "gtl": logits.gather(1, labels[:, None])}[variant]
 
 
+@wide
 def test_all_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(script.SETTINGS, "epochs", 1)
     given = ["--seeds", "1", "2", "--tasks", "2", "--angles", "0", "90", "--train", "20", "--out", str(tmp_path)]

@@ -23,6 +23,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.resume_guard import recorded
 from cl_runner.tasks import benchmark, synthetic
 from cl_runner.training import task_gradients
+from tests.breadth import narrowed, wide
 from tests.command_line import NANO, ORDER, SMALL, STAGES, call, results, variables
 from tests.nano import nano_t5
 
@@ -39,7 +40,7 @@ FAMILIES = {
 METHODS = {"t5": "olora", "llama": "seqlora"}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=narrowed(FAMILIES, ["t5"]))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -238,7 +239,12 @@ def test_rows_that_are_not_those_of_the_run_are_refused(run: Path, family: str) 
 
 @pytest.mark.parametrize(
     "settings",
-    [("seqft",), ("pertask",), ("sdlora",), ("seqlora", "--set=adapter.kind=dora")],
+    [
+        ("seqft",),
+        ("sdlora",),
+        pytest.param(("pertask",), marks=wide),
+        pytest.param(("seqlora", "--set=adapter.kind=dora"), marks=wide),
+    ],
     ids=lambda settings: settings[-1],
 )
 def test_whatever_a_stage_left(settings: tuple[str, ...], tmp_path: Path) -> None:

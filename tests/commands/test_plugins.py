@@ -12,6 +12,7 @@ import pytest
 
 from cl_runner import registry
 from cl_runner.atomic import sha256
+from tests.breadth import wide
 from tests.command_line import SMALL, call, finish, results, start
 
 PLUGIN = '''
@@ -230,6 +231,7 @@ def test_lists_and_the_schema_have_what_a_plugin_brings(made: Path) -> None:
     assert shown.code == 0 and shown.out.split("\n", 1)[1].split("---")[0] in plain.out.rpartition("--- test/199")[2]
 
 
+@wide
 def test_every_process_of_a_run_has_the_plugin(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
     result = finish(start(*TRAIN, "--plugin", "mine.py", "--gpus", "2", cwd=folder))

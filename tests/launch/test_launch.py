@@ -17,6 +17,7 @@ from cl_runner.engine.process import Assigned, assigned, first_host
 from cl_runner.errors import UserError
 from cl_runner.launch import local
 from cl_runner.launch.channel import FAILED, STOP, VARIABLE, Channel
+from tests.breadth import wide
 from tests.command_line import ORDER, SMALL, STAGES, call, environment, finish, logged, start, tree, variables
 from tests.commands.test_errors import refused
 from tests.conftest import Finished
@@ -102,7 +103,7 @@ def kill_rank_1(parent: int, launcher: int, ranks: Mapping[int, int]) -> None:
     ("end", "code", "says"),
     [
         (term_parent, 130, r"stopped in stage 1 \(dbpedia\); kept: dbpedia to step \d+; go on: cl-runner train"),
-        (kill_launcher, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended"),
+        pytest.param(kill_launcher, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended", marks=wide),
         (kill_rank_1, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -324,6 +325,7 @@ def test_channel() -> None:
     Channel.given().say(STOP)
 
 
+@wide
 def test_four_at_once_do_not_disturb_each_other(cwd: Path) -> None:
     """Three methods, and one of them twice: of those two, one trains, and the other is refused or finds it done."""
     wanted = ["seqlora", "inclora", "olora", "olora"]

@@ -18,6 +18,7 @@ import pytest
 
 from cl_runner.terminal import stopping
 from cl_runner.terminal.stopping import Stopped, signals_stop
+from tests.breadth import wide
 from tests.command_line import ORDER, SMALL, STAGES, call, environment, finish, logged, start
 
 NAMED = ("train", "--order", "three.yaml", *SMALL, "--name", "mine", "--set=training.epochs=20")
@@ -152,6 +153,7 @@ def test_ctrl_c_at_a_terminal(cwd: Path) -> None:
     assert plain.rstrip().splitlines()[-1].startswith("stopped in stage 1")
 
 
+@wide
 def test_lost_terminal(cwd: Path) -> None:
     terminal = Terminal(cwd)
     run = cwd / "runs" / "mine"

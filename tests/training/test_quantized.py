@@ -26,6 +26,7 @@ from cl_runner.training import compatibility
 from cl_runner.training.compatibility import check_quantized
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, off, random_pair
+from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.command_line import NANO, ORDER, call, results, tree
 from tests.distributed import on_ranks
 from tests.four_bits import need, twins
@@ -71,7 +72,7 @@ def learned(place: Place, name: str, kind: Kind, in_4_bits: bool, dropout: float
     return found
 
 
-@pytest.mark.parametrize("name", possible())
+@pytest.mark.parametrize("name", narrowed(possible(), ONE_OF_EACH_SORT))
 def test_every_method_learns_what_it_learns_on_the_same_weights(name: str) -> None:
     """Those that read W0 too: they read what the codes stand for."""
     need()

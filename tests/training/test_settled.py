@@ -17,6 +17,7 @@ from cl_runner.methods import METHODS, make_method
 from cl_runner.training.data import Data
 from cl_runner.training.plan import Plan
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.command_line import NANO, ORDER, STAGES, call
 from tests.distributed import command_on_ranks
 
@@ -95,8 +96,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
     [
         ("pertask", (), [0, 4, 8], 3),
         ("pertask", (FUTURE, "--model", "tiny-llama"), [0, 8, 8, 8], 6),  # the base's answers too
-        ("pertask", (FUTURE, "--set=method.train=full"), [0, 8, 8, 8], 6),
-        ("progprompt", (), [0, 4, 8], 3),
+        pytest.param("pertask", (FUTURE, "--set=method.train=full"), [0, 8, 8, 8], 6, marks=wide),
+        pytest.param("progprompt", (), [0, 4, 8], 3, marks=wide),
         ("progprompt", (FUTURE,), [0, 0, 4, 8], 9),  # those not learned yet are answered with every new prompt
     ],
     ids=["pertask", "base", "full", "progprompt", "prompts-to-come"],

@@ -15,6 +15,7 @@ from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.batch import Example
 from cl_runner.models.heads import logits_in_one_row
 from cl_runner.training.stage import StageRun
+from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.stages import END, VOCABULARY, Outcome, distance
@@ -84,7 +85,7 @@ def answer(stage: StageRun) -> Tensor:
     return scores
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", narrowed(sorted(METHODS), ONE_OF_EACH_SORT))
 def test_every_method_learns_the_same(method: str) -> None:
     own = {"method__group": 2} if method == "pego" else {}
     [(plain, none, _)] = on_ranks(1, learned, method, "off", **own)

@@ -19,6 +19,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_files import read, write_own, write_shared
 from cl_runner.training.step_state import StepState
+from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.stages import END
@@ -146,7 +147,7 @@ def entered(ranks: int, method: str, at: int = 2, drop: str = "", **settings: An
     return {key: next((one[key] for one in found if one[key]), found[0][key]) for key in found[0]}
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", narrowed(METHODS, ONE_OF_EACH_SORT))
 def test_any_method_goes_on_to_the_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lfpt5, "write", _written)
     found = entered(1, method)

@@ -26,6 +26,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.options.initialise import Initialisation
 from cl_runner.training.stage import StageRun
+from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
@@ -249,7 +250,7 @@ CANNOT = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS.ours)
+@pytest.mark.parametrize("name", narrowed(METHODS.ours, ONE_OF_EACH_SORT))
 def test_each_method_begins_as_the_weight_answers_or_refuses(name: str) -> None:
     assert on_ranks(1, _first_losses, name) == [CANNOT.get(name, set())]
 
@@ -300,7 +301,7 @@ def _restarted(place: Place, folder: str, name: str, init: dict[str, Any], setti
     return str(json.loads((rundir.stage_dir(2, "c") / "state.json").read_text())["own"])
 
 
-@pytest.mark.parametrize("name", ["inclora", "seqlora", "olora", "pertask"])
+@pytest.mark.parametrize("name", narrowed(["inclora", "seqlora", "olora", "pertask"], ["inclora"]))
 @every_init
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(init: dict[str, Any], name: str, tmp_path: Path) -> None:
     assert on_ranks(1, _restarted, str(tmp_path), name, init, {}) == ["adapter"]

@@ -25,6 +25,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering, leaving
 from cl_runner.training.options.slow_copy import SlowCopy
 from cl_runner.training.stage import StageRun, commit_update
+from tests.breadth import wide
 from tests.command_line import NANO, call, results
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -193,7 +194,12 @@ def test_where_it_changes_nothing_it_is_said() -> None:
 
 # Whole runs.
 
-in_runs = pytest.mark.parametrize(("answers", "goes_on"), COMBINATIONS)
+# Each method with each value of both, and one of the two where all weights train.
+IN_RUNS = [
+    pytest.param(method, answers, goes_on, marks=() if answers == (goes_on == like) else wide)
+    for method, like in (("olora", "fast"), ("seqlora", "slow"), ("ewc", "fast"))
+    for answers, goes_on in COMBINATIONS
+]
 ORDER = "name: two\ntasks: [dbpedia, amazon]\n"
 STAGES = ("01-dbpedia", "02-amazon")
 
@@ -259,8 +265,7 @@ def same_update(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert off(found[target], value) < 1e-4, target
 
 
-@in_runs
-@pytest.mark.parametrize("method", ["olora", "seqlora", "ewc"])
+@pytest.mark.parametrize(("method", "answers", "goes_on"), IN_RUNS)
 def test_a_run_answers_with_the_one_and_goes_on_with_the_other(
     method: str,
     answers: bool,
@@ -287,7 +292,10 @@ def test_a_run_answers_with_the_one_and_goes_on_with_the_other(
     cut_and_gone_on_with(given, tmp_path, cut, monkeypatch)
 
 
-@in_runs
+@pytest.mark.parametrize(
+    ("answers", "goes_on"),
+    [pytest.param(*each, marks=wide if each[0] == (each[1] == "fast") else ()) for each in COMBINATIONS],
+)
 def test_all_weights(
     answers: bool,
     goes_on: str,
