@@ -430,6 +430,10 @@ def data_check(
     data_dir: DataDir = None,
     data: DataSource = None,
     set_: Sets = None,
+    near: Annotated[
+        float | None,
+        typer.Option("--near", metavar="J", help="Near duplicates: from this Jaccard similarity on (0.8)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Rows, labels, duplicates, lengths and truncation of every task of an order."""
@@ -437,7 +441,8 @@ def data_check(
     from cl_runner.commands.request import Request
 
     flags = _flags(model__name=model, data__dir=data_dir, data__source=data)
-    command.data_check(Request(order, preset or [], config, flags, set_ or [], plugin or []), as_json=as_json)
+    request = Request(order, preset or [], config, flags, set_ or [], plugin or [])
+    command.data_check(request, near=near, as_json=as_json)
 
 
 @data_app.command("show")

@@ -279,11 +279,12 @@ def _named(name: str) -> Callable[[], BaseWeights]:
 
 def _model(run: RunDir, name: str | None) -> ModelConfig:
     """The run's base model, which may be at ``name`` now. Raises UserError where it is another one by now."""
-    from cl_runner.models.locate import locate, model_identity
+    from cl_runner.models.identity import differing_model, model_identity
+    from cl_runner.models.locate import locate
 
     model = own_settings(run, model=name).config.model
-    if run.about()["identity"]["model"] != model_identity(locate(model), model.quantize):
-        raise UserError(f"the base model {model.name} is not the one of the run")
+    if other := differing_model(run.about()["identity"]["model"], model_identity(locate(model), model.quantize)):
+        raise UserError(f"the base model {model.name} is not the one of the run ({', '.join(other)})")
     return model
 
 

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from cl_runner.models.vocabulary import Vocabulary
 
 
-def data_check(request: Request, *, as_json: bool) -> None:
-    """``cl-runner data check``."""
+def data_check(request: Request, *, near: float | None, as_json: bool) -> None:
+    """``cl-runner data check``. near: the Jaccard similarity from which on two texts are near duplicates."""
     from cl_runner.tasks import check as checking
+    from cl_runner.tasks.near_duplicates import LEAST, NEAR
 
+    near = NEAR if near is None else near
+    if not LEAST <= near <= 1:
+        raise UserError(f"--near {near:g}: a Jaccard similarity from {LEAST:g} to 1")
     resolved, order = request.with_order()
     vocabulary, chat = _vocabulary(resolved)
     found = []
     for position, task in enumerate(order.tasks, 1):
-        found += checking.check([task], resolved.config.at(position, task.name).data, vocabulary, chat)
+        found += checking.check([task], resolved.config.at(position, task.name).data, vocabulary, chat, near)
     if as_json:
         print_json({"order": order.name, "tasks": found})
     else:

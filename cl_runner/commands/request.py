@@ -16,7 +16,7 @@ from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, kept_order
 from cl_runner.settings import Resolved, resolve
 from cl_runner.tasks.order import Order, order_names
-from cl_runner.training.moved_runs import run_of, with_files
+from cl_runner.training.moved_runs import run_of, with_files, with_files_beside
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,11 @@ class Request:
         resolved = self.resolve()
         if resolved.order is None:
             raise UserError(f"no task order: say --order NAME or FILE (there are {', '.join(order_names())})")
-        if run := run_of(resolved.order):
-            resolved = replace(resolved, order=with_files(resolved.order, run, resolved.config))
+        config, order = resolved.config, resolved.order
+        if run := run_of(order):
+            resolved = replace(resolved, order=with_files(order, run, config))
+        elif isinstance(config.order, dict):
+            resolved = replace(resolved, order=with_files_beside(order, order.file, config.data.dir))
         assert resolved.order is not None
         return resolved, resolved.order
 

@@ -14,7 +14,8 @@ from cl_runner.commands.report import print_result, write_page
 from cl_runner.commands.request import Request
 from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
-from cl_runner.models.locate import check, locate, model_identity
+from cl_runner.models.identity import model_identity
+from cl_runner.models.locate import check, locate
 from cl_runner.runs import catalog
 from cl_runner.runs.checkpoints import refuse_others, there
 from cl_runner.runs.folder import RunDir

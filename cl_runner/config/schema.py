@@ -435,7 +435,9 @@ class RunConfig(Section):
     presets: list[str] = Field(
         default_factory=list, description="Presets the settings began with; --preset adds to them."
     )
-    order: str | None = Field(default=None, description="Name of a task order, or its YAML file.")
+    order: str | dict[str, Any] | None = Field(
+        default=None, description="Name of a task order, its YAML file, or what would stand in that: {name, tasks}."
+    )
     plugins: list[str] = Field(
         default_factory=list,
         description="Python files with methods, adapter kinds, options or task sources; --plugin adds to them.",

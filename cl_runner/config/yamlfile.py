@@ -43,6 +43,17 @@ class Document:
     keys: dict[Key, tuple[int, int]] = field(default_factory=dict)
     texts: dict[Key, str] = field(default_factory=dict)
 
+    def part(self, path: Key) -> Document:
+        """A mapping in it as a document of its own, whose places are still those of the file."""
+
+        def below(marks: dict[Key, Any]) -> dict[Key, Any]:
+            return {key[len(path) :]: mark for key, mark in marks.items() if key[: len(path)] == path}
+
+        data = self.data
+        for key in path:
+            data = data[key]
+        return Document(self.file, data, below(self.values), below(self.keys), below(self.texts))
+
     def position(self, path: Key = (), *, key: bool = False) -> str:
         """``file:line:column`` of the value at ``path``, or of its key; of the nearest that stands above if absent."""
         marks = self.keys if key else self.values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,6 @@ EMBEDDED = ("tiny-t5", "tiny-llama")
 _FETCHED = {"smollm2": "scripts/get_smollm2.sh smollm2"}  # folders of no hub, and what makes them
 _REVISION = 1  # of how GGUF files are dequantised: raise it when other numbers or ids come out
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a model that is split, as llama.cpp names them
-HASHED = 2**26  # bytes: larger files of a model are told apart by their size
 _EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
 
 # The hub's own rule for ids: one or two words of letters, digits, "_", "-", "."; nothing doubled, nothing dangling.
@@ -181,22 +179,3 @@ def _folder(name: str, base_dir: Path) -> Path | None:
 
 def _is_hub_id(name: str) -> bool:
     return len(name) <= 96 and bool(_HUB_ID.fullmatch(name)) and "--" not in name and ".." not in name
-
-
-def model_identity(located: Located, quantize: str | None = None) -> dict[str, Any]:
-    """Which base model: where it is from, for files at hand a hash of them (of large ones, of their size), and how it
-    is quantised, if it is."""
-    of = {"quantize": quantize} if quantize else {}
-    return {**_files_identity(located), **of}
-
-
-def _files_identity(located: Located) -> dict[str, Any]:
-    if located.path is None:
-        return {"from": "hub", "revision": located.revision}
-    if located.file is not None:
-        return {"from": "gguf", "file": located.file.digest}
-    digest = hashlib.sha256()
-    for file in sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md"):
-        length = file.stat().st_size
-        digest.update(f"{file.name} {length} {sha256(file) if length < HASHED else ''}\n".encode())
-    return {"from": located.kind, "files": digest.hexdigest()}

@@ -7,6 +7,8 @@ from typing import Any
 
 from cl_runner.report.tables import scored_by
 
+FEW = 3  # near duplicates that are named; JSON has all
+
 
 def data_lines(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What ``tasks.check.check`` found, as lines of at most a few facts each."""
@@ -24,6 +26,13 @@ def data_lines(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"  duplicates: {twice['train']} in train, {twice['test']} in test, "
                 f"{twice['train_in_test']} test rows are in train too; "
                 f"{twice['conflicting']} train texts under more than one label"
+            )
+        if (near := task["near_duplicates"])["train_in_test"]:
+            few = ", ".join(f"{pair['test']} ~ {pair['train']} ({pair['jaccard']:.2f})" for pair in near["pairs"][:FEW])
+            more = ", …" if near["train_in_test"] > FEW else ""
+            yield (
+                f"  near duplicates: {near['train_in_test']} more test rows are nearly in train (Jaccard of "
+                f"{near['words']}-word shingles {near['jaccard']:g} or more): {few}{more}"
             )
         if task["dev_equals_test"]:
             yield "  dev is the same file as test: never choose a checkpoint or a setting on it"
@@ -47,6 +56,8 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     if split["empty_texts"]:
         bound = "train refuses more than 1 %, unless data.empty_texts=keep"
         yield f"    texts that are empty or lack a part: {split['empty_texts']} ({bound})"
+    if split["without_gold"]:
+        yield f"    rows without an answer, left out and never scored: {split['without_gold']}"
     if split["unsayable"]:
         yield f"    {split['unsayable']} targets come back otherwise from this tokenizer: no answer equals them"
     for note in split["notes"]:

@@ -55,14 +55,24 @@ def read_page(run: RunDir) -> RunPage:
 
 
 def _rows(about: Mapping[str, Any], metrics: Mapping[str, str]) -> list[list[str]]:
-    """Of each task: its metric, train and test rows, those left out, where they come from."""
+    """Of each task: its metric, train and test rows, those left out, test rows that are in train too, where from."""
     found = []
     for task in about["tasks"]:
         splits = about["identity"]["data"][task]
-        dropped = sum(split["dropped"] for split in splits.values())
+        dropped = sum(split["dropped"] + split.get("without_gold", 0) for split in splits.values())
+        twice = splits.get("test", {}).get("in_train")  # of an earlier version: not counted
         sources = dict.fromkeys(split["source"] for split in splits.values())
         count = [f"{splits[name]['rows']:,}" if name in splits else "–" for name in ("train", "test")]
-        found.append([task, metrics.get(task, ""), *count, f"{dropped:,}", "; ".join(sources)])
+        found.append(
+            [
+                task,
+                metrics.get(task, ""),
+                *count,
+                f"{dropped:,}",
+                "–" if twice is None else f"{twice:,}",
+                "; ".join(sources),
+            ]
+        )
     return found
 
 
@@ -92,11 +102,15 @@ def _told(environment: Mapping[str, Any]) -> dict[str, str]:
         "python": "Python",
         "platform": "platform",
         "device": "device",
+        "cpu": "instructions",
+        "cuda": "CUDA",
         "processes": "processes",
         "threads": "threads",
         "started": "started",
     }
     told = {word: str(environment[key]) for key, word in words.items() if environment.get(key) is not None}
+    if environment.get("git_dirty") and "commit" in told:
+        told["commit"] += ", with changes that are not in it"
     packages = environment.get("packages", {})
     if packages:
         told["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -13,16 +13,17 @@ from cl_runner.config.schema import MethodConfig, RunConfig
 from cl_runner.config.yamlfile import Key
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
+from cl_runner.models.identity import differing_model
 from cl_runner.registry import plugins
 from cl_runner.runs.folder import RunDir, kept_order, readable
 from cl_runner.settings import differing, dotted, read_dump
 from cl_runner.tasks.order import Order, load_order
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
-# fingerprint). Of a single task or position too.
+# fingerprint, a revision of the base model by its commit). Of a single task or position too.
 FREE = (
-    "order", "presets", "plugins", "data.dir", "data.source", "data.empty_texts", "eval.probe_", "method.max_gb",
-    "output.", "training.non_finite",
+    "order", "presets", "plugins", "model.revision", "data.dir", "data.source", "data.empty_texts", "eval.probe_",
+    "method.max_gb", "output.", "training.non_finite",
 )  # fmt: skip
 
 
@@ -56,7 +57,8 @@ def as_written(run: RunDir) -> RunConfig:
 
 def order_of(run: RunDir, about: Mapping[str, Any]) -> Order:
     """The run's order: as it keeps it, or (of an earlier version) as it was named. Raises UserError."""
-    return load_order(kept_order(run.config_file) or as_written(run).order or about["order"])
+    named = as_written(run).order
+    return load_order(kept_order(run.config_file) or (named if isinstance(named, str) else about["order"]))
 
 
 def _not_as_written(run: RunDir, error: ValidationError) -> UserError:
@@ -92,8 +94,15 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
         paths = [path for path in paths if not _of_new(path, stages)]
     if paths:
         raise UserError(f"the run {run.path} was made with other settings ({', '.join(map(dotted, paths))})")
-    if before["model"] != now["model"]:
-        raise UserError(f"the base model {config.model.name} is not what the run {run.path} began with")
+    if other := differing_model(before["model"], now["model"]):
+        again = (
+            f"; --set model.revision={before['model']['commit']} takes that one"
+            if other[0].startswith("commit")
+            else ""
+        )
+        raise UserError(
+            f"the base model {config.model.name} is not what the run {run.path} began with ({', '.join(other)}){again}"
+        )
     if stages != (now["stages"][: len(stages)] if extending else now["stages"]):
         raise UserError(f"the run {run.path} has other stages ({', '.join(stage[0] for stage in stages)})")
     for task, definition in before["definitions"].items():

@@ -1,6 +1,6 @@
 """Where a run's settings come from: defaults < presets < order < config file < flags < ``--set``."""
 
-from cl_runner.settings.dump import dump, dump_order, read_dump, schema, show
+from cl_runner.settings.dump import dump, dump_order, dump_whole, read_dump, schema, show
 from cl_runner.settings.layers import dotted
 from cl_runner.settings.plugins import load_plugins
 from cl_runner.settings.resolve import (
@@ -21,6 +21,7 @@ __all__ = [
     "dotted",
     "dump",
     "dump_order",
+    "dump_whole",
     "load_plugins",
     "read_dump",
     "resolve",

@@ -16,6 +16,7 @@ from cl_runner.config.validation import section_of
 from cl_runner.config.yamlfile import as_yaml, load, parse, read_text
 from cl_runner.errors import UserError
 from cl_runner.settings.layers import SETTABLE
+from cl_runner.tasks.order import Order
 
 if TYPE_CHECKING:
     from cl_runner.settings import Resolved
@@ -34,6 +35,11 @@ def show(resolved: Resolved) -> str:
 def dump(config: RunConfig) -> str:
     """The config as YAML without comments."""
     return "\n".join(text for text, _ in _lines(config)) + "\n"
+
+
+def dump_whole(config: RunConfig, order: Order) -> str:
+    """The same with the order itself in it, where that does not come along: the file alone gives the run anywhere."""
+    return dump(config if order.shipped else config.model_copy(update={"order": order.written()}))
 
 
 def read_dump(file: Path) -> Any:
@@ -95,6 +101,10 @@ def _lines(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{name}: {as_yaml(value)}", name
         elif not value:
             yield f"{name}: {{}}", name
+        elif name == "order":
+            yield f"{name}:", name
+            for key, given in value.items():
+                yield f"  {as_yaml(key)}: {as_yaml(given)}", ""
         elif name in SETTABLE:
             yield f"{name}:", ""
             for key, entry in getattr(config, name).items():

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cl_runner.config.lookup import looks_like_path, shipped
+from cl_runner.config.lookup import looks_like_path
 from cl_runner.config.schema import LORA, RunConfig, settings_of_kind
 from cl_runner.config.validation import first_fault, refuse, section_of, unknown, wants_text
-from cl_runner.config.yamlfile import Key, load
+from cl_runner.config.yamlfile import Document, Key, load
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.settings.layers import (
     OPEN,
@@ -30,9 +30,9 @@ from cl_runner.settings.layers import (
     user_text,
     within,
 )
-from cl_runner.settings.plugins import load_plugins
+from cl_runner.settings.plugins import is_of_run, load_plugins
 from cl_runner.settings.presets import EMBEDDED, PUBLISHED, Preset, for_kind, published
-from cl_runner.tasks.order import Order, find_order, load_order
+from cl_runner.tasks.order import Order, find_order, load_order, order_in
 
 MethodSchema = Callable[[str], type[BaseModel]]
 StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
@@ -86,7 +86,8 @@ def resolve(
         UserError: one line that names the file, line and column, or the flag, and what is wrong.
     """
     notes: list[str] = []
-    file = from_document(load(config_file)) if config_file is not None else {}
+    document = load(config_file) if config_file is not None else Document("")
+    file = from_document(document) if config_file is not None else {}
     if extending:
         file = {path: given for path, given in file.items() if path not in (("order",), ("output", "name"))}
     imported = load_plugins(plugins, file.pop(("plugins",), None), config_file)
@@ -96,10 +97,10 @@ def resolve(
     ordered = strongest([file, flagged, from_sets(of_order)], ("order",))
     if config_file is not None and ordered is not None and ordered is file.get(("order",)):
         ordered = replace(ordered, value=kept_order(config_file) or ordered.value)
-    loaded = _order(ordered)
+    loaded = _order(ordered, document)
     stronger = [file, flagged, from_sets(sets, loaded.names if loaded else ())]
 
-    chosen = [*_presets_of_file(file), *((name, "--preset") for name in presets)]
+    chosen = [*_presets_of_file(file, config_file, notes), *((name, "--preset") for name in presets)]
     if extending:  # what was published for the shorter order stands in the file
         chosen = [(name, where) for name, where in chosen if name != PUBLISHED]
     made = [Preset(name, where) for name, where in chosen if name != PUBLISHED]
@@ -137,16 +138,24 @@ def resolve(
     return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
 
 
-def _presets_of_file(file: Layer) -> list[tuple[str, str]]:
+def _presets_of_file(file: Layer, config_file: Path | None, notes: list[str]) -> list[tuple[str, str]]:
+    """The presets that a config file names. A run's file has all settings: presets that are gone are said."""
     given = file.get(("presets",))
     if given is None or given.value is None:
         return []
     if not isinstance(given.value, list) or not all(isinstance(name, str) for name in given.value):
         raise refuse(given.where, "presets must be a list of names, such as [t5-large]")
-    return [(name, given.where) for name in given.value]
+    gone: list[str] = []
+    if config_file is not None and is_of_run(config_file):
+        gone = [name for name in given.value if looks_like_path(name) and not Path(name).is_file()]
+    notes += [f"the preset {name} is not here; what it set stands in {config_file}" for name in gone]
+    return [(name, given.where) for name in given.value if name not in gone]
 
 
-def _order(given: Given | None) -> Order | None:
+def _order(given: Given | None, document: Document) -> Order | None:
+    """The order of that name or file, or the one that stands in the config file (``document``)."""
+    if given is not None and isinstance(given.value, dict) and given.value is (document.data or {}).get("order"):
+        return order_in(document.part(("order",)), Path(document.file))
     name = user_text(given, "order")
     if given is None or name is None:
         return None
@@ -158,9 +167,9 @@ def _order(given: Given | None) -> Order | None:
 
 
 def _rerunnable(given: Given, order: Order) -> Given:
-    """An order that does not come along, by its full path: a run goes on from any folder."""
-    ours = order.file.resolve().parent == shipped("task_orders").resolve()
-    return Given(order.file.stem if ours else str(order.file.resolve()), given.origin, given.where, given.where_key)
+    """An order that does not come along, by its full path, or as it stands in the config: from any folder the same."""
+    whole = order.written() if isinstance(given.value, dict) else str(order.file.resolve())
+    return Given(order.file.stem if order.shipped else whole, given.origin, given.where, given.where_key)
 
 
 def _absolute(name: str) -> str:
@@ -306,12 +315,14 @@ def _set_override(config: RunConfig, path: Key, given: Given, own_settings: type
 
 
 def settings_of(config: RunConfig) -> Iterator[tuple[Key, Any]]:
-    """Every setting of a config with its path, in the order of the sections."""
+    """Every setting of a config with its path, in the order of the sections; of an order in it the name."""
     for name, value in config.model_dump(mode="json").items():
         if name in ("tasks", "stages"):
             for key, entry in getattr(config, name).items():
                 for inner, given in entry.items():
                     yield (name, key, inner), given
+        elif name == "order" and isinstance(value, dict):
+            yield (name,), value["name"]
         elif isinstance(value, dict):
             for inner, given in value.items():
                 yield (name, inner), given

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cl_runner.config.schema import DataConfig
 from cl_runner.metrics.exact_match import Comparison
+from cl_runner.tasks.near_duplicates import NEAR, WORDS, near_duplicates
 from cl_runner.tasks.rows import Rows, check_forms, load_rows
 from cl_runner.tasks.sources import source_of
 from cl_runner.tasks.task import Prompt, Row, Task
@@ -44,21 +45,28 @@ def check(
     data: DataConfig,
     vocabulary: Vocabulary | None = None,
     chat: ChatTemplate | None = None,
+    near: float = NEAR,
 ) -> list[dict[str, Any]]:
     """One report per task, ready for JSON; of inputs in ``chat``, where there is one.
+
+    near: the Jaccard similarity of their shingles from which on two texts are near duplicates.
 
     Keys: ``task, kind, metric, scoring`` (the rule of what is right; None where the score is not made of right
     answers), ``problem`` (why it cannot be trained with this tokenizer; empty if it can), ``synthetic,
     dev_equals_test`` (None where there is no such pair), ``names_task, names_dataset`` (whether the input tells the
     model), ``duplicates`` (``train, test``: rows whose text an earlier row of the split has; ``conflicting``: texts in
-    train under more than one label; ``train_in_test``: test rows whose text is in train) and ``splits`` (see
-    ``_split``). Rows of unknown labels and empty texts are counted here, in train too.
+    train under more than one label; ``train_in_test``: test rows whose text is in train), ``near_duplicates``
+    (``jaccard, words`` of a shingle, ``train_in_test``: test rows that nearly are in train, beside those of the same
+    text, ``pairs``: each with its nearest train row, the nearest first) and ``splits`` (see ``_split``). Rows of
+    unknown labels and empty texts are counted here, in train too.
     """
     data = data.model_copy(update={"unknown_labels": "drop", "empty_texts": "keep"})
-    return [_one(task, data, vocabulary, chat) for task in tasks]
+    return [_one(task, data, vocabulary, chat, near) for task in tasks]
 
 
-def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None, chat: ChatTemplate | None) -> dict[str, Any]:
+def _one(
+    task: Task, data: DataConfig, vocabulary: Vocabulary | None, chat: ChatTemplate | None, near: float
+) -> dict[str, Any]:
     train, test = load_rows(task, data, "train"), load_rows(task, data, "test")
     check_forms(task.name, train, test)
     return {
@@ -72,6 +80,7 @@ def _one(task: Task, data: DataConfig, vocabulary: Vocabulary | None, chat: Chat
         "names_dataset": data.add_dataset_name,
         "dev_equals_test": source_of(task, data).dev_is_test(task, data),
         "duplicates": _duplicates(train.rows, test.rows),
+        "near_duplicates": _near(train.rows, test.rows, near),
         "splits": {rows.split: _split(task, rows, data, vocabulary, chat) for rows in (train, test)},
     }
 
@@ -80,7 +89,8 @@ def _split(
     task: Task, rows: Rows, data: DataConfig, vocabulary: Vocabulary | None, chat: ChatTemplate | None
 ) -> dict[str, Any]:
     """``rows, source, fingerprint, labels`` (counts; None for free text), ``unknown_labels`` (counts of rows left out,
-    or among ``rows`` where they are ``unknown_scored``), ``empty_texts`` (how many are empty or lack a part), ``notes``
+    or among ``rows`` where they are ``unknown_scored``), ``empty_texts`` (how many are empty or lack a part),
+    ``without_gold`` (rows left out because they have no answer), ``notes``
     (lines on how the files were read), ``length`` (``unit``: tokens or words of the whole input; percentiles ``p50``
     …), ``truncated`` (percent of inputs longer than ``data.max_source``; None without a tokenizer),
     ``target_truncated`` (the same of targets), ``unknown_tokens`` (percent of the inputs' tokens), ``unsayable``
@@ -100,6 +110,7 @@ def _split(
         "unknown_labels": rows.unknown,
         "unknown_scored": rows.scored,
         "empty_texts": rows.empty,
+        "without_gold": rows.without_gold,
         "notes": list(rows.notes),
         "length": {"unit": "tokens" if vocabulary else "words"} | percentiles(sizes),
         "truncated": share_over(sizes, data.max_source) if vocabulary else None,
@@ -143,3 +154,9 @@ def _duplicates(train: list[Row], test: list[Row]) -> dict[str, int]:
         "conflicting": sum(len(given) > 1 for given in labels.values()),
         "train_in_test": sum(row.text in labels for row in test),
     }
+
+
+def _near(train: list[Row], test: list[Row], least: float) -> dict[str, Any]:
+    pairs = near_duplicates(train, test, least)
+    found = [{"test": pair.test, "train": pair.train, "jaccard": round(pair.jaccard, 4)} for pair in pairs]
+    return {"jaccard": least, "words": WORDS, "train_in_test": len(found), "pairs": found}

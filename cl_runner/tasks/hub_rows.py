@@ -40,7 +40,9 @@ def read(task: Task, split: Split, seed: int) -> Found:
     _check_columns({*templates.names, hub.label}, data.column_names, place)
     labels = _labels(task, hub, data, split, place)
     chosen = cut(labels, size, random.Random(f"{seed}/{task.called}/{split}"))
-    found = Found([], place, place)
+    heads = 1 if hub.labels is not None and hub.column_names and labels[:1] == [None] else 0
+    # Hidden ones, which the header of a CSV file is not.
+    found = Found([], place, place, without_gold=labels.count(None) - heads)
     for number, record in zip(chosen, data.select(chosen), strict=True):
         try:
             text, whole = templates.fill(record)

@@ -26,7 +26,7 @@ from cl_runner.tasks import benchmark, files
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.task import Source, Task
 
-__all__ = ["Order", "OrderEntry", "find_order", "load_order", "new_order", "order_names"]
+__all__ = ["Order", "OrderEntry", "find_order", "load_order", "new_order", "order_in", "order_names"]
 
 SETTABLE = ("training", "data")  # by an order; a method's settings belong to the run
 
@@ -76,6 +76,11 @@ class Order:
         """The tasks' names, first to last."""
         return [entry.task.name for entry in self.entries]
 
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one that comes along, which its name gives anywhere."""
+        return self.file.resolve().parent == shipped("task_orders").resolve()
+
     def at(self, folder: Path, sources: Mapping[str, Source]) -> Order:
         """The same order in another folder: own tasks (by name) have these sources, the others the files they had."""
 
@@ -112,7 +117,11 @@ def find_order(name: str) -> Path:
 def load_order(name: str) -> Order:
     """The order of that name, or of that file. Every fault is one line naming file, line and column."""
     file = find_order(name)
-    document = load(file)
+    return order_in(load(file), file)
+
+
+def order_in(document: Document, file: Path) -> Order:
+    """The order that stands in a file, or in a part of it. Every fault is one line naming file, line and column."""
     for key in document.data:
         if key not in _KEYS:
             hint = did_you_mean(str(key), _KEYS) or f"; there are {', '.join(_KEYS)}"

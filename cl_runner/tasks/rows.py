@@ -27,8 +27,9 @@ class Rows:
     ``source`` says in words where the rows are from, ``synthetic`` whether they are made up; ``unknown`` counts the
     labels outside the task's set, whose rows were left out, or stand among the others where they are ``scored``
     (``data.unknown_test``); ``cut`` is how many rows more there are, ``absent`` the labels that no row has, cut or not;
-    ``empty`` counts the split's rows whose text is empty or lacks a part; ``notes`` are lines on how the files were
-    read, ``form`` is what the rows of files were; ``fingerprint`` depends on the rows alone.
+    ``empty`` counts the split's rows whose text is empty or lacks a part, ``without_gold`` those left out because they
+    have no answer: these could only be scored as wrong; ``notes`` are lines on how the files were read, ``form`` is
+    what the rows of files were; ``fingerprint`` depends on the rows alone.
     """
 
     rows: list[Row]
@@ -40,6 +41,7 @@ class Rows:
     cut: int = 0
     absent: tuple[str, ...] = ()
     empty: int = 0
+    without_gold: int = 0
     notes: tuple[str, ...] = ()
     form: files.Form | None = None
 
@@ -65,7 +67,8 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     The task's own files win over ``data.source``. UserError names the file, the row and what to do.
     """
     found = source_of(task, data).read(task, data, split)
-    rows, place = found.rows, found.place
+    rows, place = _with_gold(task, found, split), found.place
+    without = found.without_gold + len(found.rows) - len(rows)
     if task.sets:
         rows = [replace(row, label=_in_order(row.label, task.labels or [])) for row in rows]
     kept, unknown = _known(task, rows, split, place, data.unknown_labels)
@@ -85,7 +88,9 @@ def load_rows(task: Task, data: DataConfig, split: Split) -> Rows:
     there = {label for row in kept for label in task.given(row.label)} if task.labels else set()
     absent = tuple(label for label in task.labels or () if label not in there)
     cut, notes = len(kept) - len(taken), tuple(found.notes)
-    return Rows(taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, notes, found.form)
+    return Rows(
+        taken, split, found.source, found.synthetic, unknown, scored, cut, absent, empty, without, notes, found.form
+    )
 
 
 def check_forms(name: str, train: Rows, test: Rows) -> None:
@@ -100,6 +105,18 @@ def fingerprint(rows: Iterable[Row]) -> str:
     for row in rows:
         digest.update(json.dumps([row.id, row.text, row.label], ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _with_gold(task: Task, found: files.Found, split: Split) -> list[Row]:
+    """The rows that can be scored, of a test split: those that have an answer. Raises UserError where none has."""
+    if split != "test":
+        return found.rows
+    rows = [row for row in found.rows if row.label.strip()]
+    if found.rows and not rows:
+        raise UserError(
+            f"{found.place}: task {task.name} is empty: none of its {len(found.rows)} test rows has an answer"
+        )
+    return rows
 
 
 def _empty(found: files.Found, kept: list[Row], split: Split, policy: str) -> int:

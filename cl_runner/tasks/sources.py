@@ -37,14 +37,17 @@ class RowSource:
         return None
 
 
-def found(pairs: Iterable[tuple[str, str]], split: Split, place: str) -> Found:
+def found(pairs: Iterable[tuple[str, str | None]], split: Split, place: str) -> Found:
     """Rows of (text, answer) as a source gives them; ``place`` names them in messages and in the run's data.
+
+    A test row may have no answer (None): it is left out and counted.
 
     Raises:
         UserError: a text or an answer is no text.
     """
     rows = []
     for number, (text, label) in enumerate(pairs):
+        label = "" if label is None and split == "test" else label
         if not (isinstance(text, str) and isinstance(label, str)):
             raise UserError(f"{where(place, split, number)}: text and answer must be texts, not {text!r} and {label!r}")
         rows.append(Row(f"{split}/{number}", text, label))

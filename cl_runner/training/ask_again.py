@@ -13,7 +13,8 @@ from cl_runner.atomic import read_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
-from cl_runner.models.locate import locate, model_identity
+from cl_runner.models.identity import differing_model, model_identity
+from cl_runner.models.locate import locate
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.predictions import predictions
 from cl_runner.runs.results import chosen
@@ -142,8 +143,8 @@ def same_run(plan: Plan, rundir: RunDir, tasks: Sequence[str]) -> None:
         stages = ", ".join(stage[0] for stage in before["stages"])
         raise UserError(f"the order {plan.order} has changed: the run {rundir.path} has the stages {stages}")
     model = plan.config.model
-    if before["model"] != model_identity(locate(model), model.quantize):
-        raise UserError(f"the base model {model.name} is not the one of the run {rundir.path}")
+    if other := differing_model(before["model"], model_identity(locate(model), model.quantize)):
+        raise UserError(f"the base model {model.name} is not the one of the run {rundir.path} ({', '.join(other)})")
     now = plan.data.definitions()
     for task in tasks:
         if before["definitions"][task] != now[task]:

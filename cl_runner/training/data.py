@@ -58,6 +58,27 @@ class Data:
         """A line on the rows left out because their label is outside the task's set; none where there are none."""
         return self._unknown("left out", scored=False)
 
+    def without_gold(self) -> list[str]:
+        """A line on the rows left out because they have no answer; none where there are none."""
+        parts = [
+            f"{name} {rows.without_gold} {rows.split}"
+            for name in self.tasks
+            for rows in (self.train[name], self.test[name])
+            if rows.without_gold
+        ]
+        return [f"rows without an answer, left out and never scored: {', '.join(parts)}"] if parts else []
+
+    def in_train(self) -> list[str]:
+        """A line on the test rows whose text is in train too; none where there are none, or rows are made up."""
+        counts = {name: self.repeated(name) for name in self.tasks if not self.test[name].synthetic}
+        parts = [f"{name} {count} of {len(self.test[name])}" for name, count in counts.items() if count]
+        return [f"test rows whose text is in train too: {', '.join(parts)}"] if parts else []
+
+    def repeated(self, name: str) -> int:
+        """How many test rows of a task have a text that a train row of it has, as it stands."""
+        texts = {row.text for row in self.train[name].rows}
+        return sum(row.text in texts for row in self.test[name].rows)
+
     def scored_unknown(self) -> list[str]:
         """A line on the test rows that are scored by such a label (``data.unknown_test``)."""
         return self._unknown("scored all the same", scored=True)
@@ -101,7 +122,7 @@ class Data:
         return [*lines, *([f"texts that are empty or lack a part, kept: {', '.join(empty)}"] if empty else [])]
 
     def about(self) -> dict[str, Any]:
-        """What a run says of its data: rows, source and fingerprint of every split."""
+        """What a run says of its data: rows, source and fingerprint of every split; those left out; those in both."""
         return {
             name: {
                 split: {
@@ -109,6 +130,8 @@ class Data:
                     "source": rows.source,
                     "synthetic": rows.synthetic,
                     "dropped": rows.dropped,
+                    "without_gold": rows.without_gold,
+                    **({"in_train": self.repeated(name)} if split == "test" else {}),
                     "fingerprint": rows.fingerprint,
                 }
                 for split, rows in (("train", self.train[name]), ("test", self.test[name]))

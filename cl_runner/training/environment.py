@@ -20,6 +20,18 @@ from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.plan import Plan
 
+PACKAGES = (
+    "torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors", "tokenizers",
+    "sentencepiece", "numpy",
+)  # fmt: skip
+SCORED_BY = {
+    "pearson": "scipy",
+    "matthews": "scikit-learn",
+    "f1": "scikit-learn",
+    "rouge-l": "rouge-score",
+    "bleu": "sacrebleu",
+}
+
 
 def record_environment(folder: RunDir, about: Mapping[str, Any]) -> None:
     """``environment.json``: of the run's first start; under ``later``, what was otherwise at each later one."""
@@ -40,25 +52,37 @@ def device_name(place: Place) -> str:
 
 
 def environment(plan: Plan, place: Place) -> dict[str, Any]:
-    """``environment.json``: versions, git commit, device, data."""
+    """``environment.json``: versions of what may change a number, git commit, device, data.
+
+    ``git_dirty`` is whether the checkout's code, presets or orders are not those of its commit; ``cpu`` is what
+    instructions torch's own loops are in (``AVX512``).
+    """
     import torch
 
-    packages = ["torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors"]
-    packages += ["bitsandbytes"] * bool(plan.config.model.quantize)
     return {
         "cl_runner": __version__,
         "command": shlex.join(["cl-runner", *sys.argv[1:]]),
-        "git_commit": _git_commit(),
+        **_checkout(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {name: metadata.version(name) for name in _packages(plan)},
         "platform": platform.platform(),
         "device": device_name(place),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        **({"cuda": torch.version.cuda} if place.device == "cuda" else {}),
         "processes": place.ranks,
         "threads": torch.get_num_threads(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "data": plan.data.about(),
         "from": _others(plan),
     }
+
+
+def _packages(plan: Plan) -> list[str]:
+    """The libraries that this run computes, reads or scores with."""
+    model = plan.config.model
+    metrics = {task.metric for task in plan.data.tasks.values() if task.metric != "f1" or task.labels}
+    extras = ["bitsandbytes"] * bool(model.quantize) + ["gguf"] * model.name.endswith(".gguf")
+    return [*PACKAGES, *extras, *(package for metric, package in SCORED_BY.items() if metric in metrics)]
 
 
 def _others(plan: Plan) -> dict[str, str]:
@@ -69,15 +93,22 @@ def _others(plan: Plan) -> dict[str, str]:
     return {name: origin for name, origin in found.items() if origin != OURS}
 
 
-def _git_commit() -> str | None:
-    """The commit of the checkout that this package is run from; None where it was installed."""
+def _checkout() -> dict[str, Any]:
+    """The commit of the checkout that this package is run from, and whether it is otherwise; None where installed."""
+    package = Path(__file__).resolve().parents[1]
+    top, _, commit = (_git(package, "rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
+    # An environment within a user's own repository is not a checkout of ours.
+    if not commit or Path(top) != package.parent:
+        return {"git_commit": None, "git_dirty": None}
+    changed = _git(package.parent, "status", "--porcelain", "--", package.name, "configs", "task_orders")
+    return {"git_commit": commit, "git_dirty": None if changed is None else bool(changed)}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says; None where there is no git, or it refuses."""
     git = shutil.which("git")
     if git is None:
         return None
-    package = Path(__file__).resolve().parents[1]
-    asked = subprocess.run(
-        [git, "-C", package, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=False
-    )
-    top, _, commit = asked.stdout.strip().partition("\n")
-    # An environment within a user's own repository is not a checkout of ours.
-    return commit or None if asked.returncode == 0 and Path(top) == package.parent else None
+    command = [git, "--no-optional-locks", "-C", str(folder), *words]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() if asked.returncode == 0 else None

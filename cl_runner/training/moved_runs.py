@@ -62,6 +62,38 @@ def with_files(
     return order.at(folder, {name: own if at == folder else own.beside(at) for name, (at, own) in found.items()})
 
 
+def with_files_beside(order: Order, config_file: Path, data_dir: str | None) -> Order:
+    """An order that stands in a config file, with the files of its own tasks where they are now.
+
+    They are looked for where it says, beside the config file, and under ``data.dir``, by their names alone: which rows
+    they held is not known. Raises UserError for a task whose files are nowhere.
+    """
+    given = [expanded(data_dir).absolute()] if data_dir is not None else []
+    folders = list(dict.fromkeys([order.folder, config_file.absolute().parent, *given]))
+    found = {}
+    for task in (entry.own for entry in order.entries):
+        if task is not None and task.source is not None:
+            at = _first_with(task.name, task.source, folders)
+            found[task.name] = task.source if at == order.folder else task.source.beside(at)
+    return order.at(order.folder, found)
+
+
+def _first_with(name: str, source: Source, folders: Sequence[Path]) -> Path:
+    """The first of these folders that has all files of a task. Raises UserError."""
+    faults = []
+    for folder in folders:
+        there = source.beside(folder)
+        try:
+            for split in SPLITS:
+                files.find(there.named(split), split, f"task {name}, source.{split}")
+        except UserError as error:
+            faults.append(str(error))
+        else:
+            return folder
+    places = ", ".join(map(str, folders))
+    raise UserError(f"{faults[0]} (looked in {places}); give --data-dir the folder that has the files of {name}")
+
+
 def _folders(folder: Path, run: RunDir, was: Any, data_dir: str | None) -> Iterator[Path]:
     yield folder
     here = run.path.absolute()

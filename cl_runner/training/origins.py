@@ -8,7 +8,8 @@ from typing import Any
 from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.models.locate import locate, model_identity
+from cl_runner.models.identity import differing_model, model_identity, short
+from cl_runner.models.locate import locate
 from cl_runner.report.verified import Check
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.resume_guard import plugin_identity
@@ -77,8 +78,9 @@ def _drift(key: str, then: Mapping[str, Any], rows: Rows) -> list[str]:
     if rows.fingerprint == then["fingerprint"]:
         return []
     now = {"rows": len(rows), "source": rows.source, "synthetic": rows.synthetic, "dropped": rows.dropped}
+    now["without_gold"] = rows.without_gold
     other = [f"{name} {then[name]} → {value}" for name, value in now.items() if name in then and then[name] != value]
-    prints = f"fingerprint {_short(then['fingerprint'])} → {_short(rows.fingerprint)}"
+    prints = f"fingerprint {short(then['fingerprint'])} → {short(rows.fingerprint)}"
     return [f"{key}: {', '.join([*other, prints])}"]
 
 
@@ -90,9 +92,8 @@ def _model(identity: Mapping[str, Any], config: RunConfig) -> Check:
     except (UserError, OSError) as error:
         check.unchecked.append(f"base model: {error}")
         return check
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    check.holds(*(f"model.{key}: {_short(then.get(key))} → {_short(now.get(key))}" for key in keys))
-    if "files" not in now and "file" not in now:
+    check.holds(*(f"model.{line}" for line in differing_model(then, now)))
+    if not {"files", "file", "commit"} & set(now):
         check.unchecked.append("base model: its files, which are the hub's; only the revision is known")
     return check
 
@@ -106,8 +107,3 @@ def _plugins(identity: Mapping[str, Any], check: Check) -> None:
             check.differs.append(f"the plugin {name} has changed since the run began")
         else:
             check.unchecked.append(f"the plugin {name}: give --plugin")
-
-
-def _short(value: Any) -> str:
-    """A value; of a hash its beginning."""
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)

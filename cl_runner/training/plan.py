@@ -102,7 +102,8 @@ class Plan:
         Settings that no stage can follow or is too short for; rows of other labels; labels without rows; scores.
         """
         data, unused = self.data, unused_settings(self.config, self.stages)
-        rows = [*data.read_as(), *data.left_out(), *data.scored_unknown(), *data.unseen(), *data.constant()]
+        left = [*data.without_gold(), *data.left_out(), *data.scored_unknown()]
+        rows = [*data.read_as(), *left, *data.in_train(), *data.unseen(), *data.constant()]
         return [*unused, *self._of_options(), *self._no_past(), *rows]
 
     def _no_past(self) -> list[str]:

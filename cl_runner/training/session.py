@@ -20,9 +20,10 @@ from cl_runner.models.locate import Located
 from cl_runner.runs import catalog, checkpoints
 from cl_runner.runs.checkpoints import Checkpoint
 from cl_runner.runs.commit import clear_drafts
+from cl_runner.runs.drift import drift
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.resume_guard import computes, refuse_other_settings
-from cl_runner.settings import Resolved, dump, dump_order
+from cl_runner.settings import Resolved, dump_order, dump_whole
 from cl_runner.terminal import console, stopping
 from cl_runner.terminal.console import one_line
 from cl_runner.terminal.stopping import Stopped
@@ -138,7 +139,8 @@ class Session:
             config.output.name = self.folder.name  # --restart: its run.yaml gives this run, not the old one
         cut = {name: rows for name, rows in plan.data.train.items() if rows.cut}
         taken = ", ".join(f"{name} {len(rows)} of {len(rows) + rows.cut}" for name, rows in cut.items())
-        notes = [*([f"train rows taken: {taken}"] if taken else []), *plan.data.scored_unknown()]
+        notes = [*([f"train rows taken: {taken}"] if taken else []), *plan.data.without_gold()]
+        notes += [*plan.data.scored_unknown(), *plan.data.in_train()]
         about = {
             "order": plan.order,
             "method": config.method.name,
@@ -162,7 +164,12 @@ class Session:
         if self.extended:
             more = self.extended.about(config.eval.future)
             about |= {**more, "notes": [*notes, *more["notes"]]}
-        return dump(config), dump_order(order.written()), about, self.extended.fill if self.extended else None
+        return (
+            dump_whole(config, order),
+            dump_order(order.written()),
+            about,
+            self.extended.fill if self.extended else None,
+        )
 
     def _open(self, stack: ExitStack, screen: Screen) -> None:
         """Lock the folder, and clear what an interrupted process left in it."""
@@ -210,12 +217,25 @@ class Session:
         return 0
 
     def _begin(self, screen: Screen) -> None:
-        record_environment(self.folder, environment(self.plan, self.place))
+        now, before = environment(self.plan, self.place), self.folder.environment()
+        if not before and self.extended:
+            before = self.extended.run.environment()
+        record_environment(self.folder, now)
         screen.log_to(self.folder.log_file)
         screen.line(f"run folder: {self.folder.path}")
+        for line in drift(before, now, self._about_to_train()):
+            screen.line(line)
         self.folder.set_status("running", pid=os.getpid(), host=socket.gethostname())
         done = self.folder.committed(self.plan.names)
         self.trackers.start(self.folder, done, self.entered.step if self.entered else 0)
+
+    def _about_to_train(self) -> str:
+        """``stage 2 (amazon) from step 20 on, and later ones,``: what this process trains."""
+        index, names = self.folder.committed(self.plan.names), self.plan.names
+        if index == len(names):
+            return "results"
+        step = f" from step {self.entered.step} on" if self.entered else ""
+        return f"stage {index + 1} ({names[index]}){step}{', and later ones,' if index + 1 < len(names) else ''}"
 
     def _tell(self, run: Run, screen: Screen, error: BaseException) -> int:
         """One line: the stage, why, what is kept, the command to go on. Returns the exit code."""

@@ -25,7 +25,8 @@ from cl_runner.errors import UserError
 from cl_runner.models import gguf as models_gguf
 from cl_runner.models.base import load_base, outline
 from cl_runner.models.gguf import convert
-from cl_runner.models.locate import check, locate, model_identity
+from cl_runner.models.identity import model_identity
+from cl_runner.models.locate import check, locate
 from tests.command_line import ORDER, SMALL, call, results
 from tests.models.tiny_gguf import model_and_tokenizer, write
 from tests.models.tiny_models import LINES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -189,17 +190,23 @@ def test_what_changes_no_number_goes_on(stopped: Finished, tmp_path: Path) -> No
         assert f"{stopped.name} (goes on after stage 2; nothing was written)" in plan.out
 
 
-def test_changed_order_is_refused_by_name(stopped: Finished, finished: Finished) -> None:
+def test_changed_order_is_refused_by_name(stopped: Finished) -> None:
     order = stopped.cwd / "three.yaml"
     order.write_text("name: three\ntasks: [amazon, dbpedia, agnews]\n")
     refused(call(*stopped.arguments, cwd=stopped.cwd), ("other stages (dbpedia, amazon, agnews)",))
-    config = stopped.run / "run.yaml"
-    config.write_text(config.read_text().replace(str(finished.cwd / "three.yaml"), str(order)))
     assert "as committed" in call("eval", stopped.name, cwd=stopped.cwd).out, "the run has an order of its own"
     (stopped.run / "order.yaml").unlink()  # as a run of an earlier version
+    name_order(stopped.run, order)
     refused(call("eval", stopped.name, cwd=stopped.cwd), ("order three has changed", "dbpedia, amazon, agnews"))
     order.write_text("name: three\ntasks: [dbpedia, amazon]\n")
     refused(call(*stopped.arguments, cwd=stopped.cwd), ("other stages",))
+
+
+def name_order(run: Path, order: Path) -> None:
+    """A run's order is named, and does not stand in its settings."""
+    text, count = re.subn(r"(?m)^order:\n(  .*\n)+", f"order: {order}\n", (run / "run.yaml").read_text())
+    assert count == 1
+    (run / "run.yaml").write_text(text)
 
 
 def own_order(cwd: Path, name: str, instruction: str = "Which?") -> None:
@@ -229,8 +236,11 @@ def test_another_path_to_the_same_data_goes_on_and_other_data_do_not(tmp_path: P
     [run] = (tmp_path / "runs").iterdir()
     assert "as committed" in call("eval", "mine", "--data-dir", "two", cwd=tmp_path).out
     kept = (run / "order.yaml").rename(tmp_path / "kept.yaml")  # as a run of an earlier version
+    whole = (run / "run.yaml").read_text()
+    name_order(run, tmp_path / "mine.yaml")
     refused(call("eval", "mine", "--tasks", "own", "--data-dir", "two", cwd=tmp_path), ("asked own otherwise",))
     kept.rename(run / "order.yaml")
+    (run / "run.yaml").write_text(whole)
     # The order's file may move too: what it says is the same.
     (tmp_path / "sub").mkdir()
     own_order(tmp_path / "sub", "mine.yaml")
@@ -348,7 +358,7 @@ def test_recorded_settings_are_those_of_the_run(finished: Finished) -> None:
     config = recorded(run)
     assert config.data.max_train == 8
     assert "lambda1" in config.method.own()
-    assert config.order == str(finished.cwd / "three.yaml")
+    assert config.order == {"name": "three", "tasks": [{"task": name} for name in STAGES]}
     assert (finished.run / "matrix.csv").read_text() == to_csv(read_matrix(run))
     with pytest.raises(UserError, match="no run folder"):
         RunDir(finished.cwd).about()

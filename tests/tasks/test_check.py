@@ -131,3 +131,29 @@ def test_sets_are_counted_label_by_label(tmp_path: Path) -> None:
     )
     result = call("data", "check", "--order", "mine.yaml", cwd=tmp_path)
     assert result.code == 0 and result.out.count("labels: anger 3, fear 1, joy 3") == 2, result.out
+
+
+def test_near_duplicates_are_counted_and_the_nearest_named(tmp_path: Path) -> None:
+    words = [f"w{k}" for k in range(30)]
+    train = [" ".join(words), "something else entirely here"]
+    test = [" ".join([*words[:-1], "other"]), " ".join(words).upper(), " ".join(words), "nothing of the kind"]
+    for split, texts in (("train", train), ("test", test)):
+        rows = [{"text": text, "label": "yes"} for text in texts]
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    (tmp_path / "o.yaml").write_text(
+        "tasks: [{name: mine, kind: YN, labels: [yes], source: {train: train.json, test: test.json}}]\n"
+    )
+    said = call("data", "check", "--order", "o.yaml", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert "0 in train, 0 in test, 1 test rows are in train too" in said.out
+    assert (
+        "  near duplicates: 2 more test rows are nearly in train (Jaccard of 3-word shingles 0.8 or more): "
+        "test/1 ~ train/0 (1.00), test/0 ~ train/0 (0.93)\n" in said.out
+    )
+    found = call("data", "check", "--order", "o.yaml", "--near", "0.95", "--json", cwd=tmp_path).json["tasks"][0]
+    assert found["near_duplicates"] == {
+        "jaccard": 0.95, "words": 3, "train_in_test": 1,
+        "pairs": [{"test": "test/1", "train": "train/0", "jaccard": 1.0}],
+    }  # fmt: skip
+    refused = call("data", "check", "--order", "o.yaml", "--near", "8", cwd=tmp_path)
+    assert refused.code == 2 and refused.line.endswith("--near 8: a Jaccard similarity from 0.2 to 1")

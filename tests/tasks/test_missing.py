@@ -1,9 +1,10 @@
-"""What is missing: answers are refused, empty texts counted, said and refused where they are many."""
+"""What is missing: answers are refused in train, and rows without one left out of test; empty texts are counted."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cl_runner.tasks.check import check
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.task import Row, Task
 from cl_runner.training.plan import Plan
+from tests.command_line import NANO, call
 
 KEEP = DataConfig(empty_texts="keep")
 
@@ -51,10 +53,66 @@ TARGETS = [
 @pytest.mark.parametrize(("name", "content", "says"), TARGETS)
 def test_a_missing_target_is_refused(tmp_path: Path, name: str, content: str, says: str, labels: Any) -> None:
     task = own(tmp_path, name, content, labels=labels)
+    with pytest.raises(UserError, match=rf"{name}: row 2 \(train/1\).*{says}") as caught:
+        load_rows(task, KEEP, "train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [None, ["x", "y"]])
+@pytest.mark.parametrize(("name", "content", "says"), TARGETS)
+def test_a_test_row_without_an_answer_is_left_out(
+    tmp_path: Path, name: str, content: str, says: str, labels: Any
+) -> None:
+    rows = load_rows(own(tmp_path, name, content, labels=labels), KEEP, "test")
+    assert (rows.rows, rows.without_gold, rows.empty, rows.unknown) == ([Row("test/0", "a", "x")], 1, 0, {})
+
+
+ALL_WITHOUT = [
+    ("x.json", '[{"text": "a", "label": null}, {"text": "b", "label": ""}]', "'label' is null"),
+    ("x.csv", "text,label\na,\nb,\n", "the target text is empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "says"), ALL_WITHOUT)
+def test_where_no_test_row_has_an_answer_that_is_refused(tmp_path: Path, name: str, content: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: row 1 \(test/0\).*{says}.*; so it is of all 2 test rows"):
+        load_rows(own(tmp_path, name, content), KEEP, "test")
+
+
+def test_a_row_keeps_its_number_where_one_before_it_has_no_answer(tmp_path: Path) -> None:
+    content = "".join(json.dumps({"text": f"t{k}", "label": "x" if k % 2 else None}) + "\n" for k in range(6))
+    rows = load_rows(own(tmp_path, "x.jsonl", content), DataConfig(max_test=2), "test")
+    assert [(row.id, row.text) for row in rows.rows] == [("test/1", "t1"), ("test/3", "t3")]
+    assert (rows.without_gold, rows.cut) == (3, 1)
+
+
+def test_some_labels_of_several_are_no_answer_that_is_missing(tmp_path: Path) -> None:
+    more = {"kind": "ML", "metric": "labels-f1", "labels": ["x", "y"]}
+    whole = {"text": "a", "label": ["x"]}
+    with pytest.raises(UserError, match=r"row 2 \(test/1\): 'label' is null"):
+        load_rows(
+            own(tmp_path, "x.json", json.dumps([whole, {"text": "b", "label": ["x", None]}]), **more), KEEP, "test"
+        )
+    none = json.dumps([whole, {"text": "b", "label": []}, {"text": "c", "label": ""}])
+    assert load_rows(own(tmp_path, "x.json", none, **more), KEEP, "test").without_gold == 2
+
+
+def test_no_answer_in_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source of somebody's own may give none; the hub's hidden ones were never taken, and are counted."""
+    from datasets import Dataset
+
+    from cl_runner.tasks import hub_rows
+    from cl_runner.tasks.sources import found
+
+    made = found([("a", "x"), ("b", None)], "test", "mine")
+    assert made.rows == [Row("test/0", "a", "x"), Row("test/1", "b", "")]
+    with pytest.raises(UserError, match=r"mine: row 1 \(train/0\): text and answer must be texts"):
+        found([("b", None)], "train", "mine")
+    parts = {"premise": ["p", "q", "r"], "hypothesis": ["h", "i", "j"], "label": ["neutral", None, None]}
+    monkeypatch.setattr(hub_rows, "_load", lambda *_: (Dataset.from_dict(parts), None))
     for split in ("train", "test"):
-        with pytest.raises(UserError, match=rf"{name}: row 2 \({split}/1\).*{says}") as caught:
-            load_rows(task, KEEP, split)  # type: ignore[arg-type]
-        assert "\n" not in str(caught.value)
+        rows = load_rows(benchmark.get("MNLI"), DataConfig(source="hub"), split)  # type: ignore[arg-type]
+        assert (len(rows), rows.without_gold) == (1, 2)
 
 
 WORDS = ["NA", "N/A", "None", "null", "nan", "NaN", "NULL", "#N/A", "-", "n/a", "<NA>", "Infinity", "none", "0"]
@@ -214,6 +272,7 @@ def test_empty_texts_and_forms_are_said_before_the_start(tmp_path: Path) -> None
     assert plan.notes() == [
         'task mine: read as columns: {text: "prompt", label: "answer"}',
         "texts that are empty or lack a part, kept: mine 1 train, mine 1 test",
+        "test rows whose text is in train too: mine 200 of 200",
     ]
 
 
@@ -255,3 +314,35 @@ def test_labels_that_look_alike_are_told_apart(tmp_path: Path, label: str, label
     with pytest.raises(UserError) as caught:
         load_rows(task, DataConfig(), "train")
     assert says in str(caught.value) and "x.json: row 1 (train/0)" in str(caught.value)
+
+
+def test_rows_without_an_answer_are_counted_and_said_everywhere(tmp_path: Path) -> None:
+    """Before the start, in ``data check``, in what a run keeps of its data; none of them is answered or scored."""
+    rows = [{"text": f"t{k}", "label": "x" if k % 2 else "y"} for k in range(8)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps([*rows[:3], {"text": "n", "label": None}, {"text": "m", "label": " "}]))
+    (tmp_path / "o.yaml").write_text(
+        "tasks: [{name: mine, kind: TC, labels: [x, y], source: {train: a.json, test: b.json}}]"
+    )
+    told = call("data", "check", "--order", "o.yaml", cwd=tmp_path)
+    assert "    rows without an answer, left out and never scored: 2\n" in told.out
+    assert "3 test rows are in train too" in told.out
+    found = call("data", "check", "--order", "o.yaml", "--json", cwd=tmp_path).json["tasks"][0]["splits"]
+    assert (found["test"]["without_gold"], found["test"]["rows"], found["train"]["without_gold"]) == (2, 3, 0)
+    ended = call("train", "--order", "o.yaml", "--name", "mine", *NANO, "--set=data.max_test=null", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    lines = [
+        "rows without an answer, left out and never scored: mine 2 test",
+        "test rows whose text is in train too: mine 3 of 3",
+    ]
+    run = tmp_path / "runs" / "mine"
+    assert set(lines) <= set(ended.err.splitlines())
+    about = json.loads((run / "run.json").read_text())
+    assert about["notes"][-2:] == lines
+    test = about["identity"]["data"]["mine"]["test"]
+    assert (test["rows"], test["without_gold"], test["in_train"]) == (3, 2, 3)
+    answers = (run / "stages/01-mine/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in answers] == ["test/0", "test/1", "test/2"]
+    page = call("report", "mine", "--html", cwd=tmp_path)
+    assert page.code == 0
+    assert "<th>test in train</th>" in re.sub(r"<th[^>]*>", "<th>", (run / "report.html").read_text())

@@ -28,17 +28,24 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: str) -> None:
+def train(folder: Path, *arguments: str) -> str:
     result = call("train", *arguments, cwd=folder)
     assert result.code == 0, result.err
+    return result.err
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bits_as_if_trained_in_one_go(orders: Path, method: str) -> None:
     train(orders, "--order", "short.yaml", "--method", method, "--name", f"{method}-short", *NANO)
     runs = orders / "runs"
+    file = runs / f"{method}-short" / "environment.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "threads": about["threads"] + 7}))
     before = tree(runs / f"{method}-short")
-    train(orders, "--extend", f"{method}-short", "--order", "long.yaml", "--name", f"{method}-extended")
+    said = train(orders, "--extend", f"{method}-short", "--order", "long.yaml", "--name", f"{method}-extended")
+    assert (
+        f"warning: threads {about['threads'] + 7} → {about['threads']}: stage 3 (agnews), and later ones, may" in said
+    )
     train(orders, "--order", "long.yaml", "--method", method, "--name", f"{method}-straight", *NANO)
     assert tree(runs / f"{method}-short") == before, "the old run stays as it was"
     extended, straight = runs / f"{method}-extended", runs / f"{method}-straight"

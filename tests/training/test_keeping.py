@@ -356,3 +356,19 @@ def test_kill_9(cwd: Path) -> None:
     step = checkpoints.kept_to(RunDir(cwd / "runs/left"), ["dbpedia", "agnews"], 0)
     assert step >= 3
     assert f"goes on in stage 1 at step {step}" in call(*given, "--dry-run", cwd=cwd).out
+
+
+def test_another_torch_and_another_device_are_said_where_a_stage_goes_on(left: Path) -> None:
+    """They decide last digits, and no run can hold them still: it goes on, and a line for each key says so."""
+    file = left / "runs/left/environment.json"
+    about = json.loads(file.read_text())
+    now = about["packages"]["torch"]
+    about["packages"]["torch"] = "1.0.0"
+    file.write_text(json.dumps({**about, "device": "an old one"}))
+    said = train(left, "left").err
+    what = "stage 2 (agnews) from step 3 on may differ in the last digits"
+    assert f"warning: torch 1.0.0 → {now}: {what}, and in what is drawn at random\n" in said
+    assert f"warning: device an old one → {about['device']}: {what}, and between a CPU and a GPU in precision" in said
+    assert said.count("warning: ") == 2
+    assert json.loads(file.read_text())["later"][0]["packages"]["torch"] == now
+    assert "torch 1.0.0 → " in (left / "runs/left/run.log").read_text()

@@ -34,10 +34,11 @@ class RunPage:
     """What a page is made of.
 
     run: the summary. title: the method in words, if it is known here. rows: of each task its metric, train and test
-    rows, how many were left out, where they come from. forgotten, answered: by task, of those that have right and wrong
-    answers. log: the rows of ``log.jsonl``. stages: each stage's ``metrics.json``. peak: MB of memory. analysis:
-    ``analysis.json``, if it is of the stages there are. health: warnings as the screen said them. command: as it was
-    started, if known. environment: what it ran on, by name. again: the run as commands take it.
+    rows, how many were left out, how many test rows are in train too, where they come from. forgotten, answered: by
+    task, of those that have right and wrong answers. log: the rows of ``log.jsonl``. stages: each stage's
+    ``metrics.json``. peak: MB of memory. analysis: ``analysis.json``, if it is of the stages there are. health:
+    warnings as the screen said them. command: as it was started, if known. environment: what it ran on, by name. again:
+    the run as commands take it.
     """
 
     run: RunSummary

@@ -15,7 +15,7 @@ from typing import Any
 from cl_runner.errors import UserError
 from cl_runner.tasks.files import chats
 from cl_runner.tasks.files.chats import Turn
-from cl_runner.tasks.files.values import Fault, kind_of, missing, target
+from cl_runner.tasks.files.values import Fault, Missing, kind_of, missing, target
 from cl_runner.tasks.task import Columns, FileFormat, Format, Split
 from cl_runner.tasks.template import Templates, is_template
 
@@ -187,10 +187,9 @@ def _columns(columns: Columns, many: bool) -> Form:
     if isinstance(text, str) and not is_template(text):
         return Form("columns", _plain(text, label, many, columns.separator), (text, label), columns)
     templates = Templates([text] if isinstance(text, str) else text)
-    needed = [*templates.names, label]
 
     def take(record: Any) -> Taken:
-        _check_fields(record, needed)
+        _check_fields(record, templates.names, label)
         try:
             made, filled = templates.fill(record)
         except ValueError as error:
@@ -207,7 +206,7 @@ def _plain(text: str, label: str, many: bool, separator: str) -> Callable[[Any],
         try:
             made, answer = record[text], record[label]
         except (KeyError, TypeError, IndexError):
-            _check_fields(record, (text, label))
+            _check_fields(record, (text,), label)
             raise
         if not isinstance(made, str):
             if not missing(made):
@@ -222,7 +221,7 @@ def _plain(text: str, label: str, many: bool, separator: str) -> Callable[[Any],
 
 def _alpaca(record: Any, columns: Columns, many: bool) -> Taken:
     """The text is instruction, new line, input; what stands before it (``system``, ``history``) as in a chat."""
-    _check_fields(record, ("instruction", "output"))
+    _check_fields(record, ("instruction",), "output")
     asked = "\n".join(part for part in (_text(record, "instruction"), _text(record, "input")) if part.strip())
     turns = [Turn("system", said) for said in [_text(record, "system")] if said.strip()]
     turns += [turn for pair in _history(record) for turn in (Turn("user", pair[0]), Turn("assistant", pair[1]))]
@@ -247,7 +246,7 @@ def _history(record: Mapping[str, Any]) -> list[Any]:
 
 def _chat(name: Format, key: str, columns: Columns, many: bool) -> Form:
     def take(record: Any) -> Taken:
-        _check_fields(record, (key,))
+        _check_fields(record, (key,), key)
         made, answer, filled = chats.split(chats.turns_of(record, key))
         return made, target(key, answer, many, columns.separator), filled
 
@@ -256,7 +255,7 @@ def _chat(name: Format, key: str, columns: Columns, many: bool) -> Form:
 
 def _instances(columns: Columns, many: bool) -> Form:
     def take(record: Any) -> Taken:
-        _check_fields(record, ("input", "output"))
+        _check_fields(record, ("input",), "output")
         outputs = record["output"]
         if isinstance(outputs, list) and len(outputs) > 1 and not many:
             form.several += 1
@@ -267,14 +266,16 @@ def _instances(columns: Columns, many: bool) -> Form:
     return form
 
 
-def _check_fields(record: Any, needed: Sequence[str]) -> None:
+def _check_fields(record: Any, texts: Sequence[str], answer: str) -> None:
+    """Fault where a field of the text is not there, Missing where that of the answer is not."""
     if not isinstance(record, Mapping):
-        wanted = ", ".join(f'"{name}": …' for name in needed)
+        wanted = ", ".join(f'"{name}": …' for name in dict.fromkeys([*texts, answer]))
         raise Fault(f" is {kind_of(record)}, not an object {{{wanted}}}")
-    for name in needed:
+    for name in [*texts, answer]:
         if name not in record:
             hint = "an own task's columns: {text: …, label: …} name them"
-            raise Fault(f" has no '{name}', only {_quoted(record)} ({hint})")
+            fault = Fault if name in texts else Missing
+            raise fault(f" has no '{name}', only {_quoted(record)} ({hint})")
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:

@@ -46,8 +46,9 @@ class Found:
     """One split's rows as they stand in their source.
 
     ``place`` names the file in messages (see ``where``), ``source`` says in words where the rows are from;
-    ``incomplete`` has the ids of rows whose text lacks a part; ``notes`` are lines on how the source was read, ``form``
-    is what the rows of files were.
+    ``incomplete`` has the ids of rows whose text lacks a part; ``without_gold`` counts rows that are not among them for
+    want of an answer (a test row may also be among them, with none); ``notes`` are lines on how the source was read,
+    ``form`` is what the rows of files were.
     """
 
     rows: list[Row]
@@ -55,5 +56,6 @@ class Found:
     source: str
     synthetic: bool = False
     incomplete: set[str] = field(default_factory=set)
+    without_gold: int = 0
     notes: list[str] = field(default_factory=list)
     form: Form | None = None

@@ -10,7 +10,7 @@ from cl_runner.errors import UserError
 from cl_runner.tasks.files import columnar, delimited, documents, opening
 from cl_runner.tasks.files.forms import Form, form_of
 from cl_runner.tasks.files.positions import Found, Place, where
-from cl_runner.tasks.files.values import Fault, check
+from cl_runner.tasks.files.values import Fault, Missing, check
 from cl_runner.tasks.task import Columns, FileFormat, Row, Split
 
 
@@ -18,6 +18,9 @@ def read(
     named: Sequence[str], split: Split, columns: Columns, what: str, how: FileFormat | None = None, many: bool = False
 ) -> Found:
     """The rows of a split, text and answer checked; UserError names the file and the row in it.
+
+    A test row without an answer keeps its number, and has neither text nor answer. Where that is all of them, they are
+    refused as a train row is.
 
     Args:
         named: paths, patterns and folders, as the order names them.
@@ -33,6 +36,7 @@ def read(
     found = Found([], place, "")
     forms: list[Form] = []  # one of each file that has a record
     guessed = how.format == "auto" and not columns.given
+    without: list[str] = []  # what is wrong with the rows that have no answer
     for file in files:
         form: Form | None = None
         fields: Any = None  # of the row before
@@ -53,10 +57,16 @@ def read(
                 check(form.fields[0], text)
                 check(form.fields[1], answer)
             except Fault as fault:
-                raise UserError(f"{where(place, split, number)}{fault}") from fault
+                said = f"{where(place, split, number)}{fault}"
+                if split != "test" or not isinstance(fault, Missing):
+                    raise UserError(said) from fault
+                without.append(said)
+                text, answer, whole = "", "", True
             found.rows.append(Row(f"{split}/{number}", text, answer))
             if not whole:
                 found.incomplete.add(f"{split}/{number}")
+    if without and len(without) == len(found.rows):
+        raise UserError(f"{without[0]}; so it is of all {len(without)} test rows")
     found.form = forms[0] if forms else None
     found.source = f"file {place}" if len(files) == 1 else f"{len(files)} files {place}"
     for form in forms[1:]:  # said once, of all files

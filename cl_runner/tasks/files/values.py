@@ -11,6 +11,10 @@ class Fault(Exception):
     """What is wrong with a record: the end of a message that begins with its file and row."""
 
 
+class Missing(Fault):
+    """A record has no answer: a train row is refused for it, a test row is left out and counted."""
+
+
 def kind_of(value: Any) -> str:
     """What a value of JSON is, in words."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -37,18 +41,18 @@ def target(name: str, value: Any, many: bool = False, separator: str = ",") -> s
         many: whether a row may have several labels: of a list, or of a text that ``separator`` parts. The answer is
             then written ``a, b``.
 
-    Raises Fault where it is missing or no text.
+    Raises Missing where there is none, Fault where it is no text, or one of several is missing.
     """
     if isinstance(value, str) and not many:
         if not value or value.isspace():
-            raise Fault(f": the target text is empty ('{name}')")
+            raise Missing(f": the target text is empty ('{name}')")
         return value
     if isinstance(value, str):
         value = value.split(separator)
         return _set(name, [part.strip() for part in value if part.strip()])
     if isinstance(value, list):
         if many:
-            return _set(name, [target(name, each) for each in value])
+            return _set(name, [_part(name, each) for each in value])
         if len(value) == 1:
             return target(name, value[0])
         if value:
@@ -57,7 +61,18 @@ def target(name: str, value: Any, many: bool = False, separator: str = ",") -> s
             )
     if isinstance(value, bool | int | float) and not missing(value):
         return _set(name, [str(value)]) if many else str(value)
-    raise Fault(f": '{name}' is {kind_of(value) if value != [] else 'an empty list'}, not text: the target is missing")
+    if missing(value) or value == []:
+        what = kind_of(value) if value != [] else "an empty list"
+        raise Missing(f": '{name}' is {what}, not text: the target is missing")
+    raise Fault(f": '{name}' is {kind_of(value)}, not text: the target is missing")
+
+
+def _part(name: str, value: Any) -> str:
+    """One label of several. A row that has some of its labels is no row without."""
+    try:
+        return target(name, value)
+    except Missing as fault:
+        raise Fault(*fault.args) from fault
 
 
 def _set(name: str, labels: list[str]) -> str:
@@ -66,7 +81,7 @@ def _set(name: str, labels: list[str]) -> str:
         if "," in label:
             raise Fault(f": '{name}' holds '{label}', and a comma parts the labels of a row; write it without")
     if not labels:
-        raise Fault(f": '{name}' names no label: the target is missing")
+        raise Missing(f": '{name}' names no label: the target is missing")
     return ", ".join(labels)
 
 
