@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cl_runner import __version__
-from cl_runner.errors import TrainingError, UserError
+from cl_runner.errors import TrainingError, UserError, no_memory, out_of_memory
 from cl_runner.terminal import console
 from cl_runner.terminal.console import one_line, say_error, stdout_kept_for_results
 from cl_runner.terminal.stopping import Stopped, signals_stop
@@ -62,6 +62,45 @@ RunName = Annotated[
 ]
 
 
+RunsName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")]
+Extend = Annotated[
+    str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")]
+RestartStage = Annotated[
+    bool, typer.Option("--restart-stage", help="Begin the stage anew that was left in its middle.")
+]
+
+
+def _request(
+    order: str | None,
+    method: str | None,
+    model: str | None,
+    preset: list[str] | None,
+    plugin: list[str] | None,
+    config: Path | None,
+    data_dir: str | None,
+    data: str | None,
+    output_dir: str | None,
+    name: str | None,
+    seed: int | None,
+    sets: list[str] | None,
+    extend: str | None,
+) -> Any:
+    """The run that ``train`` and ``plan`` are asked for. Raises UserError."""
+    from cl_runner.commands.request import Request
+
+    flags = _flags(
+        method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
+        output__name=name, seed=seed,
+    )  # fmt: skip
+    request = Request(order, preset or [], config, flags, sets or [], plugin or [])
+    if extend is None:
+        return request
+    return Request.extending(extend, request, root=Path(output_dir or "runs"))
+
+
 def _flags(**given: Any) -> dict[str, Any]:
     """Flags as dotted settings; what was not given is left out."""
     return {key.replace("__", "."): value for key, value in given.items() if value is not None}
@@ -95,34 +134,54 @@ def train(
     data_dir: DataDir = None,
     data: DataSource = None,
     output_dir: OutputDir = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
+    name: RunsName = None,
     seed: Seed = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")] = None,
+    gpus: Gpus = None,
     set_: Sets = None,
-    extend: Annotated[
-        str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")] = False,
-    restart_stage: Annotated[
-        bool, typer.Option("--restart-stage", help="Begin the stage anew that was left in its middle.")
-    ] = False,
+    extend: Extend = None,
+    restart: Restart = False,
+    restart_stage: RestartStage = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a task order; go on where a run stopped."""
     from cl_runner.commands import train as command
-    from cl_runner.commands.request import Request
 
-    flags = _flags(
-        method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
-        output__name=name, seed=seed,
-    )  # fmt: skip
-    request = Request(order, preset or [], config, flags, set_ or [], plugin or [])
-    if extend is not None:
-        request = Request.extending(extend, request, root=Path(output_dir or "runs"))
+    request = _request(
+        order, method, model, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
+    )
     anew = {"restart": restart, "restart_stage": restart_stage}
     raise typer.Exit(command.train(request, gpus=gpus, **anew, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def plan(
+    order: Order = None,
+    method: Method = None,
+    model: Model = None,
+    preset: Presets = None,
+    plugin: Plugins = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    data: DataSource = None,
+    output_dir: OutputDir = None,
+    name: RunsName = None,
+    seed: Seed = None,
+    gpus: Gpus = None,
+    set_: Sets = None,
+    extend: Extend = None,
+    restart: Restart = False,
+    restart_stage: RestartStage = False,
+    as_json: Json = False,
+) -> None:
+    """What train would take: steps, parameters, memory, disk, time, measured in a few real steps. Writes nothing."""
+    from cl_runner.commands import plan as command
+
+    request = _request(
+        order, method, model, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
+    )
+    command.plan(request, gpus=gpus, restart=restart, restart_stage=restart_stage, as_json=as_json)
 
 
 @app.command(name="eval")
@@ -535,6 +594,8 @@ def outcome(arguments: list[str]) -> int:
         # Typer brings its own click, whose usage errors have one thing in common.
         if hasattr(error, "format_message"):
             return _told(error, 2, usage_line(error))
+        if out_of_memory(error):
+            return _told(error, 2, no_memory(error))
         return _told(error, 1, unforeseen(error))
 
 

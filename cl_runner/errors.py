@@ -25,6 +25,35 @@ class LimitReached(TrainingError):
         self.without = without
 
 
+class OutOfMemory(UserError):
+    """Memory does not suffice for what the settings ask: what was being done, and what to lower. Exit code 2.
+
+    ``without``: what ``--set`` takes to go on all the same; empty where nothing would do.
+    """
+
+    def __init__(self, message: str, without: str = "") -> None:
+        super().__init__(message)
+        self.without = without
+
+
+OUT_OF_MEMORY = "out of memory"  # what a line about it begins with
+
+
+def no_memory(error: BaseException) -> str:
+    """A line on an error that says so, of which nothing else is known."""
+    said = " ".join(str(error).split())[:200]
+    what = "lower training.micro_batch, eval.batch_tokens or data.max_source, or take a smaller model"
+    return f"{OUT_OF_MEMORY}: {what} ({said})"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a device or of the machine. Imports no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "CUDA error: out of memory" in said)
+
+
 def first_line(error: BaseException) -> str:
     """The deepest cause's message, on one line."""
     while error.__cause__ is not None:

@@ -158,3 +158,38 @@ def test_metrics_of_updates_are_those_of_a_cpu() -> None:
                 torch.testing.assert_close(getattr(there, of)[name], values, rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(there.density, here.density, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(there.acr, here.acr, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_does_not_fit_is_done_again_in_halves(tmp_path: Path) -> None:
+    """Memory is held back so that all rows of a step do not fit at once, and half of them or fewer do."""
+    program = """
+import sys
+import torch
+from cl_runner.cli import main
+
+if room := float(sys.argv.pop(1)):
+    torch.cuda.set_per_process_memory_fraction(room * 2**20 / torch.cuda.get_device_properties(0).total_memory)
+main()
+"""
+    sizes = ["--set", "training.global_batch=64", "--set", "data.max_train=128", "--set", "data.max_test=4"]
+    order = ["--order", "order1", "--method", "seqlora", *sizes, "--set", "training.epochs=1", "--json"]
+
+    def train(name: str, micro: int, room: float = 0, *more: str) -> tuple[int, str, dict[str, Any]]:
+        arguments = ["train", *order, "--name", name, "--set", f"training.micro_batch={micro}", *more]
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(room), *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        file = tmp_path / "runs" / name / "stages" / "01-dbpedia" / "metrics.json"
+        return done.returncode, done.stderr, json.loads(file.read_text())["training"] if file.exists() else {}
+
+    def peak(name: str) -> float:
+        lines = (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()
+        return max(json.loads(line).get("memory_mb", 0.0) for line in lines)
+
+    for micro in (64, 8):
+        assert train(f"of-{micro}", micro)[0] == 0
+    between = (peak("of-64") + peak("of-8")) / 2
+    code, said, _ = train("refused", 64, between)
+    assert code == 2 and "out of memory in step" in said and "training.auto_batch=true" in said
+    code, said, training = train("halved", 64, between, "--set", "training.auto_batch=true")
+    assert code == 0 and training["micro_batch"] < 64 and training["micro_batches"], said

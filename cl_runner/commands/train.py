@@ -7,7 +7,10 @@ model files, rows of every task, the run folder (all without torch), then the mo
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cl_runner.commands.analyze import analyze_after
 from cl_runner.commands.report import print_result, write_page
@@ -15,7 +18,7 @@ from cl_runner.commands.request import Request
 from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
 from cl_runner.models.identity import model_identity
-from cl_runner.models.locate import check, locate
+from cl_runner.models.locate import Located, check, locate
 from cl_runner.runs import catalog
 from cl_runner.runs.checkpoints import refuse_others, there
 from cl_runner.runs.folder import RunDir
@@ -29,6 +32,59 @@ from cl_runner.training.plan import Plan
 from cl_runner.training.session import Session
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may be trained, as far as is known without its model.
+
+    done: stages that are committed. step: that the next one goes on from. part: what a launcher made of this process.
+    """
+
+    resolved: Resolved
+    located: Located
+    plan: Plan
+    identity: Mapping[str, Any]
+    folder: RunDir
+    extended: Extended | None
+    done: int
+    step: int
+    processes: int
+    part: Assigned | None
+
+    @classmethod
+    def of(cls, request: Request, gpus: int | None, restart: bool, restart_stage: bool = False) -> Prepared:
+        """Check all that can be checked without torch. Raises UserError."""
+        check_platform()
+        resolved, order = request.with_order()
+        config = resolved.config
+        part = assigned()
+        check_gpus(gpus, part)
+        refuse_missing(config.output.trackers)
+        folder = name_of(resolved, restart)
+        refuse_unwritable(folder.path)
+        located = locate(config.model)
+        check(located)
+        plan = Plan.make(config, order.name, order.tasks)
+        plan.check_shapes()
+        processes = part.ranks if part else gpus or 1
+        identity = {
+            "model": model_identity(located, config.model.quantize),
+            **plan.identity(processes),
+            **plugin_identity(),
+        }
+        extended = None
+        if request.extends is not None and not folder.exists():
+            extended = Extended.of(request.extends, order.name, plan, config, identity)
+        done = len(extended.stages) if extended else 0
+        if folder.exists():
+            refuse_other_settings(folder, config, identity)
+            folder.refuse_gaps(plan.names)
+            done = folder.committed(plan.names)
+        step = 0
+        if folder.exists() and done < len(plan.stages) and not restart_stage:
+            step = step_to_enter(folder, plan, done, processes)
+        return cls(resolved, located, plan, identity, folder, extended, done, step, processes, part)
+
+
 def train(
     request: Request, *, gpus: int | None, restart: bool, restart_stage: bool, dry_run: bool, as_json: bool
 ) -> int:
@@ -37,55 +93,28 @@ def train(
     Raises:
         UserError, TrainingError, Stopped: before there was a run to tell the end of.
     """
-    check_platform()
-    resolved, order = request.with_order()
-    config = resolved.config
-    part = assigned()
-    check_gpus(gpus, part)
-    refuse_missing(config.output.trackers)
-    folder = name_of(resolved, restart)
-    refuse_unwritable(folder.path)
-    located = locate(config.model)
-    check(located)
-    plan = Plan.make(config, order.name, order.tasks)
-    plan.check_shapes()
-    processes = part.ranks if part else gpus or 1
-    identity = {
-        "model": model_identity(located, config.model.quantize),
-        **plan.identity(processes),
-        **plugin_identity(),
-    }
-    extended = None
-    if request.extends is not None and not folder.exists():
-        extended = Extended.of(request.extends, order.name, plan, config, identity)
-    done = len(extended.stages) if extended else 0
-    if folder.exists():
-        refuse_other_settings(folder, config, identity)
-        folder.refuse_gaps(plan.names)
-        done = folder.committed(plan.names)
-    step = 0
-    if folder.exists() and done < len(plan.stages) and not restart_stage:
-        step = step_to_enter(folder, plan, done, processes)
+    run = Prepared.of(request, gpus, restart, restart_stage)
+    folder, part = run.folder, run.part
     if dry_run:
-        print_plan(plan, resolved, folder, done, step, processes, as_json)
+        print_plan(run, as_json)
         return 0
-    if done == len(plan.stages):
+    if run.done == len(run.plan.stages):
         if part is None or part.rank == 0:
             finish(folder)
             print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
             print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
-    if processes > 1 and part is None:
+    if run.processes > 1 and part is None:
         if folder.exists():
             with folder.lock():  # rather now than when all processes are up
                 pass
         from cl_runner.launch.local import launch
 
-        return launch(processes, sys.argv[1:])
-    session = Session(resolved, located, plan, identity, folder, part, extended, restart_stage)
+        return launch(run.processes, sys.argv[1:])
+    session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.extended, restart_stage)
     code = session.run()
     if code == 0 and session.place.rank == 0:
-        print_result(session.folder, as_json, page_of(session.folder) if config.output.html else None)
+        print_result(session.folder, as_json, page_of(session.folder) if run.resolved.config.output.html else None)
     return code
 
 
@@ -140,16 +169,16 @@ def finish(folder: RunDir) -> None:
             folder.set_status("done")
 
 
-def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, step: int, ranks: int, as_json: bool) -> None:
-    """``--dry-run``: stages, steps, batch arithmetic, rows."""
-    stages = []
-    for index, (stage, batch) in enumerate(zip(plan.stages, plan.batches(ranks), strict=True)):
+def about_plan(run: Prepared) -> dict[str, Any]:
+    """Stages, steps, batch arithmetic, rows, as JSON has them."""
+    plan, stages = run.plan, []
+    for index, (stage, batch) in enumerate(zip(plan.stages, plan.batches(run.processes), strict=True)):
         tested = list(plan.data.tasks) if plan.config.eval.future else plan.seen(index)
         stages.append(
             {
                 "stage": index + 1,
                 "name": stage.name,
-                "done": index < done,
+                "done": index < run.done,
                 "train_rows": batch.rows,
                 "test_rows": sum(len(plan.data.test[task]) for task in tested),
                 "epochs": batch.epochs,
@@ -159,45 +188,65 @@ def print_plan(plan: Plan, resolved: Resolved, folder: RunDir, done: int, step: 
                 "accumulation": batch.accumulation,
             }
         )
-    about = {
+    return {
         "order": plan.order,
         "method": plan.config.method.name,
         "model": plan.config.model.name,
         "synthetic": plan.data.synthetic,
-        "processes": ranks,
+        "processes": run.processes,
         "grows": plan.grows or None,
-        "folder": str(folder.path),
-        "stages_done": done,
-        "step": step,
+        "folder": str(run.folder.path),
+        "stages_done": run.done,
+        "step": run.step,
         "stages": stages,
     }
+
+
+def print_plan(run: Prepared, as_json: bool) -> None:
+    """``--dry-run``: stages, steps, batch arithmetic, rows."""
+    about = about_plan(run)
     if as_json:
         print_json(about)
         return
-    for note in [*resolved.notes, *plan.notes()]:
-        print(note)
+    print(plan_text(run, about, {}))
+
+
+def plan_text(run: Prepared, about: Mapping[str, Any], more: Mapping[str, Sequence[str]], below: str = "") -> str:
+    """A plan as the terminal shows it.
+
+    more: columns beside the steps, a cell for each stage. below: what stands under the table.
+    """
+    plan, ranks, stages = run.plan, run.processes, about["stages"]
     made_up = plan.data.made_up()
     whole = len(made_up) == len(plan.data.tasks)
     mark = (" (synthetic data)" if whole else f" (synthetic: {', '.join(made_up)})") if made_up else ""
-    print(f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}")
-    head = ["", "stage", "train rows", "test rows", "epochs", "steps", "batch = micro × accumulation × processes"]
+    title = f"{about['order']} with {about['method']} on {about['model']}{mark}, {ranks} process{'es' * (ranks > 1)}"
+    numbers = ["train rows", "test rows", "epochs", "steps", *more]
+    head = ["", "stage", *numbers, "batch = micro × accumulation × processes"]
     rows = [
         [
             f"{s['stage']}{'*' if s['done'] else ''}",
             str(s["name"]),
             *(str(s[key]) for key in ("train_rows", "test_rows", "epochs", "steps")),
+            *(cells[s["stage"] - 1] for cells in more.values()),
             f"{s['global_batch']} = {s['micro_batch']} × {s['accumulation']} × {ranks}",
         ]
         for s in stages
     ]
-    print(aligned(head, rows, right=("train rows", "test rows", "epochs", "steps")))
-    if done:
-        print("* done")
-    if plan.grows:
-        print(plan.grows)
+    done, step = run.done, run.step
     goes_on = f"goes on in stage {done + 1} at step {step}" if step else f"goes on after stage {done}"
-    state = "done already" if done == len(stages) else goes_on if folder.exists() else "new"
-    print(f"folder: {folder.path} ({state}; nothing was written)")
+    state = "done already" if done == len(stages) else goes_on if run.folder.exists() else "new"
+    lines = [
+        *run.resolved.notes,
+        *plan.notes(),
+        title,
+        aligned(head, rows, right=numbers),
+        *(["* done"] if done else []),
+        *([plan.grows] if plan.grows else []),
+        *([below] if below else []),
+        f"folder: {run.folder.path} ({state}; nothing was written)",
+    ]
+    return "\n".join(lines)
 
 
 def page_of(folder: RunDir) -> Path | None:

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from cl_runner.errors import UserError, did_you_mean
@@ -300,6 +301,11 @@ class TrainingConfig(Section):
     )
     global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
     micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
+    auto_batch: bool = Field(
+        default=False,
+        description="Where memory does not suffice for a step, it is done again with half the micro-batch, and the "
+        "stage goes on so: the same numbers but for rounding. Evaluation batches are halved likewise.",
+    )
     length_window: int = Field(
         default=8, ge=1, description="Steps whose rows are dealt among them by length, to pad little; 1: plain shuffle."
     )
@@ -332,6 +338,13 @@ class TrainingConfig(Section):
     )
     deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
     offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
+
+    @model_validator(mode="after")
+    def _any_micro_batch(self) -> TrainingConfig:
+        for name in ("loss_mean", "penalty_at", "dropout_by") if self.auto_batch else ():
+            if getattr(self, name) == "micro":
+                raise ValueError(f"auto_batch cannot halve what decides numbers ({name}: micro); leave one of them out")
+        return self
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -390,6 +390,12 @@ class Engine:
         for (name, key), value in kept.items():
             safe_set_full_optimizer_state(self.parameters[name], value.contiguous(), key)
 
+    def optimizer_bytes(self) -> int:
+        """Of what this rank's optimizer holds by now: moments, and the masters of what trains."""
+        kept = [value for state in self._optimizer.optimizer.state.values() for value in state.values()]
+        kept += [p for group in self._optimizer.optimizer.param_groups for p in group["params"]]
+        return sum(value.numel() * value.element_size() for value in kept if torch.is_tensor(value))
+
     # Ranks.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

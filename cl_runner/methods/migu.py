@@ -80,6 +80,9 @@ class MIGU(Sequential):
         with stage.observe("outputs", outputs), stage.observe("inputs", inputs):
             return super().loss(stage, batch)
 
+    def take_back(self, stage: Stage) -> None:
+        self.sizes = {}
+
     def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if not self.sizes:
             return None

@@ -436,6 +436,13 @@ class Method:
 
         return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
 
+    def take_back(self, stage: Stage) -> None:
+        """Runs where a step that did not fit into memory is done again from its beginning (``training.auto_batch``).
+
+        What ``loss``, ``penalty`` and ``condition`` have left of it in the method itself goes. Default: they leave
+        nothing. (With that setting they may be no collectives.)
+        """
+
     def reads_past(self) -> Mapping[str, str]:
         """Runs at commit: what this method reads of the past factors that ``stage.factors()`` offers.
 

@@ -40,6 +40,7 @@ def answers(
     max_new_tokens: int,
     show: Show = lambda _: None,
     head: Head | None = None,
+    right: Sequence[bool] | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
     """What ``greedy`` answers to a batch of prompts, and which answers were verified instead of decoded.
 
@@ -47,6 +48,7 @@ def answers(
         targets: each row's gold ids, the end token last; an empty one is never verified.
         show: is told the batch that the next forward is about, where it is not ``prompts``.
         head: what all these prompts begin with, read by this model as it is; of a decoder-only model.
+        right: which rows to take for right, whatever the scores say: for who asks what the rest costs.
     """
     likely = [_can_be_said(target, layout, max_new_tokens) for target in targets]
     if not any(likely):
@@ -57,7 +59,7 @@ def answers(
             read = _encoder_decoder(bare, prompts, targets, layout, max_new_tokens)
         else:
             read = _decoder_only(bare, prompts, targets, layout, max_new_tokens, head)
-        right = _says_gold(read.scores, targets, layout)
+        right = _says_gold(read.scores, targets, layout) if right is None else right
         said = [yes and sound for yes, sound in zip(right, likely, strict=True)]
         rest = [row for row, yes in enumerate(said) if not yes]
         decoded: list[list[int]] = []

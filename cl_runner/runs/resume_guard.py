@@ -23,7 +23,7 @@ from cl_runner.tasks.order import Order, load_order
 # fingerprint, a revision of the base model by its commit). Of a single task or position too.
 FREE = (
     "order", "presets", "plugins", "model.revision", "data.dir", "data.source", "data.empty_texts", "eval.probe_",
-    "method.max_gb", "output.", "training.non_finite",
+    "method.max_gb", "output.", "training.auto_batch", "training.non_finite",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir")
 _NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
 # What is written, and looked at meanwhile; and what becomes of a step without which a run ends.
-_LOOKS = ("output.", "eval.probe_", "training.non_finite")
+_LOOKS = ("output.", "eval.probe_", "training.non_finite", "training.auto_batch")
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,8 @@ def differing_from_presets(resolved: Resolved) -> dict[str, Any]:
     """What order, config file, flags and ``--set`` changed of defaults and presets and what may change a number.
 
     Left out: what the run folder's name says already (order, method, model, seed), ``output.*``, ``eval.probe_*``,
-    ``training.non_finite``, and the path to the data. Where the rows come from (``data.source``, as it works out) is
-    in.
+    ``training.non_finite``, ``training.auto_batch``, and the path to the data. Where the rows come from
+    (``data.source``, as it works out) is in.
     """
     config, baseline = resolved.config, resolved.baseline
     values = {dotted(path): value for path, value in settings_of(config)}

@@ -14,12 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cl_runner.engine.optim import WHOLE, Muon
+from cl_runner.engine.optim import WHOLE, Muon, ParameterGroup
 from cl_runner.engine.zero import Engine
+from cl_runner.errors import out_of_memory
 from cl_runner.methods.protocol import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
 from cl_runner.models.token_cache import Joined, lengths
+from cl_runner.terminal.console import one_line
+from cl_runner.training.fitting import DoesNotFit, step_does_not_fit, taken_apart
 from cl_runner.training.health import PenaltyWatch
 from cl_runner.training.non_finite import NonFinite
 from cl_runner.training.prefetch import prefetched
@@ -34,6 +37,9 @@ AHEAD = 2  # micro-batches that may wait, padded, for the device
 
 
 Padded = tuple[Batch, list[str]]  # a micro-batch on the CPU, and its rows' tasks
+Choose = Callable[[BatchPlan, list[list[int]], Sequence[Example], Sequence[str]], list[list[int]]]
+Computed = tuple[Batch, Tensor, Tensor | None]  # on the device; its loss, and the penalty at a step's last one
+Forward = Callable[[Callable[[], Tensor]], Tensor]
 
 
 def train_stage(
@@ -44,8 +50,9 @@ def train_stage(
     tick: Callable[[int, float | None, float | None], None],
     warn: Callable[[str], None] = lambda _: None,
     state: StepState | None = None,
-    between: Callable[[Callable[[], StepState]], None] = lambda _: None,
+    between: Callable[[Callable[[], StepState]], bool | None] = lambda _: None,
     probe: Probe | None = None,
+    choose: Choose = lambda _, steps, *__: steps,
 ) -> Trained:
     """Train one stage; the adapters hold the result.
 
@@ -58,11 +65,13 @@ def train_stage(
         warn: takes a line for the user, while it trains.
         state: of this stage, taken between two of its steps: it is entered there, and the rest is to the bit that of a
             stage that was never left.
-        between: called after every step, on every rank, with what takes the state (a collective).
+        between: called after every step, on every rank, with what takes the state (a collective). True: enough steps.
         probe: asked between steps, as it is due; it changes nothing here.
+        choose: takes the plan, the rows of all steps, examples and tasks of the mix; gives the steps that are taken.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, where ``training.non_finite`` is ``stop``.
+        OutOfMemory: a step does not fit into memory, and ``training.auto_batch`` is off, or has nothing left to halve.
         LimitReached: the probe has found an old task lower than the user lets it be.
     """
     method, training = stage.room.method, stage.config.training
@@ -83,20 +92,13 @@ def train_stage(
     for source in sources:
         if source is not own:
             stage.sharing.learn(source.examples, source.tasks)
-    plan = BatchPlan.make(len(examples), training, stage.ranks)
+    plan = BatchPlan.make(len(examples), training, stage.ranks, stage.fit.micro_batch)
     inputs, labels = lengths(examples)
     weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)
     steps = list(plan.step_rows(stage.config.seed, stage.index, (inputs + labels).tolist(), len(set(tasks)) > 1))
     stage.steps, stage.step = plan.steps, 0
-    engine = Engine(
-        stage.room.root,
-        method.parameter_groups(stage),
-        training,
-        stage.room.place,
-        micro_batch=plan.micro_batch,
-        accumulation=plan.accumulation,
-    )
-    stage.engine = engine
+    steps = choose(plan, steps, examples, tasks)
+    engine = stage.engine = _engine(stage, plan, method.parameter_groups(stage))
     meter = Meter(stage, log, tick, hooks, warn)
     scales = {group.lr_scale for group in engine.groups}
     scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
@@ -107,27 +109,33 @@ def train_stage(
         stage.adapters.model.train()
         if state is not None:
             put(stage, engine, muon, meter, state, probe)
-        to_come = steps[stage.step :]
-        dropout = stage.dropout.installed() if by_row else nullcontext()
-        with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
-            if probe and state is None:
-                probe.look(meter)
-            tick(stage.step, None, None)  # the clock of steps begins here: what a method did before was none
-            for rows in to_come:
-                lr = learning_rate(training, stage.step, plan.steps)
-                engine.set_lr(lr)
-                _before_step(stage, hooks)
-                loss, penalty, norm, batch, losses = _gradients(stage, plan, rows, batches, hooks, meter)
-                taken = _step(stage, norm, lr, muon, hooks)
-                stage.step += 1
-                if taken:
-                    _after_step(stage, batch, hooks, meter)
-                else:
-                    meter.leave_step_out(faults.met(plan, rows, losses, penalty, norm))
-                meter.step(len(rows), loss, penalty, lr * scale, norm)
-                if probe:
-                    probe.look(meter)
-                between(partial(take, stage, engine, muon, meter, probe))
+        if probe and state is None:
+            probe.look(meter)
+        tick(stage.step, None, None)  # the clock of steps begins here: what a method did before was none
+        while stage.step < len(steps):
+            dropout = stage.dropout.installed() if by_row else nullcontext()
+            to_come = steps[stage.step :]
+            try:
+                with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
+                    for rows in to_come:
+                        lr = learning_rate(training, stage.step, plan.steps)
+                        engine.set_lr(lr)
+                        _before_step(stage, hooks)
+                        loss, penalty, norm, batch, losses = _gradients(stage, plan, rows, batches, hooks, meter)
+                        taken = _step(stage, norm, lr, muon, hooks)
+                        stage.step += 1
+                        if taken:
+                            _after_step(stage, batch, hooks, meter)
+                        else:
+                            meter.leave_step_out(faults.met(plan, rows, losses, penalty, norm))
+                        meter.step(len(rows), loss, penalty, lr * scale, norm)
+                        if probe:
+                            probe.look(meter)
+                        if between(partial(take, stage, engine, muon, meter, probe)):
+                            steps = steps[: stage.step]
+                            break
+            except DoesNotFit as error:
+                plan, engine = _halved(stage, plan, str(error), meter)
         stage.adapters.model.eval()
         _seed(stage, "end")
         with hooks:
@@ -135,9 +143,50 @@ def train_stage(
                 option.end(stage)
             method.end_task(stage)
         return meter.trained(plan, engine.skipped)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or stage.engine is None or stage.step == len(steps):
+            raise
+        raise step_does_not_fit(stage, plan.micro_batch, one_line(str(error))[:200]) from error
     finally:
-        stage.engine = None
-        engine.destroy()
+        if stage.engine is not None:
+            stage.engine.destroy()
+            stage.engine = None
+
+
+def _engine(stage: StageRun, plan: BatchPlan, groups: Sequence[ParameterGroup]) -> Engine:
+    """Fresh, with the plan's batch arithmetic."""
+    return Engine(
+        stage.room.root,
+        groups,
+        stage.config.training,
+        stage.room.place,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+    )
+
+
+def _halved(stage: StageRun, plan: BatchPlan, why: str, meter: Meter) -> tuple[BatchPlan, Engine]:
+    """A step did not fit: the plan with half the micro-batch, and an engine that holds what the last one did before it.
+
+    Raises:
+        OutOfMemory: there is nothing left to halve.
+    """
+    assert stage.engine is not None
+    before = plan.micro_batch
+    if before == 1:
+        raise step_does_not_fit(stage, before, why)
+    held, counts = stage.engine.state()
+    held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in held.items()}
+    groups = stage.engine.groups
+    stage.engine.destroy()
+    stage.engine = None
+    plan = BatchPlan.make(plan.rows, stage.config.training, plan.ranks, before // 2)
+    engine = stage.engine = _engine(stage, plan, groups)
+    engine.load_state(held, counts)
+    stage.room.method.take_back(stage)
+    stage.fit.micro_batches[stage.step + 1] = plan.micro_batch
+    meter.halved(before, plan.micro_batch, why)
+    return plan, engine
 
 
 def _begin(stage: StageRun, own: Source, state: StepState | None, hooks: HookTime) -> None:
@@ -230,32 +279,56 @@ def _micro_batches(
     watch: PenaltyWatch | None,
 ) -> tuple[Tensor, Tensor | None, Batch, dict[int, Tensor]]:
     """Forward and backward of a step's micro-batches; this rank's task loss, the penalty, the last micro-batch, and the
-    loss of each by number."""
+    loss of each by number.
+
+    Raises:
+        DoesNotFit: memory does not suffice, and ``training.auto_batch`` is on. Nothing of the step is kept.
+    """
     method, engine = stage.room.method, stage.engine
     assert engine is not None
+    before = stage.task_loss
     total = torch.zeros((), device=stage.device)
     penalty: Tensor | None = None
     losses: dict[int, Tensor] = {}
+
+    def compute(padded: Padded, number: int, last: bool, forward: Forward) -> tuple[Computed, Tensor]:
+        """The micro-batch, its loss and the penalty at the last one, both without graph; what goes backward."""
+        batch = stage.ready(*padded, first=number * plan.micro_batch)
+        loss = forward(lambda: method.loss(stage, batch))
+        stage.task_loss = total + loss.detach()
+        if not last:
+            return (batch, loss.detach(), None), loss
+        with hooks:
+            pulls = method.penalty(stage)
+        if pulls is not None and stage.config.training.penalty_at == "micro":
+            pulls = plan.accumulation * pulls  # its gradient is the same at each of them
+        if watch is not None:
+            watch.see(pulls, engine.parameters)
+        if pulls is None:
+            return (batch, loss.detach(), None), loss
+        return (batch, loss.detach(), pulls.detach()), loss + pulls
+
     for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
         _seed(stage, "forward", stage.step, number)
         stage.dropout.draw(derived_seed(stage.config.seed, stage.index, "dropout", stage.step))
-        batch = stage.ready(*next(batches), first=number * plan.micro_batch)
-        loss = engine.forward(lambda batch=batch: method.loss(stage, batch))  # type: ignore[misc]
-        # Not the last forward's alone: a rank may have had no rows for that one.
-        losses[number] = loss.detach()
-        stage.task_loss = total = total + losses[number]
         last = slot == plan.accumulation - 1
-        if last:
-            with hooks:
-                penalty = method.penalty(stage)
-            if penalty is not None and stage.config.training.penalty_at == "micro":
-                penalty = plan.accumulation * penalty  # its gradient is the same at each of them
-            if watch is not None:
-                watch.see(penalty, engine.parameters)
-        engine.backward(loss if penalty is None else loss + penalty)
+        computed = partial(compute, next(batches), number, last)
+        if stage.config.training.auto_batch:
+            try:
+                (batch, loss, penalty), whole = taken_apart(stage, partial(computed, stage.apart))
+            except DoesNotFit:
+                stage.task_loss = before
+                raise
+            engine.forward(lambda: torch.zeros(()))  # which DeepSpeed counts
+        else:
+            (batch, loss, penalty), whole = computed(engine.forward)
+        # Not the last forward's alone: a rank may have had no rows for that one.
+        losses[number] = loss
+        total = total + loss
+        engine.backward(whole)
         if not last:
             engine.next_micro_batch()
-    return total, None if penalty is None else penalty.detach(), batch, losses
+    return total, penalty, batch, losses
 
 
 def _seed(stage: StageRun, *of: object) -> None:

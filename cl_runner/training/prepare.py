@@ -14,6 +14,7 @@ from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
+from cl_runner.methods import make_method
 from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.base import Base, load_base
 from cl_runner.models.choose import Choice
@@ -217,3 +218,12 @@ def open_stage(room: Room, config: RunConfig, index: int, *, evaluating: bool = 
     of_stage = stage_config(config, index, room.order[index])
     room.method.configure(type(room.method).Config.model_validate(of_stage.method.own()))
     return StageRun(room, of_stage, index, evaluating=evaluating)
+
+
+def let_go(room: Room, plan: Plan, index: int) -> None:
+    """Free the past factors that no stage after ``index`` will read."""
+    reads: dict[str, str] = {}
+    for later, stage in enumerate(plan.stages[index + 1 :], index + 1):
+        for factor, how in make_method(stage_config(plan.config, later, stage)).reads_past().items():
+            reads[factor] = how if reads.get(factor) != "rows" else "rows"
+    room.adapters.let_go(reads)

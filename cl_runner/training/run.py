@@ -14,7 +14,6 @@ from cl_runner.adapters.base import Held
 from cl_runner.atomic import append_jsonl, read_json, write_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
-from cl_runner.methods import make_method
 from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
@@ -27,14 +26,13 @@ from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen
 from cl_runner.training.accounting import Counts, parameters
 from cl_runner.training.checkpoint import answers_to, committed, remove_models, restore_stage, save_stage
-from cl_runner.training.compatibility import stage_config
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health
 from cl_runner.training.keeping import Keeper
 from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
-from cl_runner.training.prepare import Tokens, in_4_bits, open_room, open_stage
+from cl_runner.training.prepare import Tokens, in_4_bits, let_go, open_room, open_stage
 from cl_runner.training.probe import Probe, samples
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import Room, StageRun, commit_update
@@ -89,7 +87,7 @@ class Run:
                 with_state = open_stage(room, self.plan.config, index - 1)
                 restore_stage(self.rundir, with_state, index - 1)
                 with_state.close()
-                self._let_go(room, index - 1)
+                let_go(room, self.plan, index - 1)
             self._stage(room, tokens, index, batches[index])
         self.current = None
         if self.place.rank == 0:
@@ -166,7 +164,9 @@ class Run:
             keep = self.plan.config.output.keep_stages
             if self.place.rank == 0 and keep != "all":
                 remove_models(self.rundir, stage, keep)
-            self._let_go(room, index)
+            let_go(room, self.plan, index)
+            if stage.fit.eval_tokens:
+                self._say(stage, f"out of memory in evaluation: batches of {stage.fit.eval_tokens} tokens from then on")
             if unfolded is not None:
                 self._say(stage, f"mean score before the fold {_mean(unfolded)}, after it {_mean(scored)}")
             self._show_scores(scored, self.plan.seen(index))
@@ -242,14 +242,6 @@ class Run:
         commit_update(room.method, stage)
         return answers, scored
 
-    def _let_go(self, room: Room, index: int) -> None:
-        """Free the past factors that no stage after ``index`` will read."""
-        reads: dict[str, str] = {}
-        for later, stage in enumerate(self.plan.stages[index + 1 :], index + 1):
-            for factor, how in make_method(stage_config(self.plan.config, later, stage)).reads_past().items():
-                reads[factor] = how if reads.get(factor) != "rows" else "rows"
-        room.adapters.let_go(reads)
-
     def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
         """How the stage's penalty did; said on the screen where there was one, as is what options have to say."""
         stages = enumerate(self.names[: stage.index])
@@ -311,6 +303,7 @@ class Run:
                 "micro_batch": trained.plan.micro_batch,
                 "accumulation": trained.plan.accumulation,
                 "ranks": trained.plan.ranks,
+                **stage.fit.about(),
             },
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
             **({"probe": dict(probed)} if probed else {}),

@@ -34,9 +34,9 @@ class BatchPlan:
     length_window: int
 
     @classmethod
-    def make(cls, rows: int, training: TrainingConfig, ranks: int) -> BatchPlan:
-        """The plan for so many rows on so many ranks."""
-        micro = min(training.micro_batch, math.ceil(training.global_batch / ranks))
+    def make(cls, rows: int, training: TrainingConfig, ranks: int, most: int | None = None) -> BatchPlan:
+        """The plan for so many rows on so many ranks; ``most``: a smaller micro-batch than the setting, that fits."""
+        micro = min(most or training.micro_batch, math.ceil(training.global_batch / ranks))
         accumulation = math.ceil(training.global_batch / (micro * ranks))
         return cls(rows, training.global_batch, micro, ranks, accumulation, training.epochs, training.length_window)
 

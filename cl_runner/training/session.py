@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.engine.process import Assigned
-from cl_runner.errors import LimitReached, TrainingError, UserError
+from cl_runner.errors import (
+    OUT_OF_MEMORY,
+    LimitReached,
+    OutOfMemory,
+    TrainingError,
+    UserError,
+    no_memory,
+    out_of_memory,
+)
 from cl_runner.imports import light_imports
 from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
@@ -247,7 +255,8 @@ class Session:
         where = f" in stage {run.names.index(run.current) + 1} ({run.current})" if run.current else ""
         limited = isinstance(error, LimitReached) and not stopped  # which stays, where the same command goes on
         what = f"stopped{where}" if stopped else f"{'stopped' if limited else 'failed'}{where}: {reason}"
-        again = f"{self._again()} --set {error.without}" if isinstance(error, LimitReached) else self._again()
+        without = error.without if isinstance(error, LimitReached | OutOfMemory) else ""
+        again = f"{self._again()} --set {without}" if without else self._again()
         keeps = f"kept: {self._kept(kept)}" if self._kept(kept) else "no stage is finished yet"
         screen.close()
         self.channel.say(TOLD)
@@ -255,7 +264,7 @@ class Session:
         with suppress(OSError):  # a full disk must not hide what is being told
             self.folder.set_status("stopped" if stopped or limited else "failed", message=reason)
         self.trackers.close(stopped or limited)
-        return 130 if stopped else 2 if isinstance(error, UserError) else 1
+        return 130 if stopped else 2 if isinstance(error, UserError) or OUT_OF_MEMORY in reason else 1
 
     def _kept(self, done: Sequence[str]) -> str:
         """What is on disk: ``dbpedia, and amazon to step 120``."""
@@ -294,8 +303,8 @@ def why(error: BaseException) -> str:
         return text
     if "No space left on device" in text:
         return "the disk of the run folder is full; make room"
-    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return f"out of memory; lower training.micro_batch, eval.batch_tokens or data.max_source ({text[:200]})"
+    if out_of_memory(error):
+        return no_memory(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cl_runner.methods.protocol import overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.dropout import attention_dropout, drops
 from cl_runner.models.forward import accepted, evaluating, logits
@@ -58,6 +59,22 @@ class Sharing:
         ]
         lengths = [max(len(e.source) + len(e.target) - 1, 0) for e in examples]
         return replace(batch, heads=tuple(known), lengths=tuple(lengths))
+
+    def head_of(self, task: str) -> int:
+        """How many tokens of a task's prompts a micro-batch computes once, as far as is known beforehand."""
+        return len(self._heads.get(task, [])) if self._will_share() else 0
+
+    def head_of_prompts(self, examples: Sequence[Example]) -> int:
+        """How many tokens of these prompts an evaluation computes once, as far as is known beforehand."""
+        return self.of_prompts(examples).tokens if self._will_share() else 0
+
+    def _will_share(self) -> bool:
+        stage = self.stage
+        if stage.config.training.share_prefix == "off" or overrides(stage.room.method, "condition"):
+            return False
+        if self._always is None:
+            self._always = self._static_reason()
+        return not self._always
 
     def logits(self, batch: Batch) -> Tensor:
         """As ``models.forward.logits``, of the batch that the stage has just been shown."""
@@ -146,6 +163,11 @@ class PromptHead:
         saved = (len(examples) - 1) * len(known)
         self._ids = known if saved >= WORTH * int(lengths(examples)[0].sum()) else []
         self._head: Head | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How long it is."""
+        return len(self._ids)
 
     def read(self, prompts: Batch) -> Head | None:
         """For these prompts; None where they are read as they are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import evaluating, features, logits, sampled, unwrapped
 from cl_runner.models.token_cache import lengths
 from cl_runner.models.verify import answers as verified_answers
+from cl_runner.training.fitting import Fit
 from cl_runner.training.options import Option, make_options
 from cl_runner.training.sampling import derived_seed
 from cl_runner.training.sharing import Sharing
@@ -73,6 +75,7 @@ class StageRun:
         self.task_loss: Tensor | None = None
         self.dropout = RowDropout()
         self.sharing = Sharing(self)
+        self.fit = Fit()
         self._batch: Batch | None = None
         self._raw = room.root.twin()
         self._input_groups: list[tuple[str, ...]] | None = None
@@ -103,6 +106,11 @@ class StageRun:
     @property
     def ranks(self) -> int:
         return self.room.place.ranks
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that a device takes at once: the setting's, or as many as were found to fit."""
+        return self.fit.micro_batch or self.config.training.micro_batch
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -219,6 +227,11 @@ class StageRun:
     def without_dropout(self) -> AbstractContextManager[None]:
         return evaluating(self.adapters.model)
 
+    def apart(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gives as in the engine's forward, of which the engine knows nothing."""
+        found: Tensor = self._raw(compute)
+        return found
+
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         self._show(batch)
 
@@ -334,7 +347,7 @@ class StageRun:
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
         source = source or self.own_rows()
-        micro = self.config.training.micro_batch
+        micro = self.micro_batch
         tokens = int(lengths(source.examples)[1].sum())
         chunks = [range(i, min(i + micro, len(source.examples))) for i in range(0, len(source.examples), micro)]
         for first in range(0, len(chunks), self.ranks):
@@ -404,7 +417,8 @@ class StageRun:
                 prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
                 model = self.adapters.model
                 if labels is None:
-                    ids, _verified = verified_answers(model, prompts, targets, layout, most, self._show, head)
+                    right = self.right(len(rows))
+                    ids, _verified = verified_answers(model, prompts, targets, layout, most, self._show, head, right)
                 else:
                     ids = choose(model, prompts, labels, layout, self._show, head)
             return [self.room.encoder.decode(row) for row in ids]
@@ -422,29 +436,41 @@ class StageRun:
                 torch.manual_seed(derived_seed(self.config.seed, self.index, "sample", number))
                 return sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
 
-        return self._by_batch(examples, drawn)
+        return self._by_batch(examples, drawn, whole=True)
 
     def _by_batch(
         self,
         examples: Sequence[Example],
         work: Callable[[int, Sequence[Example]], Sequence[Result]],
         tick: Callable[[int], None] = lambda _: None,
+        whole: bool = False,
     ) -> list[Result]:
         """What ``work`` makes of each example, in their order, in batches dealt to the ranks. *Collective*.
 
         Batches are formed over all examples, and ``work`` is told their number: the ranks' count changes no answer.
+        Where memory does not suffice for one, a rank may take it in parts (``Fit.answered``), unless it is ``whole``.
         """
-        gpu = 65536 if self.room.base.encoder_decoder else 16384
-        most = self.config.eval.batch_tokens or (gpu if self.device.type == "cuda" else 4096)
         sources, _ = lengths(examples)
         found: dict[int, Result] = {}
         done = 0
-        for number, rows in enumerate(token_batches(sources.tolist(), most)):
+        for number, rows in enumerate(token_batches(sources.tolist(), self.batch_tokens)):
             done += len(rows)
             if number % self.ranks == self.rank:
-                found.update(zip(rows, work(number, [examples[i] for i in rows]), strict=True))
+                of_batch = [examples[i] for i in rows]
+                made = self.fit.answered(of_batch, partial(work, number), self.config, whole)
+                found.update(zip(rows, made, strict=True))
                 tick(done)
         return [result for _, result in sorted(self.gather(found).items())]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch of answers, padding included."""
+        gpu = 65536 if self.room.base.encoder_decoder else 16384
+        return self.config.eval.batch_tokens or (gpu if self.device.type == "cuda" else 4096)
+
+    def right(self, rows: int) -> list[bool] | None:
+        """Which answers of a batch are taken for right whatever the model says: of a rehearsal alone."""
+        return None
 
     def _prompts(self, examples: Sequence[Example], task: str | None) -> Batch:
         """Inputs alone on the device: a method's condition never sees the labels, as there are none in use."""

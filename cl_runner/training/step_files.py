@@ -18,7 +18,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
 from cl_runner.training.step_state import StepState
 
-SHARED = ("engine", "muon", "frozen")
+SHARED = ("engine", "muon", "frozen", "fit")
 
 
 def write_shared(folder: Path, state: StepState) -> None:

@@ -121,6 +121,13 @@ class Meter:
         self.watch.ratio = None
         self.note(row)
 
+    def halved(self, before: int, now: int, why: str) -> None:
+        """The step to come is done again with a smaller micro-batch."""
+        self.watch.ratio = None
+        step = self.stage.step + 1
+        self.note({"out_of_memory": step, "micro_batch": now})
+        self.warn(f"out of memory at step {step}: again, and on, with micro-batches of {now} for {before} ({why})")
+
     def note(self, row: Mapping[str, Any]) -> None:
         """A row of its own."""
         self.log({"stage": self.stage.plan.name, "step": self.stage.step, "steps": self.stage.steps, **row})

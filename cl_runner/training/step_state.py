@@ -20,8 +20,9 @@ from cl_runner.training.step_log import Meter
 class StepState:
     """What is held after ``step`` optimizer steps, of each part by its name; on the CPU.
 
-    ``engine``, ``muon`` and ``frozen`` (parameters of the adapter that do not train) are the same on every rank and for
-    any number of them; what ``method``, ``option.…`` and ``meter`` hold is this rank's.
+    ``engine``, ``muon``, ``frozen`` (parameters of the adapter that do not train) and ``fit`` (the micro-batch that
+    memory suffices for) are the same on every rank and for any number of them; what ``method``, ``option.…`` and
+    ``meter`` hold is this rank's.
     """
 
     step: int
@@ -35,6 +36,7 @@ def take(stage: StageRun, engine: Engine, muon: Muon, meter: Meter, probe: Probe
         "engine": State(*engine.state()),
         "muon": State(muon.state()),
         "frozen": State(dict(frozen)),
+        "fit": State(json=stage.fit.state()),
         "method": stage.room.method.step_state(),
         "meter": State(json=meter.state()),
         **{f"option.{option.name}": option.step_state() for option in stage.options},
@@ -45,6 +47,8 @@ def take(stage: StageRun, engine: Engine, muon: Muon, meter: Meter, probe: Probe
 
 def put_beginning(stage: StageRun, state: StepState) -> None:
     """In the place of what begins a stage: options, method, and what does not train. There is no engine yet."""
+    if "fit" in state.parts:  # else nothing has been halved by then
+        stage.fit.load_state(state.parts["fit"].json)
     for option in stage.options:
         option.load_step_state(stage, _copied(state.parts[f"option.{option.name}"]))
     stage.room.method.load_step_state(stage, _copied(state.parts["method"]))

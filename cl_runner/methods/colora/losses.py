@@ -21,6 +21,7 @@ class TaskLosses:
         import torch
 
         self.sums: Tensor = torch.zeros(3, 2, len(stage.plan.tasks), device=stage.device)
+        self._step, self._before = -1, self.sums  # the step last added to, and the sums before it
 
     def add(self, stage: Stage, batch: Batch, losses: Tensor) -> None:
         """Add the token losses (b, t) to those of their tasks, by the routes of the batch."""
@@ -30,11 +31,18 @@ class TaskLosses:
         both = torch.stack([(losses * counts).sum(1), counts.sum(1).float()])  # (2, b)
         of_tasks = (both[:, :, None] * batch.condition[stage.plan.name]).sum(1)
         step, steps = stage.progress.step, stage.progress.steps
+        if step != self._step:
+            self._step, self._before = step, self.sums.clone()
         self.sums[SINCE] += of_tasks
         if step < WINDOW * steps:
             self.sums[FIRST] += of_tasks
         if step + 1 > (1 - WINDOW) * steps:
             self.sums[LAST] += of_tasks
+
+    def take_back(self, stage: Stage) -> None:
+        """A step is done again: what was added of it goes."""
+        if stage.progress.step == self._step:
+            self.sums = self._before.clone()
 
     def means(self, stage: Stage, which: int) -> dict[str, float | None]:
         """Each task's mean loss per label token, over all ranks. ``SINCE`` begins anew. *Collective*."""

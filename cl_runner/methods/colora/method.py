@@ -139,6 +139,10 @@ class CoLoRA(Rounds):
         total: Tensor = (each * batch.token_weights).sum()
         return total
 
+    def take_back(self, stage: Stage) -> None:
+        assert self._losses is not None
+        self._losses.take_back(stage)
+
     def penalty(self, stage: Stage) -> Tensor | None:
         from cl_runner.methods.colora.mathematics import apart
 
