@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo demo-real test test-wide lint bench clean
+.PHONY: setup demo demo-real test test-wide test-faults lint bench clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# Kills, signals, full disks, damaged files, … (docs/reliability.md): a few of each, some minutes on two cores. LONG=1 has
+# every place, and hundreds of kills of every method, kind and option, for an hour or so; it goes on where it was left.
+FAULTS := OMP_NUM_THREADS=1 CL_RUNNER_FAULTS=faults/places.jsonl $(if $(LONG),CL_RUNNER_FAULTS_LONG=1)
+
+test-faults: setup
+	mkdir -p faults
+	rm -f faults/places.jsonl
+ifneq ($(LONG),)
+	$(BIN)/python -m tests.faults.kills --json faults/kills.jsonl
+endif
+	$(FAULTS) $(BIN)/python -m pytest tests/faults --override-ini python_files='fault_*.py' --timeout 3600 --numprocesses 2 --dist loadfile
+	$(BIN)/python -m tests.faults.table faults/*.jsonl
 
 # Ratios side by side, an hour or so on two idle cores; benchmarks/README.md says what they are. On a GPU: see there.
 bench: setup

@@ -19,8 +19,8 @@ from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
 from cl_runner.models.identity import model_identity
 from cl_runner.models.locate import Located, check, locate
-from cl_runner.runs import catalog
-from cl_runner.runs.checkpoints import refuse_others, there
+from cl_runner.runs import catalog, checkpoints
+from cl_runner.runs.commit import clear_drafts, remove_models
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import summary_of, write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
@@ -100,7 +100,7 @@ def train(
         return 0
     if run.done == len(run.plan.stages):
         if part is None or part.rank == 0:
-            finish(folder)
+            finish(folder, run.plan)
             print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
             print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
@@ -154,17 +154,21 @@ def name_of(resolved: Resolved, restart: bool) -> RunDir:
 
 def step_to_enter(folder: RunDir, plan: Plan, index: int, processes: int) -> int:
     """The step that a stage (from 0) goes on from, 0 where it begins. Raises UserError where it may not go on there."""
-    for one in there(folder, index, plan.names[index]):
+    for one in checkpoints.there(folder, index, plan.names[index]):
         if (then := one.facts()) is not None:  # else it is damaged, and the run will pass over it
-            refuse_others(one, then, plan.facts(folder, index, processes))
+            checkpoints.refuse_others(one, then, plan.facts(folder, index, processes))
             return one.step
     return 0
 
 
-def finish(folder: RunDir) -> None:
-    """Write the results of a run that was cut off between its last stage and them; else do nothing."""
+def finish(folder: RunDir, plan: Plan) -> None:
+    """Do what is left of a run that was cut off after its last stage's commit; else do nothing."""
     if folder.status().get("state") != "done":
         with folder.lock():
+            clear_drafts(folder)
+            checkpoints.clear(folder)
+            if (keep := plan.config.output.keep_stages) != "all":
+                remove_models(folder, plan.names, keep)
             write_results(folder)
             folder.set_status("done")
 

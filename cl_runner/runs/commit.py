@@ -13,6 +13,7 @@ from pathlib import Path
 from cl_runner.atomic import read_json, sha256, sync, write_folder, write_json
 from cl_runner.errors import UserError
 from cl_runner.runs.folder import RunDir
+from cl_runner.runs.state import NEXT, TENSORS, StageState
 
 
 def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
@@ -63,8 +64,18 @@ def remove(run: RunDir, index: int, name: str, parts: Sequence[str]) -> None:
             (folder / part).unlink(missing_ok=True)
 
 
+def remove_models(run: RunDir, names: Sequence[str], keep: int) -> None:
+    """Of the committed stages remove the weights, but of the last ``keep``, and those that the last one names."""
+    newest = StageState.read(run.stage_dir(len(names) - 1, names[-1])).answers
+    for index, name in enumerate(names[:-keep]):
+        if name not in newest.kept:
+            # What the method carried is of no use without the weights.
+            remove(run, index, name, ("adapter", "model", NEXT, TENSORS))
+
+
 def clear_drafts(run: RunDir) -> None:
-    """Remove what an interrupted commit left."""
+    """Remove what interrupted processes left, of the folder, of a stage or of a file."""
+    run.clear_drafts()
     for draft in [*run.stages_dir.glob(".*.draft"), *run.path.glob(".*.draft")]:
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cl_runner.atomic import read_json, sha256, sync, umask, write_json, write_text
 from cl_runner.config.lookup import is_name
 from cl_runner.errors import UserError
+from cl_runner.runs import lock
+from cl_runner.runs.process import Process
 
 LAYOUT = 2
 READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no options
-PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
 
 
 class RunDir:
@@ -92,7 +93,8 @@ class RunDir:
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     made.append(folder)
-            draft = Path(tempfile.mkdtemp(prefix=f".{self.name[:80]}.", suffix=".draft", dir=self.path.parent))
+            maker = f".{self.name[:30]}.{Process.here().word}."
+            draft = Path(tempfile.mkdtemp(prefix=maker, suffix=".draft", dir=self.path.parent))
             draft.chmod(0o777 & ~umask())
             (draft / "stages").mkdir()
             write_text(draft / "run.yaml", config_yaml)
@@ -117,6 +119,13 @@ class RunDir:
                 raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
             raise
 
+    def clear_drafts(self) -> None:
+        """Remove what processes that were killed in ``create`` have left beside the folder."""
+        for draft in self.path.parent.glob(f".{glob.escape(self.name[:30])}.*.draft"):
+            maker = Process.of_word(draft.name.split(".")[-3])
+            if maker is not None and maker.alive() is False:
+                shutil.rmtree(draft, ignore_errors=True)
+
     def about(self) -> dict[str, Any]:
         """``run.json``: the plan and what identifies the run.
 
@@ -134,51 +143,13 @@ class RunDir:
             raise UserError(f"{self.path / 'run.json'}: layout {about.get('layout')}; this version reads {known}")
         return about
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing; a second process that wants it is refused. Ends with the process."""
-        import fcntl
-
-        try:
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
-        try:
-            patience = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= patience:
-                        raise UserError(f"the run {self.path} is being trained {self._by_whom()}") from None
-                    time.sleep(0.05)
-            yield
-        finally:
-            os.close(handle)
-
-    def _by_whom(self) -> str:
-        with suppress(UserError):
-            status = self.status()
-            if "pid" in status:
-                return f"by another process (pid {status['pid']} on {status.get('host', 'this machine')})"
-        return "by another process"
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the run for writing; ends with the process. Raises UserError, naming it, where another process does."""
+        return lock.held(self.path)
 
     def locked(self) -> bool:
         """Whether a living process holds the run."""
-        import fcntl
-
-        try:
-            handle = os.open(self.path / ".lock", os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        return lock.is_held(self.path)
 
     # Stages.
 

@@ -18,7 +18,7 @@ from cl_runner.adapters.saved import Saved
 from cl_runner.atomic import read_json, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
-from cl_runner.runs.commit import refuse_other, remove, sealed
+from cl_runner.runs.commit import refuse_other, sealed
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.predictions import predictions
@@ -135,16 +135,6 @@ def committed(rundir: RunDir, stage: StageRun) -> None:
     name = stage.plan.name
     folder = rundir.stage_dir(stage.index, name)
     stage.adapters.committed(folder / (NEXT if (folder / NEXT).is_dir() else stage.adapters.folder), name)
-
-
-def remove_models(rundir: RunDir, stage: StageRun, keep: int) -> None:
-    """Remove the weights of all committed stages but the last ``keep``, and those that the last one names."""
-    newest = StageState.read(rundir.stage_dir(stage.index, stage.plan.name)).answers
-    for index in range(stage.index + 1 - keep):
-        name = stage.order[index].name
-        if name not in newest.kept:
-            # What the method carried is of no use without the weights.
-            remove(rundir, index, name, (stage.adapters.folder, NEXT, TENSORS))
 
 
 def refuse_removed(folder: Path) -> None:

@@ -18,14 +18,14 @@ from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.checkpoints import Checkpoint
-from cl_runner.runs.commit import commit
+from cl_runner.runs.commit import commit, remove_models
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen
 from cl_runner.training.accounting import Counts, parameters
-from cl_runner.training.checkpoint import answers_to, committed, remove_models, restore_stage, save_stage
+from cl_runner.training.checkpoint import answers_to, committed, restore_stage, save_stage
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.health import Health
 from cl_runner.training.keeping import Keeper
@@ -163,7 +163,7 @@ class Run:
             keeper.committed()
             keep = self.plan.config.output.keep_stages
             if self.place.rank == 0 and keep != "all":
-                remove_models(self.rundir, stage, keep)
+                remove_models(self.rundir, self.names[: index + 1], keep)
             let_go(room, self.plan, index)
             if stage.fit.eval_tokens:
                 self._say(stage, f"out of memory in evaluation: batches of {stage.fit.eval_tokens} tokens from then on")

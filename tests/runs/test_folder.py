@@ -7,12 +7,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +16,10 @@ import pytest
 from cl_runner.atomic import append_jsonl, read_json, read_jsonl, sha256, write_json, write_text
 from cl_runner.errors import UserError
 from cl_runner.runs import folder as module
-from cl_runner.runs.commit import commit
+from cl_runner.runs.commit import clear_drafts, commit
 from cl_runner.runs.folder import RunDir
-from tests.command_line import ORDER, SMALL, STAGES, call, environment, results, tree
+from cl_runner.runs.process import Process
+from tests.command_line import ORDER, SMALL, STAGES, call, results, tree
 from tests.commands.test_errors import refused
 from tests.conftest import Finished
 
@@ -125,64 +121,26 @@ def test_create_leaves_a_run_that_was_quicker(run: RunDir) -> None:
     assert tree(run.path.parent) == before
 
 
+def test_what_a_killed_maker_left_is_removed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next process that trains the run; what a living one, or one of another machine, makes there stays."""
+    made: list[str] = []
+    mkdtemp = module.tempfile.mkdtemp
+    monkeypatch.setattr(module.tempfile, "mkdtemp", lambda **named: made.append(mkdtemp(**named)) or made[-1])
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
+    for process in (Process.here(), replace(Process.here(), host="other"), replace(Process.here(), started=1)):
+        monkeypatch.setattr(Process, "here", lambda process=process: process)
+        run.create("", "", {})
+    monkeypatch.undo()
+    drafts = [Path(name) for name in made]
+    assert [draft.exists() for draft in drafts] == [True, True, True]
+    clear_drafts(run)
+    assert [draft.exists() for draft in drafts] == [True, True, False]
+
+
 def test_permissions_are_the_users(run: RunDir) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert run.path.stat().st_mode & 0o777 == 0o777 & ~mask
-
-
-@contextmanager
-def holder(run: RunDir) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the run."""
-    script = """
-        import sys, time
-        from pathlib import Path
-        from cl_runner.runs.folder import RunDir
-        with RunDir(Path(sys.argv[1])).lock():
-            print("held", flush=True)
-            time.sleep(60)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(run.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def test_one_writer_at_a_time(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not run.locked()
-    assert not (run.path / ".lock").exists(), "to look writes nothing"
-    with holder(run) as process:
-        assert run.locked()
-        run.set_status("running", pid=process.pid, host="there")
-        monkeypatch.setattr(module, "PATIENCE", 0.1)
-        with (
-            pytest.raises(UserError, match=f"being trained by another process .pid {process.pid} on there"),
-            run.lock(),
-        ):
-            pass
-        process.kill()
-        process.wait()
-        assert not run.locked(), "it ends with its process"
-        with run.lock():
-            assert run.locked()
-    assert not run.locked()
-
-
-def test_who_looks_does_not_disturb_who_begins(run: RunDir) -> None:
-    """`list runs` holds the lock for a moment; a train that begins then waits for it."""
-    import fcntl
-    import threading
-
-    handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(handle, fcntl.LOCK_SH)
-    threading.Timer(0.2, os.close, [handle]).start()
-    start = time.monotonic()
-    with run.lock():
-        assert time.monotonic() - start > 0.1
 
 
 def test_log_rows_of_a_cut_stage_are_taken_out(run: RunDir) -> None:

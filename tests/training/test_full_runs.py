@@ -142,6 +142,14 @@ def test_transformers_alone_answers_as_the_run_did(seqft: Path) -> None:
     assert len(set(outputs)) > 1
 
 
+def test_a_run_killed_after_its_last_commit_keeps_as_many(seqft: Path, tmp_path: Path) -> None:
+    run = copied(seqft, tmp_path, 3)
+    RunDir(run).set_status("running")
+    again = call(*SEQFT, "--set=output.keep_stages=1", cwd=tmp_path)
+    assert "is done already" in again.err
+    assert [(stage / "model").exists() for stage in sorted((run / "stages").iterdir())] == [False, False, True]
+
+
 def test_only_so_many_stages_keep_their_model(seqft: Path, tmp_path: Path) -> None:
     run = copied(seqft, tmp_path, 1)
     assert call(*SEQFT, "--set=output.keep_stages=1", cwd=tmp_path).code == 0

@@ -372,3 +372,19 @@ def test_another_torch_and_another_device_are_said_where_a_stage_goes_on(left: P
     assert said.count("warning: ") == 2
     assert json.loads(file.read_text())["later"][0]["packages"]["torch"] == now
     assert "torch 1.0.0 → " in (left / "runs/left/run.log").read_text()
+
+
+def test_killed_after_its_last_commit(halfway: Path, tmp_path: Path) -> None:
+    """The same command does what was left to do: the results, and what is kept of the last stage is removed."""
+    shutil.copytree(halfway, tmp_path / "halfway")
+    cwd = tmp_path / "halfway"
+    run = cwd / "runs/whole"
+    wanted = results(run)
+    shutil.copytree(cwd / "runs/left/checkpoint", run / "checkpoint")
+    (run / "stages/.02-agnews.draft").mkdir()
+    (run / "matrix.csv").unlink()
+    RunDir(run).set_status("running", pid=1, host="gone")
+    assert "is done already" in train(cwd, "whole").err
+    assert results(run) == wanted
+    assert not (run / "checkpoint").exists() and not (run / "stages/.02-agnews.draft").exists()
+    assert RunDir(run).status() == {"state": "done"}
