@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import wide
+
 needs_scipy = pytest.mark.skipif(find_spec("scipy") is None, reason="scipy is not installed")
 
 START = """
@@ -26,6 +28,7 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@wide
 @needs_scipy
 def test_what_transformers_takes_of_scipy_is_loaded_when_it_is_called() -> None:
     run("""
@@ -44,6 +47,7 @@ assert loaded["scipy.optimize"] is scipy.optimize and scipy.optimize.minimize
 """)
 
 
+@wide
 @needs_scipy
 def test_without_it_transformers_loads_scipy_with_every_model() -> None:
     """Where this fails, ``ONE_FUNCTION`` has no use any more."""

@@ -236,7 +236,7 @@ def test_a_base_that_is_gone_or_another(run: Path, tmp_path: Path) -> None:
     assert call("analyze", run.name, "--intruders", cwd=cwd).code == 2
     assert "against_base" in call("analyze", run.name, "--model", "tiny-t5", "--json", cwd=cwd).json
     line = call("analyze", run.name, "--model", nano_t5(), cwd=cwd).line
-    assert line.endswith(f"the base model {nano_t5()} is not the one of the run")
+    assert f"the base model {nano_t5()} is not the one of the run (from: embedded → folder, files: " in line
 
 
 def test_some_layers_as_csv(run: Path) -> None:

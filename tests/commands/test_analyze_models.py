@@ -241,7 +241,7 @@ def test_rows_that_are_not_those_of_the_run_are_refused(run: Path, family: str) 
     "settings",
     [
         ("seqft",),
-        ("sdlora",),
+        pytest.param(("sdlora",), marks=wide),
         pytest.param(("pertask",), marks=wide),
         pytest.param(("seqlora", "--set=adapter.kind=dora"), marks=wide),
     ],

@@ -104,7 +104,7 @@ def kill_rank_1(parent: int, launcher: int, ranks: Mapping[int, int]) -> None:
     [
         (term_parent, 130, r"stopped in stage 1 \(dbpedia\); kept: dbpedia to step \d+; go on: cl-runner train"),
         pytest.param(kill_launcher, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended", marks=wide),
-        (kill_rank_1, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended"),
+        pytest.param(kill_rank_1, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended", marks=wide),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -18,6 +18,7 @@ from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, Values, off, opposed, values, vector
@@ -87,6 +88,7 @@ def _ranks(place: Place) -> dict[str, tuple[Values, dict[str, Tensor]]]:
     return found
 
 
+@wide
 def test_two_ranks_do_what_one_does() -> None:
     (alone,) = on_ranks(1, _ranks)
     first, second = on_ranks(2, _ranks)

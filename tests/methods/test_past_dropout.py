@@ -21,6 +21,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.sampling import BatchPlan, derived_seed
 from cl_runner.training.stage import StageRun
 from tests.adapters.test_past_dropout import unfolded
+from tests.breadth import wide
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -89,6 +90,7 @@ def _ranks(place: Place) -> dict[str, Tensor]:
     return found
 
 
+@wide
 def test_two_ranks_do_what_one_does() -> None:
     (alone,) = on_ranks(1, _ranks)
     first, second = on_ranks(2, _ranks)

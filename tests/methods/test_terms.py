@@ -20,6 +20,7 @@ from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, off, opposed
@@ -152,6 +153,7 @@ def _ranks(place: Place) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]
     return found
 
 
+@wide
 def test_two_ranks_do_what_one_does() -> None:
     (alone,) = on_ranks(1, _ranks)
     first, second = on_ranks(2, _ranks)
@@ -190,6 +192,7 @@ def _checkpointed(place: Place, name: str) -> None:
     assert farthest(found[1], found[0]) < 1e-5
 
 
+@wide
 @every_method
 def test_recomputed_activations_change_nothing(name: str) -> None:
     on_ranks(1, _checkpointed, name)

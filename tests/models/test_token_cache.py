@@ -25,6 +25,7 @@ from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.token_cache import Encoded, Joined, TokenCache, lengths
 from cl_runner.tasks.task import Prompt
+from tests.breadth import wide
 from tests.models.tiny_models import CHATML, byte_tokenizer, t5_tokenizer
 
 T5 = Layout(True, pad_id=1, eos_id=0, end_ids=(0,), decoder_start_id=1, vocab_size=420)
@@ -302,6 +303,7 @@ for _ in range(20):
 """
 
 
+@wide
 def test_two_processes_write_at_once(folder: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     both = [

@@ -20,6 +20,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import read_matrix
 from cl_runner.runs.resume_guard import recorded
 from cl_runner.settings import resolve
+from tests.breadth import wide
 from tests.command_line import ORDER, SMALL, STAGES, call, finish, logged, results, start, times, tree, variables
 from tests.commands.test_errors import benchmark_folder, refused
 from tests.conftest import Finished
@@ -40,10 +41,10 @@ def the_run(cwd: Path) -> Path:
     "method",
     [
         ("olora",),
-        ("seqlora",),
+        pytest.param(("seqlora",), marks=wide),
         # a task's own adapter; the base scored before; the dense form of a sum, from the second stage on
         ("pertask", "--set", "eval.future=true"),
-        ("inclora", "--set", "adapter.r=64"),
+        pytest.param(("inclora", "--set", "adapter.r=64"), marks=wide),
     ],
     ids=lambda words: words[0],
 )

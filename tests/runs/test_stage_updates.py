@@ -18,11 +18,18 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.stage_updates import StageChanges, stage_changes
 from tests.adapters.families import off
 from tests.adapters.tuners import SETTINGS
+from tests.breadth import narrowed
 from tests.command_line import NANO, call
 from tests.nano import nano_t5
 
 TASKS = ["dbpedia", "amazon", "agnews"]
 LOHA = ("--set=adapter.kind=loha", *(f"--set=adapter.{name}={value}" for name, value in SETTINGS["loha"].items()))
+QUICK = {
+    "pairs of unlike rank and scale",
+    "one pair that began with a part of the weight",
+    "a pair for each",
+    "matrices",
+}
 RUNS: dict[str, tuple[str, ...]] = {
     "pairs": ("--method", "olora"),
     "pairs of unlike rank and scale": (
@@ -89,7 +96,7 @@ def less(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str,
     return {layer: delta - before[layer] if before else delta for layer, delta in after.items()}
 
 
-@pytest.mark.parametrize("form", RUNS)
+@pytest.mark.parametrize("form", narrowed(RUNS, QUICK))
 def test_a_stage_is_what_its_folder_adds_less_what_was_there(form: str, tmp_path: Path) -> None:
     run = trained(tmp_path, *RUNS[form])
     changes, skipped = found(run)

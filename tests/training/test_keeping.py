@@ -17,6 +17,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.terminal import stopping
 from cl_runner.training import evaluation, keeping
 from cl_runner.training.keeping import Keeper
+from tests.breadth import wide
 from tests.command_line import NANO, Result, call, finish, results, start
 from tests.command_line import logged as until_logged
 from tests.distributed import command_on_ranks, on_ranks
@@ -71,8 +72,12 @@ def train(cwd: Path, name: str, *more: str, code: int = 0) -> Result:
         ("agnews", ["--method=olora", *settings(adapter__r="auto", adapter__max_r=4)]),
         ("agnews", ["--method=replay", *settings(method__memory_per_task=3, method__replay_ratio=0.5)]),
         ("agnews", ["--method=migu", *settings(options__slow_copy={"beta": 0.7}, eval__probe_every=1)]),
-        ("agnews", ["--method=ewc", *settings(method__fisher_samples=4, training__optimizer="muon")]),
-        ("agnews", ["--method=l2p", *settings(method__pool=4, method__length=2, method__top=2)]),
+        pytest.param(
+            "agnews", ["--method=ewc", *settings(method__fisher_samples=4, training__optimizer="muon")], marks=wide
+        ),
+        pytest.param(
+            "agnews", ["--method=l2p", *settings(method__pool=4, method__length=2, method__top=2)], marks=wide
+        ),
         ("dbpedia", ["--method=seqft"]),
     ],
     ids=["auto rank", "replay", "migu, slow copy, probe", "ewc, muon", "l2p", "seqft, stage 1"],

@@ -25,7 +25,7 @@ from cl_runner.training.probe import Probe, rows_of_probe
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_log import Trained
 from cl_runner.training.step_state import StepState
-from tests.breadth import ONE_OF_EACH_SORT, narrowed
+from tests.breadth import ONE_OF_EACH_SORT, narrowed, wide
 from tests.command_line import NANO, ORDER, Result, call, results
 from tests.distributed import command_on_ranks, on_ranks
 from tests.methods.orders import rows_of
@@ -377,10 +377,10 @@ def correct(run: Path, stage: str, task: str, ids: Sequence[str]) -> float:
     [
         ("--method", "seqlora"),
         ("--method", "pertask", "--set=stages.3.training.share_prefix=off"),  # which would be asked again otherwise
-        ("--method", "progprompt"),
+        pytest.param(("--method", "progprompt"), marks=wide),
         ("--method", "seqft", "--set=training.lr=1e-3", "--set=options.slow_copy={beta: 0.5}"),
-        ("--method", "replay", "--set=method.replay_ratio=0.5"),
-        ("--method", "shared-basis"),
+        pytest.param(("--method", "replay", "--set=method.replay_ratio=0.5"), marks=wide),
+        pytest.param(("--method", "shared-basis"), marks=wide),
     ],
     ids=lambda words: words[1],
 )

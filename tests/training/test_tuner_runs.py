@@ -126,7 +126,7 @@ def scored_again(run: Path, stage: int) -> None:
     assert found["scores"] == found["committed"] and not any(found["differing_rows"].values())
 
 
-@pytest.mark.parametrize("kind", SMALL_KINDS)
+@pytest.mark.parametrize("kind", narrowed(SMALL_KINDS, ["dora", "oft"]))
 def test_a_run_goes_on_where_it_was_and_its_settings_are_read_again(kind: str, tmp_path: Path) -> None:
     run = trained(tmp_path, kind, "inclora")
     whole = results(run)

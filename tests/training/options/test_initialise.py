@@ -26,7 +26,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.options.initialise import Initialisation
 from cl_runner.training.stage import StageRun
-from tests.breadth import ONE_OF_EACH_SORT, narrowed
+from tests.breadth import ONE_OF_EACH_SORT, narrowed, wide
 from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
@@ -313,7 +313,9 @@ def test_and_where_factors_are_larger_than_their_matrix(name: str, tmp_path: Pat
     assert found == ["state" if name == "inclora" else "adapter"]
 
 
-@pytest.mark.parametrize(("method", "at"), [("inclora", 3), ("olora", 2), ("ewc", 1)])  # the first stage, or the second
+@pytest.mark.parametrize(
+    ("method", "at"), [("inclora", 3), pytest.param("olora", 2, marks=wide), pytest.param("ewc", 1, marks=wide)]
+)  # the first stage, or the second
 @every_init
 def test_a_stage_is_entered_in_its_middle(init: dict[str, Any], method: str, at: int) -> None:
     found = entered(1, method, at, **sets(init))
@@ -406,8 +408,8 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     [
         ("olora", "pissa", False),
         ("seqlora", "corda", True),
-        ("inclora", "orthogonal", False),
-        ("pertask", "olora", True),
+        pytest.param("inclora", "orthogonal", False, marks=wide),
+        pytest.param("pertask", "olora", True, marks=wide),
     ],
 )
 def test_a_run_answers_again_and_in_plain_peft(method: str, init: str, slow: bool, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cl_runner.training.compatibility import check_method
 from cl_runner.training.options import reorthogonalise as option
 from cl_runner.training.options.reorthogonalise import split
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
@@ -196,6 +197,7 @@ def _ranks(place: Place) -> list[Values]:
     return found
 
 
+@wide
 def test_two_ranks_do_what_one_does() -> None:
     (alone,), (first, second) = on_ranks(1, _ranks), on_ranks(2, _ranks)
     for number, (one, a, b) in enumerate(zip(alone, first, second, strict=True)):

@@ -25,7 +25,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering, leaving
 from cl_runner.training.options.slow_copy import SlowCopy
 from cl_runner.training.stage import StageRun, commit_update
-from tests.breadth import wide
+from tests.breadth import narrowed, wide
 from tests.command_line import NANO, call, results
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -120,7 +120,7 @@ RECURSIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", narrowed([1, 2], [1]))
 @pytest.mark.parametrize(("method", "settings"), RECURSIONS, ids=[method for method, _ in RECURSIONS])
 def test_the_recursion_by_hand(method: str, settings: dict[str, Any], ranks: int) -> None:
     found = on_ranks(ranks, _recursion, method, settings)
