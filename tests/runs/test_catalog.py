@@ -110,7 +110,7 @@ def test_kill_in_the_middle_of_stage_2(tmp_path: Path, finished: Finished) -> No
     assert [(row["stage"], row["step"]) for row in rows] == [(stage, step) for stage in STAGES for step in (1, 2)]
     later = json.loads((run / "environment.json").read_text())["later"]
     assert len(later) == 1
-    assert list(later[0]) == ["started"], "only what is otherwise"
+    assert set(later[0]) <= {"started"}, "only what is otherwise; of the same second nothing is"
     assert (run / "run.log").read_text().count("--- 20") == 2
 
 
