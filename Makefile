@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo demo-real test test-wide test-faults lint bench clean
+.PHONY: setup demo demo-real test test-wide test-faults lint bench fuzz clean
 
 setup: $(STAMP)
 
@@ -82,6 +82,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.penalty --shape t5-base --batch 4 --steps 3 --rounds 2 --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.order --json bench/results.jsonl
 	$(BIN)/python -m benchmarks.stages --curve 200 --out bench --json bench/results.jsonl
+
+# 20,000 hostile inputs, in a file that a second call goes on with; docs/fuzzing.md says what they are. SEED=1: others.
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases 20000 --seed $(SEED) --out fuzz/cases.jsonl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,11 +7,16 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cl_runner.errors import UserError
+from cl_runner.plain_files import LARGEST_JSON, LARGEST_ROWS, content, lines, opened
+
+# Bytes of a file that are hashed, by its ending: of one that nobody would read, not even that.
+_MOST = {".jsonl": LARGEST_ROWS, **dict.fromkeys((".json", ".yaml", ".csv", ""), 2**29)}
 
 
 def sync(path: Path) -> None:
@@ -24,19 +29,24 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file."""
+    """Hex digest of a plain file; weights may be of any size.
+
+    Raises UserError for what is no file, such as a pipe, and for text that is larger than any that is read.
+    """
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with opened(file, _MOST.get(file.suffix, sys.maxsize)) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a file's content in one atomic step."""
+    """Replace a file's content in one atomic step. A link that somebody has put in its place is replaced itself."""
     draft = file.with_name(f".{file.name}.draft")
     try:
-        draft.write_text(text, "utf-8", "backslashreplace")
+        draft.unlink(missing_ok=True)  # what an interrupted call left, or a link to somebody's file
+        with draft.open("x", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
         draft.replace(file)
     except OSError:
         draft.unlink(missing_ok=True)
@@ -60,7 +70,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: the file is missing or broken.
     """
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = json.loads(content(file, LARGEST_JSON).decode(), parse_constant=_no_number, parse_float=_finite_float)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -68,6 +78,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: must be a JSON object")
     return value
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
@@ -117,9 +136,12 @@ def umask() -> int:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """All rows of a JSON Lines file of ours. Raises UserError where it is missing or broken."""
     try:
-        # Not splitlines(): a text may hold U+2028 and others of its kind as they are.
-        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+        # By line feeds alone: a text may hold U+2028 and others of its kind as they are.
+        rows = [json.loads(line) for line in lines(file) if line != b"\n"]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: broken JSON: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: each line must be a JSON object")
+    return rows

@@ -14,6 +14,7 @@ import typer
 
 from cl_runner import __version__
 from cl_runner.errors import TrainingError, UserError, no_memory, out_of_memory
+from cl_runner.offline import cache_alone
 from cl_runner.terminal import console
 from cl_runner.terminal.console import one_line, say_error, stdout_kept_for_results
 from cl_runner.terminal.stopping import Stopped, signals_stop
@@ -48,6 +49,9 @@ Plugins = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML of settings, or a run's run.yaml.")]
 Method = Annotated[str | None, typer.Option("--method", help="Continual-learning method.")]
 Model = Annotated[str | None, typer.Option("--model", help="Embedded model, folder, or hub id.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the run's base model brings, if you trust it.")
+]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmark folder (default $CL_RUNNER_DATA).")]
 DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub, synthetic, or another source.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
@@ -194,22 +198,25 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
     plugin: Plugins = None,
     set_: Sets = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Score a finished stage again; compare with what was committed. Writes nothing into the run."""
     from cl_runner.commands import eval as command
 
-    command.evaluate(
-        run,
-        root=Path(output_dir or "runs"),
-        stage=stage,
-        tasks=tasks,
-        data_dir=data_dir,
-        model=model,
-        plugins=plugin or [],
-        sets=set_ or [],
-        as_json=as_json,
-    )
+    with cache_alone():  # what a run's folder names is not fetched
+        command.evaluate(
+            run,
+            root=Path(output_dir or "runs"),
+            stage=stage,
+            tasks=tasks,
+            data_dir=data_dir,
+            model=model,
+            plugins=plugin or [],
+            sets=set_ or [],
+            trust=trust_remote_code,
+            as_json=as_json,
+        )
 
 
 @app.command()
@@ -243,21 +250,24 @@ def verify(
     data_dir: DataDir = None,
     model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
     plugin: Plugins = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check a run: hashes, scores from its answers, data, base model. Exit code 1 where something differs."""
     from cl_runner.commands import verify as command
 
-    code = command.verify(
-        run,
-        root=Path(output_dir or "runs"),
-        stage=stage,
-        again=again,
-        data_dir=data_dir,
-        model=model,
-        plugins=plugin or [],
-        as_json=as_json,
-    )
+    with cache_alone():  # what a run's folder names is not fetched
+        code = command.verify(
+            run,
+            root=Path(output_dir or "runs"),
+            stage=stage,
+            again=again,
+            data_dir=data_dir,
+            model=model,
+            plugins=plugin or [],
+            trust=trust_remote_code,
+            as_json=as_json,
+        )
     raise typer.Exit(code)
 
 
@@ -377,14 +387,18 @@ def analyze(
     ] = None,
     data_dir: DataDir = None,
     csv: Annotated[bool, typer.Option("--csv", help="A row for each layer and update.")] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """What each stage, or adapter, changed of the weights, and how these updates overlap."""
     from cl_runner.commands import analyze as command
 
     form = _form(json=as_json, csv=csv)
-    asked = command.Asked(layers, model, intruders, top_k, epsilon, gradients, text, unseen or [], data_dir)
-    command.analyze(what or [], asked, root=Path(output_dir or "runs"), form=form)
+    asked = command.Asked(
+        layers, model, intruders, top_k, epsilon, gradients, text, unseen or [], data_dir, trust_remote_code
+    )
+    with cache_alone():  # what a run's folder names is not fetched
+        command.analyze(what or [], asked, root=Path(output_dir or "runs"), form=form)
 
 
 @app.command(name="list")

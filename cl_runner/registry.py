@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.plain_files import LARGEST_JSON, content
 
 if TYPE_CHECKING:
     from cl_runner.adapters.kind import Kind
@@ -176,7 +177,7 @@ def load_plugin(given: str) -> Plugin:
     if file.suffix != ".py":
         raise UserError(f"{given}: a plugin is a Python file, FILE.py")
     try:
-        text = file.read_bytes()
+        text = content(file, LARGEST_JSON)
     except OSError as error:
         raise UserError(f"{given}: cannot be read: {error.strerror or error}") from error
     import hashlib

@@ -54,7 +54,7 @@ class RunFolder:
         found = resolve(order=str(file), sets=self.sets, flags=flags, method_schema=method_schema)
         assert found.order is not None
         self.tasks = {task.name: task for task in found.order.tasks}
-        split = {"source": "synthetic", "synthetic": False, "rows": 1, "fingerprint": "x"}
+        split = {"source": "synthetic", "synthetic": False, "rows": 1, "dropped": 0, "fingerprint": "x"}
         about = {
             "order": found.order.name,
             "method": self.method,

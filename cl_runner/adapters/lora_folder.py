@@ -7,6 +7,7 @@ none. What ``fan_in_fan_out`` says is how the base keeps its weight: A and B lie
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from cl_runner.adapters import patterns
+from cl_runner.adapters.expressions import Costly
 from cl_runner.atomic import read_json
 from cl_runner.errors import UserError, first_line
 from cl_runner.metrics.updates.update import Update
+from cl_runner.plain_files import pickled, refuse_foreign
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(
@@ -35,6 +38,7 @@ _OTHERWISE = {
     "monteclora_config": "MonteCLoRA: its factors are drawn",
     "target_parameters": "a pair for each expert of a layer (target_parameters)",
 }
+LARGEST = 1e30  # of a rank or alpha
 _BORROWS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # as the weight began, so did the pair
 
 
@@ -136,10 +140,10 @@ class LoraFolder:
         try:
             key = patterns.first(values, layer)
             found = usual if key is None else values[key]
-        except (re.error, TypeError, AttributeError) as error:
+        except (re.error, Costly, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"{self.path / CONFIG}: {pattern}: {error}") from None
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-            raise UserError(f"{self.path / CONFIG}: {setting}: must be a number, not {found!r}")
+        if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST:
+            raise UserError(f"{self.path / CONFIG}: {setting}: must be a number, not {str(found)[:40]}")
         return found
 
     def _note(self) -> None:
@@ -151,12 +155,13 @@ class LoraFolder:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"{path}: {'is no folder' if path.exists() else 'does not exist'}")
+    if not os.path.isdir(path):  # noqa: PTH112 - Path's takes no long name
+        raise UserError(f"{path}: {'is no folder' if os.path.lexists(path) else 'does not exist'}")
     if not (path / CONFIG).is_file():
         inside = sorted(each.parent.name for each in path.glob(f"*/{CONFIG}"))
         hint = f"; {path / inside[0]} does" if inside else ""
         raise UserError(f"{path}: is no PEFT adapter, it holds no {CONFIG}{hint}")
+    refuse_foreign(path)
     config = read_json(path / CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -168,12 +173,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def tensors_of(path: Path) -> Tensors:
-    """What an adapter folder's file holds. Raises UserError where there is none, or it is broken."""
+    """What an adapter folder's file holds. Raises UserError where there is none, it is broken, or it is a pickle."""
     if (path / WEIGHTS).is_file():
         return _safe(path / WEIGHTS)
     if (path / PICKLED).is_file():
-        return _pickled(path / PICKLED)
-    raise UserError(f"{path}: holds no {WEIGHTS} (nor {PICKLED})")
+        raise pickled(path / PICKLED, WEIGHTS)
+    raise UserError(f"{path}: holds no {WEIGHTS}")
 
 
 def _safe(file: Path) -> Tensors:
@@ -185,15 +190,6 @@ def _safe(file: Path) -> Tensors:
     except (SafetensorError, OSError) as error:
         raise _broken(file, error) from None
     return Tensors(shapes, opened.get_tensor)
-
-
-def _pickled(file: Path) -> Tensors:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        shapes = {str(name): tuple(tensor.shape) for name, tensor in found.items()}
-    except Exception as error:  # a pickle may be broken, or refused, in any way
-        raise _broken(file, error) from None
-    return Tensors(shapes, found.__getitem__)
 
 
 def _broken(file: Path, error: Exception) -> UserError:

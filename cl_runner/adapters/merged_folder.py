@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from cl_runner.adapters.beside import quiet
+from cl_runner.adapters.foreign_config import refuse_foreign_config
 from cl_runner.adapters.lora_folder import CONFIG, LoraFolder, NeedsBase, tensors_of
 from cl_runner.adapters.targets import is_linear, is_transposed, shape_of
 from cl_runner.atomic import read_json
 from cl_runner.errors import UserError, first_line
 from cl_runner.metrics.updates.update import Update
+from cl_runner.plain_files import refuse_foreign
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
@@ -48,9 +50,13 @@ class MergedFolder:
 
     def __init__(self, path: Path, name: str, network: nn.Module) -> None:
         self.path, self.name = path, name or path.name
+        refuse_foreign(path)
         config = read_json(path / CONFIG)
         self._kind = str(config.get("peft_type"))
-        tensors_of(path)  # where there are none PEFT would ask the hub
+        shapes = tensors_of(path).shapes  # where there are none PEFT would ask the hub
+        refuse_foreign_config(
+            config, path / CONFIG, max((max(shape, default=1) for shape in shapes.values()), default=1)
+        )
         self.base = str(config.get("base_model_name_or_path") or "")
         self.notes: list[str] = []
         self._layers = self._wrapped(network)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from cl_runner.adapters.expressions import Costly, matches
 from cl_runner.config.schema import AdapterConfig
 from cl_runner.errors import UserError
 
@@ -32,13 +33,16 @@ def exact(values: Mapping[str, Value]) -> dict[str, Value]:
 def decided(setting: str, patterns: Mapping[str, Value], targets: Sequence[str]) -> dict[str, Value]:
     """Target → value of the first pattern that matches its name, or an end of it after a dot: PEFT's rule.
 
-    Raises UserError for a pattern that decides for no target.
+    Raises UserError for a pattern that decides for no target, is none, or could be matched for ever.
     """
-    found = {target: first(patterns, target) for target in targets}
+    try:
+        found = {target: first(patterns, target) for target in targets}
+    except (re.error, Costly, RecursionError, OverflowError) as error:
+        raise UserError(f"adapter.{setting}: {error}") from None
     for key in patterns:
         if key in found.values():
             continue
-        if any(_matches(key, target) for target in targets):
+        if any(matches(key, target) for target in targets):
             raise UserError(f"adapter.{setting}: all that '{key}' matches is matched by a pattern before it")
         endings = sorted({target.rsplit(".", 1)[-1] for target in targets})
         raise UserError(
@@ -48,9 +52,5 @@ def decided(setting: str, patterns: Mapping[str, Value], targets: Sequence[str])
 
 
 def first(patterns: Iterable[str], target: str) -> str | None:
-    """The first pattern that matches a target's name; None where none does."""
-    return next((key for key in patterns if _matches(key, target)), None)
-
-
-def _matches(key: str, target: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", target) is not None
+    """The first pattern that matches a target's name; None where none does. Raises re.error, ``Costly``."""
+    return next((key for key in patterns if matches(key, target)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,7 +17,7 @@ from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, readable, stage_names
-from cl_runner.terminal.console import print_json, rich_print
+from cl_runner.terminal.console import print_json, rich_print, say
 from cl_runner.terminal.progress import Screen, ShownStage
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Asked:
     model: the base, by name or folder; of a run it is known. intruders: whether they are counted, which takes long,
     among the ``top_k`` first singular vectors, by |cos| under ``epsilon``. gradients: so many train rows of each of a
     run's tasks. text: a file. unseen: tasks, or orders, by name. data_dir: where the rows of both are.
+    trust: the code that a base brings may be run.
     """
 
     layers: str | None = None
@@ -50,6 +51,7 @@ class Asked:
     text: Path | None = None
     unseen: Sequence[str] = ()
     data_dir: str | None = None
+    trust: bool = False
 
     @property
     def of_models(self) -> list[str]:
@@ -68,7 +70,7 @@ def analyze(wanted: Sequence[str], asked: Asked, *, root: Path, form: str) -> No
             if RunDir(path).exists() or RunDir(root / path).exists():
                 raise UserError(f"{path} is a run; analyze takes one run, or folders of adapters")
     with Screen() as screen:
-        if len(paths) > 1 or (paths and paths[0].is_dir() and not RunDir(paths[0]).exists()):
+        if len(paths) > 1 or (wanted and os.path.isdir(wanted[0]) and not RunDir(paths[0]).exists()):  # noqa: PTH112 - Path's takes no long name
             report = _of_folders(paths, asked, screen)
         else:
             run = catalog.find(root, wanted[0] if wanted else None)
@@ -80,7 +82,7 @@ def analyze(wanted: Sequence[str], asked: Asked, *, root: Path, form: str) -> No
         print_json(report.to_json())
     elif form == "csv":
         for line in (*report.notes, *report.skipped):
-            print(line, file=sys.stderr)
+            say(line)
         print(report.csv(), end="")
     else:
         rich_print(report)
@@ -147,7 +149,7 @@ def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
         with light_imports():
             from cl_runner.models.base_weights import BaseWeights  # which brings transformers
 
-        return BaseWeights(_model(run, asked.model))
+        return BaseWeights(_model(run, asked.model, asked.trust))
 
     if asked.model is not None:
         base()  # to say first what is wrong with it
@@ -277,13 +279,15 @@ def _named(name: str) -> Callable[[], BaseWeights]:
     return lambda: found
 
 
-def _model(run: RunDir, name: str | None) -> ModelConfig:
+def _model(run: RunDir, name: str | None, trust: bool) -> ModelConfig:
     """The run's base model, which may be at ``name`` now. Raises UserError where it is another one by now."""
     from cl_runner.models.identity import differing_model, model_identity
     from cl_runner.models.locate import locate
 
-    model = own_settings(run, model=name).config.model
-    if other := differing_model(run.about()["identity"]["model"], model_identity(locate(model), model.quantize)):
+    model = own_settings(run, model=name, trust=trust).config.model
+    with readable(run):
+        then = run.about()["identity"]["model"]
+    if other := differing_model(then, model_identity(locate(model), model.quantize)):
         raise UserError(f"the base model {model.name} is not the one of the run ({', '.join(other)})")
     return model
 

@@ -30,7 +30,9 @@ def ask(
 
     names: of the committed stages. shapes: layer → (m, n), of those whose gradients are taken. bar: begins one.
     """
-    resolved = own_settings(run, model=asked.model, data_dir=asked.data_dir, sets=["eval.mode=choose"])
+    resolved = own_settings(
+        run, model=asked.model, data_dir=asked.data_dir, sets=["eval.mode=choose"], trust=asked.trust
+    )
     if asked.data_dir:
         resolved.config.data.source = "folder"
     others = _unseen(asked.unseen, run.about()["tasks"])
@@ -45,7 +47,7 @@ def ask(
     gone: list[str] = []
     texts = read_texts(asked.text) if asked.text else []
     if asked.gradients:
-        own = own_settings(run, model=asked.model, data_dir=asked.data_dir)
+        own = own_settings(run, model=asked.model, data_dir=asked.data_dir, trust=asked.trust)
         found = look.gradients(own, run, names, asked.gradients, shapes, place, bar)
         sections.append(GradientsSection(asked.gradients, found, asked.layers))
     if texts or others:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 from cl_runner.commands.request import Request
 from cl_runner.config.schema import Section
 from cl_runner.errors import UserError
 from cl_runner.registry import METHODS
 from cl_runner.settings import schema, show
-from cl_runner.terminal.console import print_json
+from cl_runner.terminal.console import print_json, say
 
 
 def config_show(request: Request, *, as_json: bool) -> None:
     """``cl-runner config show``."""
     resolved = request.resolve()
     for note in resolved.notes:
-        print(note, file=sys.stderr)
+        say(note)
     if as_json:
         print_json({"config": resolved.config.model_dump(mode="json"), "origin": resolved.origin})
     else:
@@ -33,5 +31,5 @@ def _schema_of(name: str) -> type[Section] | None:
     try:
         return METHODS.get(name).Config
     except UserError as error:
-        print(f"left out: {error}", file=sys.stderr)
+        say(f"left out: {error}")
         return None

@@ -25,6 +25,7 @@ def evaluate(
     model: str | None,
     plugins: Sequence[str],
     sets: Sequence[str],
+    trust: bool,
     as_json: bool,
 ) -> None:
     """``cl-runner eval``."""
@@ -35,7 +36,7 @@ def evaluate(
     for item in sets:
         if not item.startswith("eval."):
             raise UserError(f"--set {item}: eval takes only --set eval.…; the rest is the run's own")
-    resolved = own_settings(rundir, model=model, data_dir=data_dir, sets=sets, plugins=plugins)
+    resolved = own_settings(rundir, model=model, data_dir=data_dir, sets=sets, plugins=plugins, trust=trust)
     if data_dir and resolved.config.data.source == "synthetic" and not real_tasks(about):
         raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")
     if resolved.config.eval.future and tasks is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cl_runner.errors import UserError
@@ -11,7 +10,7 @@ from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.forgotten import read_difference, read_forgotten
 from cl_runner.runs.results import summary_of
-from cl_runner.terminal.console import print_json, rich_print
+from cl_runner.terminal.console import print_json, rich_print, say
 
 
 def forgotten(
@@ -23,7 +22,7 @@ def forgotten(
     run = catalog.find(root, wanted)
     other = None if against is None else catalog.find(root, against)
     if wanted is None:
-        print(f"the newest run: {run.path}", file=sys.stderr)
+        say(f"the newest run: {run.path}")
     if other is not None:
         _difference(run, other, task, stage, as_json)
         return

@@ -30,14 +30,21 @@ def own_settings(
     data_dir: str | None = None,
     sets: Sequence[str] = (),
     plugins: Sequence[str] = (),
+    trust: bool = False,
 ) -> Resolved:
-    """A run's own settings, with its base model and its rows where they are now. Raises UserError."""
-    return resolve(
+    """A run's own settings, with its base model and its rows where they are now.
+
+    trust: the code that its base model brings may be run. Raises UserError.
+    """
+    resolved = resolve(
         config_file=run.config_file,
         plugins=plugins,
         sets=sets,
-        flags={"data.dir": data_dir or None, "model.name": model},
+        flags={"data.dir": data_dir or None, "model.name": model, "model.trust_remote_code": trust or None},
         method_schema=methods.method_schema,
         stage_names=methods.stage_names,
         kept_order=kept_order,
     )
+    if resolved.order is None:
+        raise UserError(f"{run.config_file}: names no order")
+    return resolved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.forgotten import forgotten_counts
 from cl_runner.runs.results import summary_of
-from cl_runner.terminal.console import print_json, rich_print
+from cl_runner.terminal.console import print_json, rich_print, say
 
 
 def report(wanted: Sequence[str], *, root: Path, form: str, figures_in: Path | None = None) -> None:
@@ -27,11 +26,16 @@ def report(wanted: Sequence[str], *, root: Path, form: str, figures_in: Path | N
     rundir = catalog.find(root, wanted[0] if wanted else None)
     summary = summary_of(rundir)
     if not wanted:
-        print(f"the newest run: {rundir.path}", file=sys.stderr)
+        say(f"the newest run: {rundir.path}")
+    with readable(rundir):
+        _print(rundir, summary, form, figures_in)
+
+
+def _print(rundir: RunDir, summary: RunSummary, form: str, figures_in: Path | None) -> None:
     if form == "json":
         print_json(_json(rundir, summary))
     elif form == "csv":
-        print(tables.title(summary), file=sys.stderr)
+        say(tables.title(summary))
         print(tables.csv(summary), end="")
     elif form == "markdown":
         print(tables.markdown(summary))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from cl_runner.methods import method_schema, stage_names
 from cl_runner.models.locate import EMBEDDED
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, kept_order
-from cl_runner.settings import Resolved, resolve
+from cl_runner.settings import Resolved, dotted, resolve, settings_of
 from cl_runner.tasks.order import Order, order_names
+from cl_runner.terminal.masking import holds_secret
 from cl_runner.training.moved_runs import run_of, with_files, with_files_beside
 
 
@@ -63,6 +65,7 @@ class Request:
         make_absolute(resolved)
         if resolved.config.data.source == "auto":
             settle_source(resolved)
+        refuse_secrets(resolved)
         return resolved
 
     def with_order(self) -> tuple[Resolved, Order]:
@@ -79,11 +82,36 @@ class Request:
         return resolved, resolved.order
 
 
+def refuse_secrets(resolved: Resolved) -> None:
+    """Settings and order are written into the run's folder, which is passed on. Raises UserError."""
+    for path, value in settings_of(resolved.config):
+        if holds_secret(_texts(value)):
+            raise UserError(
+                f"{dotted(path)} holds what looks like a secret, and settings are kept in run.yaml: leave it out"
+            )
+    order = resolved.order
+    if order is not None and holds_secret(_texts(order.written())):
+        raise UserError(f"{order.file}: the order holds what looks like a secret, and is kept in the run: leave it out")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in nested lists and mappings, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in (*value, *value.values()):
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
 def make_absolute(resolved: Resolved) -> None:
     """Paths of the user's become absolute, so that ``run.yaml`` gives the same run from any folder."""
     data, training, model = resolved.config.data, resolved.config.training, resolved.config.model
-    if model.name.strip() and ((at := expanded(model.name)).is_dir() or (at.suffix == ".gguf" and at.is_file())):
-        model.name = str(at.absolute())
+    with suppress(OSError):  # too long a name
+        if model.name.strip() and ((at := expanded(model.name)).is_dir() or (at.suffix == ".gguf" and at.is_file())):
+            model.name = str(at.absolute())
     if data.dir is not None:
         data.dir = str(expanded(data.dir).absolute())
     if training.deepspeed is not None:

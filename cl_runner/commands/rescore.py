@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from cl_runner.report import tables
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import readable
 from cl_runner.runs.rescoring import rescored
-from cl_runner.terminal.console import print_json, rich_print
+from cl_runner.terminal.console import print_json, rich_print, say
 
 
 def rescore(wanted: str | None, metric: Sequence[str], *, root: Path, form: str) -> None:
@@ -23,11 +22,11 @@ def rescore(wanted: str | None, metric: Sequence[str], *, root: Path, form: str)
         metrics, others = _metrics(several("--metric", metric, METRICS), run.about()["tasks"])
     found = rescored(run, metrics, others)
     if wanted is None:
-        print(f"the newest run: {run.path}", file=sys.stderr)
+        say(f"the newest run: {run.path}")
     if form == "json":
         print_json({"run": str(run.path), **found.to_json()})
     elif form == "csv":
-        print(tables.title(found.now), file=sys.stderr)
+        say(tables.title(found.now))
         print(tables.csv(found.now), end="")
     else:
         rich_print(found)

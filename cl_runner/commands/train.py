@@ -25,7 +25,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.runs.results import summary_of, write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
-from cl_runner.terminal.console import aligned, one_line, print_json
+from cl_runner.terminal.console import aligned, one_line, print_json, say
 from cl_runner.trackers.processes import refuse_missing
 from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
@@ -101,7 +101,7 @@ def train(
     if run.done == len(run.plan.stages):
         if part is None or part.rank == 0:
             finish(folder, run.plan)
-            print(f"the run {folder.path} is done already; --restart begins anew beside it", file=sys.stderr)
+            say(f"the run {folder.path} is done already; --restart begins anew beside it")
             print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
     if run.processes > 1 and part is None:
@@ -259,8 +259,8 @@ def page_of(folder: RunDir) -> Path | None:
         try:
             analyze_after(folder, (summary_of(folder).seconds or {}).get("stage", 0.0))
         except UserError as error:
-            print(f"of the updates the page says nothing: {error}", file=sys.stderr)
+            say(f"of the updates the page says nothing: {error}")
         return write_page(folder)
     except Exception as error:
-        print(f"{folder.page_file} is not written: {one_line(str(error))}", file=sys.stderr)
+        say(f"{folder.page_file} is not written: {one_line(str(error))}")
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,10 @@ from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.report.verified import Check, Verified
 from cl_runner.runs import catalog
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import BROKEN, RunDir
 from cl_runner.runs.verifying import BASE, Folder, title, verify_folder
 from cl_runner.settings import Resolved
-from cl_runner.terminal.console import one_line, print_json, rich_print
+from cl_runner.terminal.console import one_line, print_json, rich_print, say
 from cl_runner.training.origins import check_origins, not_at_hand
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def verify(
     data_dir: str | None,
     model: str | None,
     plugins: Sequence[str],
+    trust: bool,
     as_json: bool,
 ) -> int:
     """``cl-runner verify``. Writes nothing into the run. Returns the exit code: 1 where something differs."""
@@ -44,11 +45,12 @@ def verify(
     why = "run.json cannot be read"
     if folder.about is not None:
         try:
-            resolved = own_settings(run, model=model, data_dir=data_dir, plugins=plugins)
+            run.refuse_foreign()
+            resolved = own_settings(run, model=model, data_dir=data_dir, plugins=plugins, trust=trust)
             checks[1:1] = check_origins(run, folder.about, resolved)
         except UserError as error:
             why = str(error)
-        except (KeyError, TypeError, AttributeError) as error:
+        except BROKEN as error:
             why = f"run.json is broken ({type(error).__name__}: {error})"
     if len(checks) == len(folder.checks):
         checks[1:1] = not_at_hand(why)
@@ -65,12 +67,13 @@ def verify(
 
 def _run(root: Path, wanted: str | None) -> RunDir:
     """The run that is meant, damaged as it may be: a folder with stages in it is one. Raises UserError."""
-    for path in [Path(wanted), root / wanted] if wanted else []:
-        if (path / "stages").exists() or (path / "run.json").exists():
-            return RunDir(path)
+    with suppress(OSError):  # a name longer than names may be
+        for path in [Path(wanted), root / wanted] if wanted else []:
+            if (path / "stages").exists() or (path / "run.json").exists():
+                return RunDir(path)
     run = catalog.find(root, wanted)
     if wanted is None:
-        print(f"the newest run: {run.path}", file=sys.stderr)
+        say(f"the newest run: {run.path}")
     return run
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from cl_runner.errors import UserError
+from cl_runner.plain_files import content
 
 Key = tuple[str | int, ...]
 
@@ -81,8 +82,7 @@ def read_text(path: Path | str) -> str:
     """The UTF-8 text of a small file."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
+        raw = content(path, LARGEST_FILE)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "cannot be read"
         if isinstance(error, FileNotFoundError):
@@ -90,8 +90,6 @@ def read_text(path: Path | str) -> str:
         elif isinstance(error, PermissionError):
             reason = "cannot be read: permission denied"
         raise UserError(f"{printable(str(path))}: {reason}") from error
-    if len(raw) > LARGEST_FILE:
-        raise UserError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; this is no settings file")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -175,6 +173,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that keeps to a depth and guesses no types; only composing is used."""
 
     depth = 0
+    nodes = 0
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode:
@@ -183,9 +182,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
-        if self.depth > DEEPEST:
+        self.nodes += 1
+        if self.depth > DEEPEST or self.nodes > 2 * MOST_NODES:  # keys too, which the builder does not count
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} deep", problem_mark=mark)
+            problem = "too many values" if self.depth <= DEEPEST else f"nested more than {DEEPEST} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         try:
             return super().compose_node(parent, index)
         finally:

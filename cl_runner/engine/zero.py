@@ -27,6 +27,7 @@ from cl_runner.engine.optim import WHOLE, ParameterGroup, RuleOptimizer
 from cl_runner.engine.process import Place
 from cl_runner.errors import TrainingError, UserError
 from cl_runner.imports import compiled_when_called, light_imports
+from cl_runner.plain_files import LARGEST_JSON, content
 
 # Keys of a DeepSpeed JSON that decide numbers we answer for; a dot leads into a section.
 OWNED = {
@@ -452,10 +453,10 @@ def read_deepspeed_json(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        given = json.loads(Path(file).read_text("utf-8"))
+        given = json.loads(content(Path(file), LARGEST_JSON))
     except OSError as error:
         raise UserError(f"training.deepspeed: {file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"training.deepspeed: {file}: not JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"training.deepspeed: {file}: must be a JSON object")

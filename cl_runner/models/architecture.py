@@ -40,7 +40,8 @@ def is_encoder_decoder(config: dict[str, Any], where: str, trust_remote_code: bo
             f"model {where}: model_type '{model_type}' is not known to transformers {transformers.__version__}"
             + (code if "auto_map" in config else "; a newer transformers may know it")
         )
-    architecture = str((config.get("architectures") or [""])[0])
+    declared = config.get("architectures")
+    architecture = str(declared[0]) if isinstance(declared, list) and declared else ""
     named = f"{model_type}, {architecture}" if architecture else model_type
     text_to_text = model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES

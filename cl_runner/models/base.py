@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,13 @@ class Layout:
 
 @dataclass
 class Base:
-    """A frozen base model with its tokenizer. ``advice`` is a line for the screen, or None."""
+    """A frozen base model with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     layout: Layout
     name_or_path: str
     note: str
-    advice: str | None = field(default=None)
     chat: ChatTemplate | None = None  # where prompts go into it
     sizes: quantized.Sizes | None = None  # of a base in 4 bits
 
@@ -111,7 +110,7 @@ def load_base(
     # Also as the model's own, because generate() fills what a given config leaves open from the model's.
     network.generation_config = neutral_generation(layout)
     sizes = quantized.sizes(network) if model.quantize else None
-    return Base(network, tokenizer, layout, where, located.note, facts.advice, chat, sizes)
+    return Base(network, tokenizer, layout, where, located.note, chat, sizes)
 
 
 def before_quantising(model: ModelConfig, device: torch.device, targets: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -185,7 +184,13 @@ def _load_network(
 ) -> PreTrainedModel:
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": compute_dtype(model, device), "trust_remote_code": model.trust_remote_code}
+    options["use_safetensors"] = True  # what the check of the folder found, and nothing else that may lie there
     if model.attention is not None:
+        if "/" in model.attention and not model.trust_remote_code:
+            raise UserError(
+                f"model.attention {model.attention} is code of a hub repository; model.trust_remote_code runs that, if "
+                "you trust it"
+            )
         options["attn_implementation"] = model.attention
     if device.type == "cuda":
         options["device_map"] = {"": device}  # straight to the GPU: no copy of a large model in host memory per rank

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from cl_runner.errors import UserError
+from cl_runner.plain_files import LARGEST_JSON, content, opened, refuse_foreign
 
 # In the order transformers looks for them.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FOREIGN = ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index", "model.gguf", "consolidated.00.pth")
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pth", ".pt", ".ckpt", ".index")
+LARGEST_SMALL = 2**29  # bytes of a tokenizer's file
+LARGEST_HEADER = 100_000_000  # bytes: what safetensors itself reads
 
 _TOKENIZERS: tuple[tuple[str, ...], ...] = (
     ("tokenizer.json",),
@@ -52,13 +59,14 @@ class Folder:
 
     def names(self) -> Set[str]:
         try:
+            refuse_foreign(self.path)
             return {entry.name for entry in self.path.iterdir() if entry.is_file()}
         except OSError as error:
             raise UserError(f"model {self.where}: cannot be read ({error.strerror})") from error
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            return content(self.path / name, LARGEST_JSON)
         except OSError as error:
             raise UserError(f"model {self.where}: {name} cannot be read ({error.strerror})") from error
 
@@ -67,7 +75,7 @@ class Folder:
 
     def start(self, name: str, count: int) -> bytes | None:
         try:
-            with (self.path / name).open("rb") as file:
+            with opened(self.path / name, sys.maxsize) as file:
                 return file.read(count)
         except OSError as error:
             raise UserError(f"model {self.where}: {name} cannot be read ({error.strerror})") from error
@@ -86,43 +94,63 @@ def config(files: Files) -> dict[str, Any]:
         raise UserError(
             f"model {files.where}: no config.json there; a model folder holds config.json, weights and a tokenizer"
         )
-    return _json(files, "config.json")
+    found = _json(files, "config.json")
+    try:
+        _refuse_kernels(files, found)
+    except RecursionError:
+        raise UserError(f"model {files.where}: config.json is nested too deep") from None
+    return found
 
 
-def weights(files: Files) -> str | None:
-    """Check that the weight files are all there and whole; a line of advice where they are pickled.
+def _refuse_kernels(files: Files, config: Any) -> None:
+    """Refuse a config that names a repository as what computes: transformers would fetch it, and run its code."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if str(key).endswith("_implementation") and "/" in str(value):
+            raise UserError(f"model {files.where}: config.json: {key} names code of a hub repository, which is not run")
+        _refuse_kernels(files, value)
 
-    Raises UserError naming the missing or broken file.
+
+def weights(files: Files) -> None:
+    """Check that the weight files are all there and whole.
+
+    Raises UserError naming the missing or broken file, or with how to convert it where it is a pickle.
     """
     names = files.names()
     safe, safe_index = _SAFETENSORS
     pickled, pickled_index = _PICKLED
     if safe in names:
         _whole(files, safe)
-        return None
+        return
     if safe_index in names:
         _shards(files, safe_index)
-        return None
+        return
     if pickled in names or pickled_index in names:
         if pickled in names:
             _whole(files, pickled)
-        else:
-            _shards(files, pickled_index)
-        return (
-            f"model {files.where}: its weights are pickled ({pickled}) and read as tensors only (weights_only); "
-            "safetensors are safer and faster: load it once with transformers and save it with save_pretrained"
+        convert = (
+            "import sys; from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
+            "[each.from_pretrained(sys.argv[1]).save_pretrained('converted') for each in (M, T)]"
+        )
+        raise UserError(
+            f"model {files.where}: its weights are pickles ({pickled}), which may run code as they are read, and are "
+            f'not read; where you trust their maker, convert them once: python -c "{convert}" '
+            f"{shlex.quote(files.where)} (AutoModelForCausalLM where it is decoder-only), and give --model converted"
         )
     foreign = [name for name in _FOREIGN if name in names]
     found = f" (only {foreign[0]}, which is not read here)" if foreign else ""
     raise UserError(
-        f"model {files.where}: no weights there{found}; model.safetensors (or its index and shards, or "
-        "pytorch_model.bin) is needed"
+        f"model {files.where}: no weights there{found}; model.safetensors (or its index and shards) is needed"
     )
 
 
 def tokenizer(files: Files) -> None:
-    """Check that there is a tokenizer. Raises UserError."""
+    """Check that there is a tokenizer, and nothing beside the weights too large to be read. Raises UserError."""
     names = files.names()
+    for name in names:
+        if not name.endswith(_WEIGHTS) and (files.size(name) or 0) > LARGEST_SMALL:
+            raise UserError(
+                f"model {files.where}: {name} is larger than {LARGEST_SMALL >> 20} MiB, and no file of weights"
+            )
     if any(all(part in names for part in parts) for parts in _TOKENIZERS) or any(
         n.endswith(".tiktoken") for n in names
     ):
@@ -177,7 +205,8 @@ def _whole(files: Files, name: str) -> None:
     if name.endswith(".safetensors"):
         # 8 bytes: length of the JSON header; the header's offsets say where the data ends.
         length = int.from_bytes(start[:8], "little")
-        end = _data_end(files.start(name, 8 + length) if 8 + length <= size else None)
+        fits = length <= LARGEST_HEADER and 8 + length <= size
+        end = _data_end(files.start(name, 8 + length) if fits else None)
         if end is None or 8 + length + end != size:
             raise UserError(f"model {files.where}: {name} is broken or cut short; download it again")
 
@@ -187,15 +216,16 @@ def _data_end(head: bytes | None) -> int | None:
         tensors = json.loads(head[8:]) if head else None
         if not isinstance(tensors, dict):
             return None
-        return max((t["data_offsets"][1] for key, t in tensors.items() if key != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError):
+        ends = [t["data_offsets"][1] for key, t in tensors.items() if key != "__metadata__"]
+        return max(ends, default=0) if all(type(end) is int for end in ends) else None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
     try:
         value = json.loads(files.read(name))
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise UserError(f"model {files.where}: {name} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"model {files.where}: {name} is not a JSON object")

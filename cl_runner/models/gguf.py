@@ -7,7 +7,6 @@ of positions, a way of splitting text before the merges. Here everything is acco
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,12 @@ from transformers import (
 
 from cl_runner.atomic import write_folder
 from cl_runner.errors import UserError
+from cl_runner.models import gguf_header
 from cl_runner.models.architecture import is_encoder_decoder
 from cl_runner.models.folder_check import whole
 from cl_runner.models.model_folder import save_model
 from cl_runner.models.tokenizer import first_line, quiet
+from cl_runner.terminal.console import say
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -58,7 +59,7 @@ def keep(file: Path, folder: Path) -> None:
                     f"{file}: {free / 2**20:,.0f} MB free in {folder.parent}, and dequantised it takes about "
                     f"{needed / 2**20:,.0f} MB; make room, or set CL_RUNNER_CACHE to another place"
                 )
-            print(f"{file}: dequantising to fp32 in {folder}, once", file=sys.stderr)
+            say(f"{file}: dequantising to fp32 in {folder}, once")
             shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of caches has left of it
             convert(file, folder)
     except (OSError, SafetensorError) as error:
@@ -89,9 +90,12 @@ def _opened(file: Path) -> GGUFReader:
     except ImportError:
         raise UserError(f'{file}: GGUF files are read with the package gguf; pip install "cl-runner[gguf]"') from None
     try:
+        gguf_header.check(file)
         reader = GGUFReader(file)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+    except UserError:
+        raise
     except Exception as error:  # numpy's and struct's own, wherever the bytes end or mean nothing
         raise UserError(f"{file}: broken, or no GGUF file ({first_line(error)}); download it again") from error
     if not reader.tensors or "general.architecture" not in reader.fields:

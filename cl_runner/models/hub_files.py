@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import folder_check
+from cl_runner.offline import nothing_is_fetched
+from cl_runner.plain_files import LARGEST_JSON, content
 
 if TYPE_CHECKING:
     from cl_runner.models.locate import Located
@@ -18,7 +20,6 @@ _SECONDS = 10  # longest wait for the hub's first answer
 _SMALL = (".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja")
 # Weights of the model itself: repositories also hold other precisions, optimizers, originals.
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_PICKLED = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 
 
 class Repository:
@@ -39,7 +40,7 @@ class Repository:
             path = hf_hub_download(self.where, name, revision=self.located.revision, etag_timeout=_SECONDS)
         except Exception as error:
             raise _explained(self.located, error) from error
-        return Path(path).read_bytes()
+        return content(Path(path), LARGEST_JSON)
 
     def size(self, name: str) -> int | None:
         return None
@@ -71,7 +72,7 @@ def listing(located: Located) -> folder_check.Files:
 
 
 def fetch(located: Located) -> Path:
-    """A local folder with the model's files (downloaded where needed: safetensors rather than pickles).
+    """A local folder with the model's files (downloaded where needed: safetensors, and no pickles).
 
     Raises UserError as ``listing`` does.
     """
@@ -83,7 +84,6 @@ def fetch(located: Located) -> Path:
 
     names = files.names()
     weights = {name for name in names if _SAFETENSORS.fullmatch(name)}
-    weights = weights or {name for name in names if _PICKLED.fullmatch(name)}
     small = (*_SMALL, ".py") if located.trust_remote_code else _SMALL
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bars()  # one bar will do
@@ -118,6 +118,11 @@ def _is_unreachable(error: Exception) -> bool:
 
 def _offline(located: Located) -> UserError:
     name = located.name_or_path
+    if nothing_is_fetched():
+        return UserError(
+            f"model.name: {name} is not in the local cache, and what a run's folder names is not fetched; `hf download "
+            f"{name}` fetches it, or --model says where it is"
+        )
     return UserError(
         f"model.name: {name} is not in the local cache and the Hugging Face hub cannot be reached"
         + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "")

@@ -9,6 +9,7 @@ from typing import Any
 
 from cl_runner.atomic import sha256
 from cl_runner.models.locate import Located
+from cl_runner.plain_files import refuse_foreign
 
 HASHED = 2**26  # bytes: of larger files samples are hashed
 _SAMPLES, _SAMPLE = 256, 2**16  # so many of so many bytes, 16 MiB of a file in all
@@ -58,6 +59,7 @@ def _fingerprints(located: Located) -> dict[str, Any]:
         return {"from": "hub", "revision": located.revision, **({"commit": snapshot.name} if snapshot else {})}
     if located.file is not None:
         return {"from": "gguf", "file": located.file.digest}
+    refuse_foreign(located.path)
     files = sorted(file for file in located.path.iterdir() if file.is_file() and file.suffix != ".md")
     large = [file for file in files if file.stat().st_size >= HASHED]
     return {

@@ -13,7 +13,7 @@ from cl_runner.adapters.targets import is_linear, is_transposed, shape_of
 from cl_runner.atomic import read_json
 from cl_runner.config.schema import ModelConfig
 from cl_runner.errors import UserError, first_line
-from cl_runner.models import hub_files
+from cl_runner.models import folder_check, hub_files
 from cl_runner.models.base import outline
 from cl_runner.models.locate import locate
 
@@ -69,6 +69,7 @@ def _linear(folder: Path) -> dict[str, tuple[tuple[int, int], bool]]:
 def _files(folder: Path) -> dict[str, Path]:
     """Tensor → the file that it is in."""
     if (folder / INDEX).is_file():
+        folder_check.weights(folder_check.Folder(folder, str(folder)))  # the index names files of this folder alone
         return {name: folder / file for name, file in read_json(folder / INDEX)["weight_map"].items()}
     file = folder / WEIGHTS
     try:

@@ -48,11 +48,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Facts:
-    """What ``check`` found without loading weights; ``advice`` is a line for the screen, or None."""
+    """What ``check`` found without loading weights."""
 
     encoder_decoder: bool
     model_type: str
-    advice: str | None = None
 
 
 def locate(model: ModelConfig, base_dir: Path | None = None) -> Located:
@@ -142,15 +141,13 @@ def check(located: Located) -> Facts:
     """
     files = _files(located)
     config = folder_check.config(files)
-    advice = folder_check.weights(files)
+    folder_check.weights(files)
     folder_check.tokenizer(files)
     if located.kind == "embedded":  # ours: known to be fine, and the answer comes without importing transformers
-        return Facts(bool(config.get("is_encoder_decoder")), str(config["model_type"]), advice)
+        return Facts(bool(config.get("is_encoder_decoder")), str(config["model_type"]))
     from cl_runner.models.architecture import is_encoder_decoder
 
-    return Facts(
-        is_encoder_decoder(config, files.where, located.trust_remote_code), str(config.get("model_type")), advice
-    )
+    return Facts(is_encoder_decoder(config, files.where, located.trust_remote_code), str(config.get("model_type")))
 
 
 def config_of(located: Located) -> dict[str, Any]:
@@ -172,8 +169,9 @@ def _files(located: Located) -> folder_check.Files:
 
 def _folder(name: str, base_dir: Path) -> Path | None:
     try:
-        return base_dir / expanded(name) if name.strip() else None
-    except RuntimeError:  # ~somebody, and there is none
+        path = base_dir / expanded(name) if name.strip() else None
+        return path if path is None or path.exists() or path.suffix == ".gguf" else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, ~somebody, a NUL
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cl_runner.errors import UserError
+from cl_runner.models import folder_check
 from cl_runner.models.tokenizer import quiet
 
 WEIGHTS = "model.safetensors"
@@ -32,9 +33,12 @@ def read_model(folder: Path, like: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: a parameter is not there.
     """
+    files = folder_check.Folder(folder, str(folder))
+    folder_check.config(files)  # an adapter's beside it would be added, whose base transformers would fetch
+    folder_check.weights(files)
     loader: Any = type(like)
     with quiet():
-        found = dict(loader.from_pretrained(str(folder), dtype="auto").named_parameters())
+        found = dict(loader.from_pretrained(str(folder), dtype="auto", use_safetensors=True).named_parameters())
     for name, parameter in like.named_parameters():
         if name not in found or found[name].shape != parameter.shape:
             raise UserError(f"{folder} is damaged: it holds no {name} of the shape {tuple(parameter.shape)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cl_runner.atomic import read_json, sha256, sync, write_folder, write_json
 from cl_runner.errors import UserError
@@ -36,13 +36,22 @@ def sealed(folder: Path) -> dict[str, str]:
     hashes = read_json(folder / "DONE").get("sha256")
     if not isinstance(hashes, dict):
         raise UserError(f"{folder} is damaged: DONE holds no hashes")
+    for name in hashes:
+        if not is_inside(name):
+            raise UserError(f"{folder} is damaged: DONE names {name!r}, which is not in it")
     return hashes
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a file, relative to a folder, stays in it."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def refuse_other(folder: Path, name: str, digest: str | None) -> None:
     """A file of a stage is there, and is what was committed. Raises UserError."""
     file = folder / name
-    if not file.is_file():
+    if file.is_symlink() or not file.is_file():
         raise UserError(f"{folder} is damaged: {name} is missing")
     if sha256(file) != digest:
         raise UserError(f"{folder} is damaged: {name} is not what was committed")

@@ -14,8 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cl_runner.atomic import read_json, sha256
+from cl_runner.config.lookup import is_name
 from cl_runner.errors import UserError
+from cl_runner.plain_files import lines
 from cl_runner.report.verified import Check
+from cl_runner.runs.commit import is_inside
 from cl_runner.runs.folder import RunDir, seals
 from cl_runner.runs.state import FILE as STATE
 
@@ -58,7 +61,11 @@ def check_run_files(run: RunDir, about: Mapping[str, Any] | None, names: Sequenc
     moved = [key for key, value in (about or {}).items() if isinstance(value, dict) and "run.yaml" in value]
     if kept is None and moved:
         check.holds(f"run.json: has its hashes under {moved[0]!r}")
-    now = seals(run.path, about) if about and isinstance(kept, dict) else {}
+    now: Mapping[str, str] = {}
+    try:
+        now = seals(run.path, about) if about and isinstance(kept, dict) else {}
+    except (UserError, OSError) as error:
+        check.holds(str(error).replace(f"{run.path}/", ""))
     for name in SEALED:
         file = run.path / name
         if not _is_file(file):
@@ -142,8 +149,7 @@ def _last_steps(run: RunDir, names: Sequence[str]) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open("rb") as stream:
-        yield from (row for line in stream if isinstance(row := _json(line), dict))
+    yield from (row for line in lines(file) if isinstance(row := _json(line), dict))
 
 
 def _walk(folder: Path, check: Check, within: str = "") -> Iterator[tuple[str, int]]:
@@ -185,9 +191,7 @@ def _sealed(folder: Path, found: Mapping[str, int], check: Check) -> tuple[dict[
 
 
 def _is_hash(item: tuple[str, Any]) -> bool:
-    path = PurePosixPath(item[0])
-    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return inside and isinstance(item[1], str) and bool(_DIGEST.fullmatch(item[1]))
+    return is_inside(item[0]) and isinstance(item[1], str) and bool(_DIGEST.fullmatch(item[1]))
 
 
 def _fault(folder: Path, name: str, digest: str, found: Mapping[str, int]) -> list[str]:
@@ -198,6 +202,8 @@ def _fault(folder: Path, name: str, digest: str, found: Mapping[str, int]) -> li
         return [] if sha256(folder / name) == digest else [f"{name} is not what was committed (its hash in DONE)"]
     except OSError as error:
         return [f"{name}: {error.strerror}"]
+    except UserError as error:
+        return [_short(error, folder / name)]
 
 
 def _of_stage(folder: Path, stage: str, about: Mapping[str, Any] | None) -> Iterator[str]:
@@ -231,6 +237,8 @@ def _reference(folder: Path, reference: Any) -> Iterator[str]:
     try:
         file, digest = reference["file"], reference["sha256"]
         other = folder.parent / PurePosixPath(file).parts[1]
+        if not is_name(other.name):
+            raise KeyError(file)
         done = read_json(other / "DONE")
         known = {**done["sha256"], **done.get("removed", {})}
         same = known.get(PurePosixPath(*PurePosixPath(file).parts[2:]).as_posix()) == digest
@@ -249,10 +257,9 @@ def _broken(file: Path) -> str:
         if file.suffix != ".jsonl":
             read_json(file)
             return ""
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not isinstance(_json(line), dict):
-                    return f"{file.name} line {number}: no JSON object"
+        for number, line in enumerate(lines(file), 1):
+            if not isinstance(_json(line), dict):
+                return f"{file.name} line {number}: no JSON object"
     except (UserError, OSError) as error:
         return _short(error, file)
     return ""

@@ -13,14 +13,24 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cl_runner.atomic import read_json, sha256, sync, umask, write_json, write_text
+from safetensors import SafetensorError
+
+from cl_runner.atomic import sha256, sync, umask, write_json, write_text
 from cl_runner.config.lookup import is_name
 from cl_runner.errors import UserError
+from cl_runner.plain_files import lines, refuse_foreign
 from cl_runner.runs import lock
 from cl_runner.runs.process import Process
+from cl_runner.runs.shapes import About, Environment, Status, read_shaped
+from cl_runner.terminal.masking import masked
 
 LAYOUT = 2
 READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no options
+# What a run writes into its folder; in the place of any of it there may be nothing that leads elsewhere.
+OWN = (
+    "run.yaml", "order.yaml", "run.json", "environment.json", "status.json", "analysis.json", "log.jsonl", "run.log",
+    "report.html", "matrix.csv", "metrics.json", "stages", "checkpoint", ".lock", ".writer",
+)  # fmt: skip
 
 
 class RunDir:
@@ -28,6 +38,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._looked_through = False
 
     @property
     def name(self) -> str:
@@ -126,18 +137,45 @@ class RunDir:
             if maker is not None and maker.alive() is False:
                 shutil.rmtree(draft, ignore_errors=True)
 
+    def refuse_foreign(self) -> None:
+        """Refuse a folder in which, in the place of a run's own files, there are links, pipes or devices.
+
+        It may come from somebody else, and who reads or writes through a link does so elsewhere. What trackers and
+        users have put beside the run's own files is not looked at. Raises UserError.
+        """
+        if self._looked_through:
+            return
+        try:
+            for name in OWN:
+                path = self.path / name
+                if path.is_symlink() or not (path.is_dir() or path.is_file() or not path.exists()):
+                    what = "a symlink" if path.is_symlink() else "neither a file nor a folder"
+                    raise UserError(f"{path} is {what}, which no run writes, and is not followed")
+                if path.is_dir():
+                    refuse_foreign(path, links=False)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: {error.strerror}") from None
+        self._looked_through = True
+
     def about(self) -> dict[str, Any]:
         """``run.json``: the plan and what identifies the run.
 
         Raises:
-            UserError: this is no run folder, or its ``run.json`` is broken or of another version.
+            UserError: this is no run folder, its ``run.json`` is broken or of another version, or there is something
+                in it that no run writes.
         """
+        if self.exists():
+            self.refuse_foreign()
+        return self.unsafe_about()
+
+    def unsafe_about(self) -> dict[str, Any]:
+        """The same for who tells of what is wrong, and looks at each file himself."""
         if not self.exists():
             what = (
                 "is no run folder (it has no run.yaml and run.json)" if os.path.lexists(self.path) else "does not exist"
             )
             raise UserError(f"{self.path} {what}")
-        about = read_json(self.path / "run.json")
+        about = read_shaped(self.path / "run.json", About)
         if about.get("layout") not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise UserError(f"{self.path / 'run.json'}: layout {about.get('layout')}; this version reads {known}")
@@ -145,6 +183,8 @@ class RunDir:
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the run for writing; ends with the process. Raises UserError, naming it, where another process does."""
+        self._looked_through = False  # what was right when it was read may not be now
+        self.refuse_foreign()
         return lock.held(self.path)
 
     def locked(self) -> bool:
@@ -201,13 +241,15 @@ class RunDir:
         file = self.path / "log.jsonl"
         if not file.is_file():
             return []
-        *whole, _ = file.read_text("utf-8", "replace").split("\n")
         rows: list[dict[str, Any]] = []
         try:
-            for line in whole:
-                rows += [json.loads(line)] if line else []
-        except ValueError:
+            for line in lines(file):
+                if line.endswith(b"\n") and line != b"\n":
+                    rows.append(dict(json.loads(line.decode("utf-8", "replace"))))  # noqa: PERF401 - the fault counts them
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{file}: broken JSON behind row {len(rows)}") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
         return rows
 
     def count_log_rows(self, stage: str) -> int:
@@ -215,8 +257,7 @@ class RunDir:
         file = self.path / "log.jsonl"
         if not file.is_file():
             return 0
-        with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-            return sum(_stage_of(line) == stage for line in stream)
+        return sum(_stage_of(line.decode("utf-8", "replace")) == stage for line in lines(file))
 
     def keep_log_rows(self, stages: Sequence[str], entered: str = "", rows: int = 0) -> None:
         """Take out of ``log.jsonl`` what an interrupted stage logged: it is going to be trained again.
@@ -226,27 +267,30 @@ class RunDir:
         file = self.path / "log.jsonl"
         if not file.is_file():
             return
-        with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-            lines = list(stream)
-        own = [number for number, line in enumerate(lines) if _stage_of(line) == entered]
+        every = [line.decode("utf-8", "replace") for line in lines(file)]
+        own = [number for number, line in enumerate(every) if _stage_of(line) == entered]
         stay = set(own[:rows])
-        kept = [line for number, line in enumerate(lines) if _stage_of(line) in stages or number in stay]
-        if kept != lines:
+        kept = [line for number, line in enumerate(every) if _stage_of(line) in stages or number in stay]
+        if kept != every:
             write_text(file, "".join(kept))
 
     def status(self) -> dict[str, Any]:
         """``status.json``: how the last process ended; ``{}`` if none said."""
         file = self.path / "status.json"
-        return read_json(file) if file.is_file() else {}
+        return read_shaped(file, Status) if file.is_file() else {}
 
     def environment(self) -> dict[str, Any]:
         """``environment.json``: what the run's processes ran on; ``{}`` before the first. Raises UserError."""
         file = self.path / "environment.json"
-        return read_json(file) if file.is_file() else {}
+        return read_shaped(file, Environment) if file.is_file() else {}
 
     def set_status(self, state: str, **more: Any) -> None:
         """Record how the run stands: running, stopped, failed, done."""
-        write_json(self.path / "status.json", {"state": state, **more})
+        write_json(self.path / "status.json", {"state": state, **{k: _masked(v) for k, v in more.items()}})
+
+
+def _masked(value: Any) -> Any:
+    return masked(value) if isinstance(value, str) else value
 
 
 def seals(folder: Path, about: Mapping[str, Any]) -> dict[str, str]:
@@ -260,7 +304,7 @@ def _stage_of(line: str) -> str | None:
     """The stage that a line of ``log.jsonl`` is of; None where the line is not whole."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     stage = row.get("stage") if isinstance(row, dict) else None
     return stage if isinstance(stage, str) else None
@@ -270,16 +314,24 @@ def kept_order(config_file: Path) -> str | None:
     """The order that a run keeps beside its ``run.yaml``: the file it was made from may have changed, or be gone."""
     run = RunDir(config_file.parent)
     is_own = config_file.name == run.config_file.name and run.exists() and run.order_file.is_file()
+    if is_own:
+        run.refuse_foreign()
     return str(run.order_file) if is_own else None
 
 
+# What reading a broken file ends in.
+BROKEN: tuple[type[Exception], ...] = (
+    LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, SafetensorError, OSError
+)  # fmt: skip
+
+
 @contextmanager
-def readable(run: RunDir) -> Iterator[None]:
-    """Inside, a key that a run's file lacks, or that holds something else, is a fault of that run."""
+def readable(run: RunDir, *more: type[Exception]) -> Iterator[None]:
+    """Inside, a key that a run's file lacks, or that holds something else, is a fault of that run; as are ``more``."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except (*BROKEN, *more) as error:
+        what = f"{type(error).__name__}: {str(error)[:300]}"
         raise UserError(f"the run {run.path} has a broken file ({what})") from error
 
 

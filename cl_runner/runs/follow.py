@@ -6,7 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
+
+from cl_runner.errors import UserError
+from cl_runner.plain_files import LARGEST_ROWS, LONGEST_LINE, opened
+
+_BLOCK = 2**22
 
 
 class Lines:
@@ -21,24 +26,34 @@ class Lines:
     def read(self) -> tuple[bool, list[str]]:
         """Whether the file was begun anew since the last call (replaced, cut, gone), and its lines since then.
 
-        A line that is not written to its end yet waits for the rest. A file that is not there has no lines.
+        A line that is not written to its end yet waits for the rest. A file that is not there has no lines. Raises
+        UserError where there is something that no run writes.
         """
         try:
-            with self.file.open("rb") as stream:
+            with opened(self.file, LARGEST_ROWS) as stream:
                 found = os.fstat(stream.fileno())
                 anew = self._of is not None and ((found.st_dev, found.st_ino) != self._of or found.st_size < self._at)
                 if anew:
                     self._begin()
                 self._of = (found.st_dev, found.st_ino)
                 stream.seek(self._at)
-                new = stream.read()
+                whole = self._new(stream)
         except OSError:
             anew = self._of is not None
             self._begin()
             return anew, []
-        self._at += len(new)
-        *whole, self._half = (self._half + new).split(b"\n")
         return anew, [line.decode("utf-8", "replace") for line in whole]
+
+    def _new(self, stream: BinaryIO) -> list[bytes]:
+        """The lines that have come to their end since, a block at a time: one without an end is not kept for ever."""
+        whole: list[bytes] = []
+        while block := stream.read(_BLOCK):
+            self._at += len(block)
+            *more, self._half = (self._half + block).split(b"\n")
+            whole += more
+            if len(self._half) > LONGEST_LINE:
+                raise UserError(f"{self.file}: a line is longer than {LONGEST_LINE >> 20} MiB, the most that is read")
+        return whole
 
     def _begin(self) -> None:
         self._of, self._at, self._half = None, 0, b""

@@ -79,7 +79,7 @@ def held(run: Path, patience: float = PATIENCE) -> Iterator[None]:
         UserError: another process does (it is named), or the folder cannot be written.
     """
     try:
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UserError(f"cannot write the run folder {run}: {error.strerror or error}") from None
     release: Callable[[], None] = lambda: None  # noqa: E731
@@ -108,7 +108,7 @@ def is_held(run: Path) -> bool:
     import fcntl
 
     try:
-        handle = os.open(run / ".lock", os.O_RDONLY)
+        handle = os.open(run / ".lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:

@@ -10,11 +10,14 @@ from typing import Any
 from cl_runner.atomic import read_json
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS
+from cl_runner.plain_files import lines
 from cl_runner.report.page.run_page import RunPage
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.forgotten import Answered, RunForgetting, read_answered
 from cl_runner.runs.results import summary_of
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.runs.updates import peak_megabytes
+from cl_runner.terminal.masking import masked
 
 _WARNING = re.compile(r"(?:stage (\d+) of \d+ (\S+): )?warning: (.*)")
 
@@ -33,7 +36,7 @@ def read_page(run: RunDir) -> RunPage:
     with readable(run):
         about = run.about()
         names = stage_names(about)[: summary.stages_done]
-        stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(names)]
+        stages = [read_metrics(run.stage_dir(index, name)) for index, name in enumerate(names)]
         environment = run.environment()
         rows = [row for row in run.log_rows() if row["stage"] in names]
         return RunPage(
@@ -47,7 +50,7 @@ def read_page(run: RunDir) -> RunPage:
             peak=peak_megabytes(run),
             analysis=_analysis(run, names),
             health=[*filter(None, [untold]), *_warnings(run)],
-            command=environment.get("command", ""),
+            command=masked(str(environment.get("command", ""))),
             environment=_told(environment),
             again=shlex.quote(run.name),
             notes=_notes(forgetting),
@@ -89,8 +92,8 @@ def _warnings(run: RunDir) -> list[str]:
     """What the screen warned of, each once."""
     if not run.log_file.is_file():
         return []
-    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [match for line in lines if (match := _WARNING.fullmatch(line))]
+    said = (line.decode("utf-8", "replace").rstrip("\n") for line in lines(run.log_file))
+    found = [match for line in said if (match := _WARNING.fullmatch(line))]
     return list(dict.fromkeys(f"stage {m[1]} {m[2]}: {m[3]}" if m[1] else m[3] for m in found))
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.atomic import read_jsonl
+from cl_runner.errors import UserError
 from cl_runner.runs.commit import refuse_other, sealed
 
 FILE = "predictions.jsonl"
+TEXTS = ("task", "id", "gold", "output")
 
 
 def predictions(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -19,6 +21,8 @@ def predictions(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """
     refuse_other(folder, FILE, sealed(folder).get(FILE))
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(folder / FILE):
+    for number, row in enumerate(read_jsonl(folder / FILE), 1):
+        if not all(type(row.get(key)) is str for key in TEXTS) or type(row.get("correct", False)) is not bool:
+            raise UserError(f"{folder / FILE} row {number}: is no answer of a run")
         found.setdefault(row["task"], []).append(row)
     return found

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.atomic import read_json, write_json, write_text
+from cl_runner.config.lookup import is_name
 from cl_runner.methods import METHODS, method_class
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.resume_guard import revision
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.runs.updates import free_subspace, peak_megabytes, update_norm
 
 
@@ -26,7 +28,7 @@ def _matrix(run: RunDir) -> Matrix:
     about = run.about()
     names, tasks = stage_names(about), about["tasks"]
     done = run.committed(names)
-    metrics = [read_json(run.stage_dir(index, names[index]) / "metrics.json") for index in range(done)]
+    metrics = [read_metrics(run.stage_dir(index, names[index])) for index in range(done)]
     base = run.stage_dir(-1, "base") / "metrics.json"
     counts: dict[str, int] = {}
     for stage in metrics:
@@ -37,7 +39,7 @@ def _matrix(run: RunDir) -> Matrix:
         [[stage["scores"].get(task) for task in tasks] for stage in metrics],
         [stage["tasks"] for stage in about["stages"]][:done],
         counts,
-        read_json(base)["scores"] if base.is_file() else None,
+        read_metrics(base.parent)["scores"] if base.is_file() else None,
         [stage.get("undefined", {}) for stage in metrics],
     )
 
@@ -61,7 +63,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
     about = run.about()
     matrix = _matrix(run)
     names = stage_names(about)
-    stages = [read_json(run.stage_dir(index, name) / "metrics.json") for index, name in enumerate(matrix.stages)]
+    stages = [read_metrics(run.stage_dir(index, name)) for index, name in enumerate(matrix.stages)]
     spent: dict[str, float] = {}
     for stage in stages:
         for part, seconds in stage["seconds"].items():
@@ -80,7 +82,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         megabytes=_megabytes(run, names[: len(matrix.stages)]),
         parameters=[stage.get("parameters") for stage in stages],
         learned=_learned(run, names[: len(matrix.stages)]) if updates else {},
-        metrics=about.get("metrics", {}),
+        metrics={task: about["metrics"][task] for task in about["tasks"]} if about.get("metrics") else {},
         scoring=about["identity"].get("scoring", {}),
         real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
@@ -136,14 +138,17 @@ def _megabytes(run: RunDir, names: Sequence[str]) -> float | None:
     if not names:
         return None
     last = run.stage_dir(len(names) - 1, names[-1])
-    sizes = read_json(last / "metrics.json").get("megabytes")
+    sizes = read_metrics(last).get("megabytes")
     if sizes is None:
         return None  # made before sizes were written down
     answers = last / "answers.json"
     folders = {Path(folder).parts for folder in read_json(answers).values()} if answers.is_file() else set()
-    others = [
-        read_json(last.parent / parts[1] / "metrics.json")["megabytes"][parts[2]]
-        for parts in folders
-        if parts[0] == ".."
-    ]
+    others = [read_metrics(_beside(last, parts[1]))["megabytes"][parts[2]] for parts in folders if parts[0] == ".."]
     return round(math.fsum([*sizes.values(), *others]), 3)
+
+
+def _beside(stage: Path, name: str) -> Path:
+    """Another stage's folder, by the name that ``answers.json`` has for it. Raises ValueError where it is no name."""
+    if not is_name(name):
+        raise ValueError(f"{name!r} is no stage")
+    return stage.parent / name

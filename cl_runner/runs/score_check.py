@@ -14,10 +14,12 @@ from cl_runner.atomic import json_text, read_json
 from cl_runner.errors import UserError
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
 from cl_runner.metrics.scores import require
+from cl_runner.plain_files import LARGEST_JSON, content, lines
 from cl_runner.report.verified import Check
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.rescoring import score_of
+from cl_runner.runs.shapes import Metrics, read_shaped
 from cl_runner.tasks.task import Task
 
 METRICS, CSV = "metrics.json", "matrix.csv"
@@ -114,7 +116,7 @@ class ScoreCheck:
         """What a stage's ``metrics.json`` says; None, and a fault, where it cannot be read."""
         file = folder / METRICS
         try:
-            values = read_json(file)
+            values = read_shaped(file, Metrics)
             said = StageScores(dict(values["scores"]), dict(values["counts"]), dict(values.get("undefined", {})))
         except UserError as error:
             check.holds(str(error).replace(str(file), METRICS))
@@ -128,12 +130,15 @@ class ScoreCheck:
         """Task → its answers; None, and a fault, where a line cannot be read."""
         found: dict[str, list[Row]] = {}
         try:
-            lines = (folder / PREDICTIONS).read_bytes().split(b"\n")
+            every = list(lines(folder / PREDICTIONS))
         except OSError as error:
             check.holds(f"{PREDICTIONS}: {error.strerror}")
             return None
-        for number, line in enumerate(lines, 1):
-            if not line:
+        except UserError as error:
+            check.holds(str(error).replace(str(folder / PREDICTIONS), PREDICTIONS))
+            return None
+        for number, line in enumerate(every, 1):
+            if line == b"\n":
                 continue
             row = _row(line)
             if row is None:
@@ -215,7 +220,7 @@ def check_results(
             check.holds(f"{METRICS}: {'.'.join(map(str, key))} is nothing that a run writes")
     if not earlier and not any(line.startswith(METRICS) for line in check.differs):
         check.differs += [f"{METRICS} is not written as a run writes it"] * (
-            file.read_bytes() != json_text(expected).encode()
+            content(file, LARGEST_JSON) != json_text(expected).encode()
         )
     return check
 
@@ -223,12 +228,12 @@ def check_results(
 def _check_csv(file: Path, matrix: Matrix, check: Check) -> None:
     """Cell by cell."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = content(file, LARGEST_JSON).decode("utf-8")
         written = list(csv.reader(io.StringIO(text, newline="")))
     except OSError as error:
         check.holds(f"{CSV}: {error.strerror}")
         return
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UserError, UnicodeDecodeError, csv.Error) as error:
         check.holds(f"{CSV} is broken ({error})")
         return
     expected = to_csv(matrix)

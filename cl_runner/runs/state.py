@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.adapters.saved import Saved
-from cl_runner.atomic import read_json, write_json
-from cl_runner.errors import UserError
+from cl_runner.atomic import write_json
+from cl_runner.runs.shapes import Left, read_shaped
 
 FILE = "state.json"
 TENSORS = "state.safetensors"
@@ -93,18 +93,15 @@ class StageState:
     @classmethod
     def read(cls, folder: Path) -> StageState:
         """From a stage's folder. Raises UserError where the file is missing or broken."""
-        values = read_json(folder / FILE)
-        try:
-            return cls(
-                name=values["stage"],
-                method_name=values["method"],
-                tasks=tuple(values["tasks"]),
-                start=values["start"],
-                answers=Record.from_json(values),
-                next=Record.from_json(values["next"]) if "next" in values else None,
-                method=values["state"],
-                options=values.get("options", {}),
-                megabytes=values.get("megabytes", {}),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / FILE}: broken ({type(error).__name__}: {error})") from error
+        values = read_shaped(folder / FILE, Left)
+        return cls(
+            name=values["stage"],
+            method_name=values["method"],
+            tasks=tuple(values["tasks"]),
+            start=values["start"],
+            answers=Record.from_json(values),
+            next=Record.from_json(values["next"]) if values.get("next") else None,
+            method=values["state"],
+            options=values.get("options", {}),
+            megabytes=values.get("megabytes", {}),
+        )

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.atomic import read_json
 from cl_runner.metrics.free_subspace import free_share
 from cl_runner.runs.folder import RunDir
+from cl_runner.runs.follow import is_number
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.runs.state import NEXT, TENSORS, StageState
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def update_norm(run: RunDir, names: Sequence[str]) -> float | None:
 
 
 def _training(run: RunDir, index: int, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(run.stage_dir(index, name) / "metrics.json")["training"]
+    found: dict[str, Any] = read_metrics(run.stage_dir(index, name))["training"]
     return found
 
 
 def peak_megabytes(run: RunDir) -> float | None:
     """Peak memory of the device that the log has seen, in MB: of the GPU, or of the process."""
-    return max((row["memory_mb"] for row in run.log_rows() if "memory_mb" in row), default=None)
+    return max((row["memory_mb"] for row in run.log_rows() if is_number(row.get("memory_mb"))), default=None)

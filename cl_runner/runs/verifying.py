@@ -12,7 +12,7 @@ from typing import Any
 from cl_runner.errors import UserError
 from cl_runner.report.verified import Check
 from cl_runner.runs.file_check import check_run_files, check_stage_files, others
-from cl_runner.runs.folder import RunDir, readable, stage_names
+from cl_runner.runs.folder import BROKEN, RunDir, readable, stage_names
 from cl_runner.runs.resume_guard import order_of, other_rules
 from cl_runner.runs.score_check import ScoreCheck, StageScores, check_results
 from cl_runner.tasks.task import Task
@@ -64,7 +64,7 @@ def verify_folder(run: RunDir, stage: int | None = None) -> Folder:
         return folder
     try:
         _check_stages(run, about, folder, stage, of_run)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except BROKEN as error:
         of_run.holds(f"run.json is broken ({type(error).__name__}: {error})")
     return folder
 
@@ -98,7 +98,7 @@ def _plan(run: RunDir) -> tuple[dict[str, Any] | None, list[str] | None, str]:
     """``run.json`` and the names of its stages, and what is wrong with it."""
     try:
         with readable(run):
-            about = run.about()
+            about = run.unsafe_about()  # links and pipes are faults, each told where it is
             names = stage_names(about)
             return about, names, ""
     except UserError as error:

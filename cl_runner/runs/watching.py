@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from cl_runner.atomic import read_json
 from cl_runner.report.tables import RunSummary
 from cl_runner.report.watch import Seen
 from cl_runner.runs.checkpoints import kept_to
@@ -17,6 +16,7 @@ from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.follow import Lines, Log, is_number
 from cl_runner.runs.listing import state_of
 from cl_runner.runs.results import summary_of
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.terminal.progress import ShownStage, TimeLeft, clean
 
 DRAWN = ("loss", "penalty")
@@ -126,7 +126,7 @@ class Watched:
         """How long the test rows of a stage took."""
         metrics = self.run.stage_dir(stage, self.stages[stage]) / "metrics.json"
         rows = left.plans[stage].rows
-        took = read_json(metrics)["seconds"].get("evaluate") if metrics.is_file() else None
+        took = read_metrics(metrics.parent)["seconds"].get("evaluate") if metrics.is_file() else None
         if rows and took is not None:
             left.note("row", 0)
             self._now += took

@@ -26,6 +26,7 @@ FLAGS = {
     "order": "--order",
     "seed": "--seed",
     "model.name": "--model",
+    "model.trust_remote_code": "--trust-remote-code",
     "method.name": "--method",
     "data.dir": "--data-dir",
     "data.source": "--data",

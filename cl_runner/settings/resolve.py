@@ -91,6 +91,7 @@ def resolve(
     if extending:
         file = {path: given for path, given in file.items() if path not in (("order",), ("output", "name"))}
     imported = load_plugins(plugins, file.pop(("plugins",), None), config_file)
+    own_code = file.get(("model", "trust_remote_code"))
     flagged = from_flags({**(flags or {}), **({"order": order} if order is not None else {})})
     # The order goes first: which task a --set is of depends on the names of its tasks.
     of_order = [item for item in sets if item.partition("=")[0].strip() == "order"]
@@ -99,6 +100,8 @@ def resolve(
         ordered = replace(ordered, value=kept_order(config_file) or ordered.value)
     loaded = _order(ordered, document)
     stronger = [file, flagged, from_sets(sets, loaded.names if loaded else ())]
+    if config_file is not None and own_code is not None and own_code.value is True and is_of_run(config_file):
+        _refuse_unsaid(own_code, stronger[1:])
 
     chosen = [*_presets_of_file(file, config_file, notes), *((name, "--preset") for name in presets)]
     if extending:  # what was published for the shorter order stands in the file
@@ -136,6 +139,15 @@ def resolve(
     baseline = for_kind(merge(weakest, loaded))
     baseline[("method", "name")] = Given(method, "", "--preset", "--preset")
     return Resolved(config, _origins(config, merged, method), loaded, notes, _config(baseline, method, own_settings))
+
+
+def _refuse_unsaid(given: Given, said: Sequence[Layer]) -> None:
+    """A run folder may come from somebody else: that it trusts code of a model is no reason to run it here."""
+    if strongest(list(said), ("model", "trust_remote_code")) is None:
+        problem = (
+            "the model's own code is run only if you say so: look at it, and give --set model.trust_remote_code=true"
+        )
+        raise refuse(given.where, f"{problem} (--trust-remote-code of eval, verify and analyze)")
 
 
 def _presets_of_file(file: Layer, config_file: Path | None, notes: list[str]) -> list[tuple[str, str]]:

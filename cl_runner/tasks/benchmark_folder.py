@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cl_runner.config.lookup import expanded
 from cl_runner.errors import UserError, did_you_mean
+from cl_runner.plain_files import refuse_way_out
 from cl_runner.tasks import files
 from cl_runner.tasks.task import Columns, Split, Task
 
@@ -18,6 +19,8 @@ def read(task: Task, root: str, split: Split) -> files.Found:
     folder = task_folder(task, root)
     path = folder / f"{split}.json"
     with files.looking(folder, f"task {task.name}"):
+        for file in (folder / "labels.json", path):
+            refuse_way_out(file, expanded(root))
         _check_labels(task, folder / "labels.json")
         if not path.exists():
             there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "nothing"

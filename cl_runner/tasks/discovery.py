@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cl_runner.plain_files import leads_within
 from cl_runner.tasks.files import opening
 from cl_runner.tasks.files.opening import SPLITS
 from cl_runner.tasks.task import Split
@@ -49,7 +50,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
     yield folder
     if depth and not _is_task(folder):
         for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.name.startswith("."):
+            if inner.is_dir() and not inner.name.startswith(".") and leads_within(inner, folder):
                 yield from _folders(inner, depth - 1)
 
 

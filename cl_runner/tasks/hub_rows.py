@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.errors import UserError, first_line
+from cl_runner.offline import cache_alone, nothing_is_fetched
 from cl_runner.tasks.files import Found, where
 from cl_runner.tasks.files.values import Fault, target
 from cl_runner.tasks.quiet_libraries import quiet
@@ -150,7 +149,7 @@ def _load(task: Task, hub: Hub, split: Split, name: str) -> tuple[Dataset, str |
     reached = True
     try:
         reached = _reachable(hub)
-        with quiet(), _offline(not reached):
+        with quiet(), cache_alone(not reached):
             data, commit = _csv_file(hub, split) if hub.files else _repository(hub, name)
     except GatedRepoError as error:
         raise UserError(f"{place}: the data set is gated: accept its terms there, then hf auth login") from error
@@ -159,6 +158,11 @@ def _load(task: Task, hub: Hub, split: Split, name: str) -> tuple[Dataset, str |
     except RepositoryNotFoundError as error:
         raise UserError(f"{place}: no such data set, or it is private (hf auth login)") from error
     except Exception as error:  # datasets, pyarrow, httpx and the hub's client: each has errors of its own
+        if nothing_is_fetched():
+            raise UserError(
+                f"task {task.name}: {hub.id} is not in the local cache, and what a run's folder names is not fetched; "
+                "--data hub fetches it (cl-runner data check), or --data-dir says where it is"
+            ) from error
         if not reached:
             raise UserError(
                 f"task {task.name}: no network for {hub.id} ({_endpoint()}), and it is not in the local cache; "
@@ -214,18 +218,3 @@ def _reachable(hub: Hub) -> bool:
     except Exception:  # offline mode, no name, no route, refused, timed out, 5xx: the cache may still have it
         return False
     return True
-
-
-@contextmanager
-def _offline(on: bool) -> Iterator[None]:
-    """The libraries' offline mode for a while: the cache answers at once, or an error does."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if on:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

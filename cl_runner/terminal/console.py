@@ -11,6 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from cl_runner.terminal.escapes import shown
+from cl_runner.terminal.masking import masked
+
 _results: TextIO | None = None
 debugging = False  # --debug: errors come with their traceback
 
@@ -19,6 +22,13 @@ class _Results(io.TextIOWrapper):
     """The real stdout. Who reads it (``head``) may have had enough: what comes after that is dropped."""
 
     def write(self, text: str) -> int:
+        try:
+            return super().write(shown(text))
+        except BrokenPipeError:
+            return self._drop(len(text))
+
+    def steer(self, text: str) -> int:
+        """As it is: colours, and where the cursor goes."""
         try:
             return super().write(text)
         except BrokenPipeError:
@@ -100,15 +110,50 @@ def one_line(text: str) -> str:
 
 def say_error(error: BaseException, message: str | None = None) -> None:
     """One line on stderr; with ``--debug`` the traceback before it."""
-    if debugging:
-        traceback.print_exception(error)
     with suppress(OSError, ValueError, AttributeError):  # nobody may be there to read it
-        sys.stderr.write(f"cl-runner: {one_line(message or str(error))}\n")
+        if debugging:
+            sys.stderr.write(shown(masked("".join(traceback.format_exception(error)))))
+        sys.stderr.write(f"cl-runner: {shown(masked(one_line(message or str(error))))}\n")
         sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """Lines on stderr that are no part of the result; what they name may be anybody's."""
+    print(shown(masked(text)), file=sys.stderr)
 
 
 def rich_print(renderable: Any) -> None:
     """A table on stdout, as wide as the terminal (80 columns into a pipe)."""
+    rich_console().print(AsText(renderable))
+
+
+def rich_console() -> Any:
+    """A console of rich's on stdout. Its styles steer the terminal, and so pass by what shows escapes as text."""
     from rich.console import Console
 
-    Console(file=sys.stdout).print(renderable)
+    stream: Any = _Steering(sys.stdout) if isinstance(sys.stdout, _Results) else sys.stdout
+    return Console(file=stream)
+
+
+class _Steering:
+    """The results as rich writes them."""
+
+    def __init__(self, results: _Results) -> None:
+        self._results = results
+
+    def write(self, text: str) -> int:
+        return self._results.steer(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._results, name)
+
+
+class AsText:
+    """What rich draws of something, every text in it as text: one that holds an escape shows it, and sets nothing."""
+
+    def __init__(self, renderable: Any) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else segment._replace(text=shown(segment.text))

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
+from cl_runner.terminal.masking import masked
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -426,7 +428,7 @@ class Screen:
         if not self.enabled:
             return
         self._said_at = self._clock()
-        for part in clean(text).split("\n"):
+        for part in clean(masked(text)).split("\n"):
             self._log.write(part)
             if not screen:
                 continue

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cl_runner.engine.process import Place
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.resume_guard import computes
 from cl_runner.training.checkpoint import restore_stage
 from cl_runner.training.plan import Plan
@@ -30,7 +30,8 @@ def as_committed(plan: Plan, rundir: RunDir, index: int, place: Place) -> Iterat
     if index == BASE:
         room.adapters.show(None)
     else:
-        left = restore_stage(rundir, stage, index)
+        with readable(rundir, RuntimeError, AssertionError):  # torch's, of other shapes than the model's
+            left = restore_stage(rundir, stage, index)
         answers = room.adapters.kept.get(left.answers.live or "")
         room.method.build(stage)
         # ``build`` may have begun anew, which of some kinds is not quite nothing.

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_runner.atomic import read_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
@@ -19,6 +18,7 @@ from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.predictions import predictions
 from cl_runner.runs.results import chosen
 from cl_runner.runs.resume_guard import other_rules
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.settings import Resolved
 from cl_runner.terminal.progress import Screen, ShownStage
 from cl_runner.training.as_committed import as_committed
@@ -104,7 +104,7 @@ def ask_again(
     with readable(rundir):
         folder = rundir.stage_dir(index, stage_names(rundir.about())[index])
         refuse_removed(folder)
-        committed: dict[str, float | None] = read_json(folder / "metrics.json")["scores"]
+        committed: dict[str, float | None] = read_metrics(folder)["scores"]
         outputs = {(row["task"], row["id"]): row["output"] for rows in predictions(folder).values() for row in rows}
         wanted = list(tasks or committed)
         if run_of(order):

@@ -18,6 +18,7 @@ from cl_runner.atomic import read_json, write_json
 from cl_runner.engine.process import Place
 from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir
+from cl_runner.terminal.masking import masked
 from cl_runner.training.plan import Plan
 
 PACKAGES = (
@@ -61,7 +62,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
 
     return {
         "cl_runner": __version__,
-        "command": shlex.join(["cl-runner", *sys.argv[1:]]),
+        "command": masked(shlex.join(["cl-runner", *sys.argv[1:]])),
         **_checkout(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _packages(plan)},

@@ -72,7 +72,7 @@ class Run:
         """Train, evaluate and commit every stage that is missing; returns the accuracy matrix."""
         room, tokens = self.prepare()
         dropout = attention_dropout(room.base.model) if self.plan.config.training.dropout_by == "row" else ""
-        said = filter(None, [room.base.advice, room.compute.said, in_4_bits(self.plan, room), dropout])
+        said = filter(None, [room.compute.said, in_4_bits(self.plan, room), dropout])
         for line in [*said, *tokens.notes, *tokens.cut_targets()]:
             self.screen.line(line)
         done = int(engine.broadcast_object(self.place, self.rundir.committed(self.names)))

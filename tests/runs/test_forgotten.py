@@ -230,7 +230,7 @@ def test_broken_folders_are_refused_and_a_report_says_nothing(run: RunDir) -> No
         ("".join([*lines, lines[0]]), "other rows of colours"),
         (lines[0].replace("correct", "corect") + "".join(lines[1:]), "correct"),
         ("{", "broken JSON"),
-        ("[]\n", "broken file"),
+        ("[]\n", "must be a JSON object"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match="is not what was committed"):

@@ -215,5 +215,5 @@ def test_what_is_damaged_is_one_line_and_the_rest_goes_on(tmp_path: Path) -> Non
     changes, skipped = found(run)
     assert [each.name for each in changes] == ["dbpedia"]
     assert [line[: line.index(":")] for line in skipped] == ["stage 2 (amazon)", "stage 3 (agnews)"]
-    assert "damaged" in skipped[0] and "state.json: broken" in skipped[1]
+    assert "damaged" in skipped[0] and "state.json: own is not as a run writes it" in skipped[1]
     assert not any("\n" in line for line in skipped)

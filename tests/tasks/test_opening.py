@@ -214,7 +214,7 @@ def test_saved_datasets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hidden: row 1 \(train/0\): 'label' is null"):
         read(tmp_path / "hidden")
     (tmp_path / "one" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"one: not readable as a saved dataset"):
+    with pytest.raises(UserError, match=r"one/state\.json: broken JSON"):
         read(tmp_path / "one")
 
 

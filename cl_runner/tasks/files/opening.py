@@ -9,6 +9,7 @@ import gzip
 import io
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 from cl_runner.config.yamlfile import printable
 from cl_runner.errors import UserError
+from cl_runner.plain_files import LARGEST_ROWS, content, opened, refuse_foreign, refuse_way_out
 from cl_runner.tasks.task import Split
 
 PACKED = (".gz", ".bz2", ".zst")
@@ -107,7 +109,7 @@ def _find(path: Path, split: Split, what: str) -> list[Path]:
         matches = sorted(above.glob(str(path.relative_to(above))))
     except ValueError as error:  # such as a**
         raise UserError(f"{what}: {path} is no pattern ({error})") from error
-    files = [existing(file, what) for file in matches if file.is_file() and not file.name.startswith(".")]
+    files = [existing(file, what, above) for file in matches if file.is_file() and not file.name.startswith(".")]
     if not files:
         raise UserError(f"{what}: no file is called {path}")
     return files
@@ -115,11 +117,13 @@ def _find(path: Path, split: Split, what: str) -> list[Path]:
 
 def _folder(path: Path, split: Split, what: str) -> list[Path]:
     if is_saved(path):
+        refuse_foreign(path)
         return [path]
     if (path / "dataset_dict.json").is_file():
         there = sorted(folder.name for folder in path.iterdir() if is_saved(folder))
         for name in there:
             if SPLITS.get(name) == split:
+                refuse_foreign(path)
                 return [path / name]
         has = ", ".join(there) or "nothing"
         raise UserError(
@@ -133,7 +137,7 @@ def _folder(path: Path, split: Split, what: str) -> list[Path]:
     if len(kinds) > 1 or len(splits) > 1:
         mixed = f"files of several kinds ({', '.join(kinds)})" if len(kinds) > 1 else "files of several splits"
         raise UserError(f"{what}: the folder {path} holds {mixed}; give a pattern, such as {path}/{split}*{kinds[0]}")
-    return [existing(file, what) for file in files]
+    return [existing(file, what, path) for file in files]
 
 
 def is_saved(path: Path) -> bool:
@@ -141,21 +145,26 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
-def existing(path: Path, what: str) -> Path:
-    """The path if it is a file that can be opened, else a UserError that begins with ``what``."""
+def existing(path: Path, what: str, within: Path | None = None) -> Path:
+    """The path if it is a file that can be opened, else a UserError that begins with ``what``.
+
+    within: the folder that it was found in, out of which no link is followed; None where a user has named it himself.
+    """
     with looking(path, what):
         if not _exists(path):
             raise UserError(f"{what}: no file {path}")
         if not path.is_file():
             raise UserError(f"{what}: {path} is not a file")
-        path.open("rb").close()
+        if within is not None:
+            refuse_way_out(path, within)
+        opened(path, sys.maxsize).close()
     return path
 
 
 def text(path: Path, encoding: str | None = None) -> str:
     """A file's whole text, unpacked where it is packed; UserError says which ``source.encoding`` may fit."""
     with looking(path):
-        raw = _unpacked(path) if packed(path) else path.read_bytes()
+        raw = _unpacked(path) if packed(path) else content(path, LARGEST_ROWS)
     try:
         decoded = raw.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
@@ -170,9 +179,9 @@ def text(path: Path, encoding: str | None = None) -> str:
 def head(path: Path, size: int = _BLOCK) -> str:
     """The beginning of a file's text, as far as it is UTF-8; empty where it cannot be read."""
     try:
-        with _stream(path) if packed(path) else path.open("rb") as stream:
+        with _stream(path) if packed(path) else opened(path, sys.maxsize) as stream:
             return stream.read(size).decode("utf-8-sig", "ignore")
-    except (OSError, EOFError, ValueError, zlib.error):
+    except (OSError, EOFError, ValueError, zlib.error, UserError):
         return ""
 
 
@@ -190,20 +199,21 @@ def _stream(path: Path) -> AbstractContextManager[Any]:
 
 def _unpacked(path: Path) -> bytes:
     """The content in blocks, so that a small file cannot fill the memory."""
+    opened(path, LARGEST_ROWS).close()
     most = max(_LEAST, _GROWS * path.stat().st_size)
-    content = io.BytesIO()
+    whole = io.BytesIO()
     try:
         with _stream(path) as stream:
             while block := stream.read(_BLOCK):
-                content.write(block)
-                if content.tell() > most:
+                whole.write(block)
+                if whole.tell() > most:
                     raise UserError(
                         f"{path}: more than {most >> 20} MiB when unpacked, {_GROWS} times its size; unpack it "
                         "yourself if that is right"
                     )
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are of all kinds
         raise UserError(f"{path}: not readable as {path.suffix.lower()} ({error})") from error
-    return content.getvalue()
+    return whole.getvalue()
 
 
 def _not_text(raw: bytes, error: UnicodeDecodeError, encoding: str | None) -> str:
