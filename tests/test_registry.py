@@ -85,7 +85,7 @@ assert "olora" in names and "hub" in names
 print(sorted(name for name in sys.modules if name.startswith("cl_runner.")), "pydantic" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "['cl_runner.errors', 'cl_runner.registry'] False\n", done.stderr
+    assert done.stdout == "['cl_runner.errors', 'cl_runner.plain_files', 'cl_runner.registry'] False\n", done.stderr
 
 
 # Of packages.
