@@ -63,14 +63,17 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, finite: bool = True) -> dict[str, Any]:
     """A JSON object.
+
+    finite: refuse numbers that are none, which only the state between two steps may hold.
 
     Raises:
         UserError: the file is missing or broken.
     """
+    checks: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite_float} if finite else {}
     try:
-        value = json.loads(content(file, LARGEST_JSON).decode(), parse_constant=_no_number, parse_float=_finite_float)
+        value = json.loads(content(file, LARGEST_JSON).decode(), **checks)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

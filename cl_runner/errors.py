@@ -39,6 +39,10 @@ class OutOfMemory(UserError):
 OUT_OF_MEMORY = "out of memory"  # what a line about it begins with
 
 
+# As torch says it of a CPU, of a GPU outside its own allocator, and where cuBLAS found no room for its workspace.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def no_memory(error: BaseException) -> str:
     """A line on an error that says so, of which nothing else is known."""
     said = " ".join(str(error).split())[:200]
@@ -51,7 +55,7 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "CUDA error: out of memory" in said)
+    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

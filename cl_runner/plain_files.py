@@ -10,6 +10,7 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,7 +110,8 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
         inside = list(found)
     for entry in inside:
         if entry.is_dir(follow_symlinks=False):
-            yield from _entries(Path(entry.path))
+            with suppress(FileNotFoundError):  # a run that trains has moved or removed it since it was listed
+                yield from _entries(Path(entry.path))
         else:
             yield entry
 

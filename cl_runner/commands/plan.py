@@ -6,7 +6,6 @@ rehearsed (``training/rehearsal.py``). The run's folder is looked at as ``train`
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,7 +15,7 @@ from cl_runner.commands.request import Request
 from cl_runner.commands.train import Prepared, about_plan, plan_text
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
-from cl_runner.terminal.console import print_json, size
+from cl_runner.terminal.console import print_json, say, size
 
 if TYPE_CHECKING:
     from cl_runner.training.resources import Resources
@@ -33,11 +32,11 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
         from cl_runner.engine.process import here
         from cl_runner.training.resources import resources
 
-    say = _say if not as_json else _silent
     with ExitStack() as stack:
         stack.callback(engine.stop)
         copied = run.extended.bytes if run.extended else 0
-        found = resources(run.plan, run.folder.path, here(), run.done, run.processes, began, say, copied)
+        tell = _silent if as_json else say
+        found = resources(run.plan, run.folder.path, here(), run.done, run.processes, began, tell, copied)
         found.seconds_of_plan = time.perf_counter() - began
     about = {**about_plan(run), **found.about()}
     about["stages"] = [{**stage, **more} for stage, more in zip(about["stages"], found.about_stages(), strict=True)]
@@ -51,10 +50,6 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
         "other": [_seconds(one.rest) for one in times],
     }
     print(plan_text(run, about, columns, _below(found, run.processes)))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _silent(_: str) -> None:

@@ -56,11 +56,16 @@ class Folder:
     def __init__(self, path: Path, where: str) -> None:
         self.path = path
         self.where = where
+        self._looked_through = False
 
     def names(self) -> Set[str]:
         try:
-            refuse_foreign(self.path)
-            return {entry.name for entry in self.path.iterdir() if entry.is_file()}
+            found = {entry.name for entry in self.path.iterdir() if entry.is_file()}
+            # Once, and no folder without a model: that may be somebody's home, and is told by what it lacks.
+            if not self._looked_through and found & {"config.json", *_SAFETENSORS}:
+                refuse_foreign(self.path)
+                self._looked_through = True
+            return found
         except OSError as error:
             raise UserError(f"model {self.where}: cannot be read ({error.strerror})") from error
 

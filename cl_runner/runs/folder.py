@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -148,11 +149,16 @@ class RunDir:
         try:
             for name in OWN:
                 path = self.path / name
-                if path.is_symlink() or not (path.is_dir() or path.is_file() or not path.exists()):
-                    what = "a symlink" if path.is_symlink() else "neither a file nor a folder"
+                try:
+                    mode = path.lstat().st_mode  # once: a run that trains makes and removes files meanwhile
+                except FileNotFoundError:
+                    continue
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    what = "a symlink" if stat.S_ISLNK(mode) else "neither a file nor a folder"
                     raise UserError(f"{path} is {what}, which no run writes, and is not followed")
-                if path.is_dir():
-                    refuse_foreign(path, links=False)
+                if stat.S_ISDIR(mode):
+                    with suppress(FileNotFoundError):
+                        refuse_foreign(path, links=False)
         except OSError as error:
             raise UserError(f"{error.filename or self.path}: {error.strerror}") from None
         self._looked_through = True

@@ -22,9 +22,11 @@ from pathlib import Path
 
 from cl_runner.atomic import sync
 from cl_runner.errors import UserError
+from cl_runner.plain_files import content
 from cl_runner.runs.process import Process
 
 PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
+LONGEST_CARD = 2**15  # bytes: the path in it may be 4096 long, and JSON may take six for each
 WITHOUT = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # flock on a folder that has no locks
 
 
@@ -53,7 +55,7 @@ class Writer:
             values = json.loads(card)
             process = Process.of_word(values["process"])
             return cls(process, str(values["since"]), str(values["folder"])) if process else None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def alive(self, run: Path) -> bool | None:
@@ -63,7 +65,7 @@ class Writer:
         """
         alive = self.process.alive()
         if alive:
-            with suppress(OSError):  # where it wrote is not there any more: moved, with its writer
+            with suppress(OSError, ValueError):  # where it wrote is not there any more: moved, with its writer
                 return run.samefile(self.folder)
         return alive
 
@@ -141,7 +143,7 @@ def _flock(handle: int, until: float) -> bool:
 
 
 def _read(handle: int) -> Writer | None:
-    return Writer.of(os.pread(handle, 4096, 0).decode("utf-8", "replace"))
+    return Writer.of(os.pread(handle, LONGEST_CARD, 0).decode("utf-8", "replace"))
 
 
 def _write(handle: int, text: str) -> None:
@@ -172,6 +174,8 @@ def _take_card(run: Path) -> Callable[[], None]:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and (cards := _cards(run)):  # who has it by now has cleared the draft
+            raise _refusal(run, cards[0][1]) from None
         raise UserError(f"cannot write the run folder {run}: {error.strerror or error}") from None
 
     def release() -> None:
@@ -194,9 +198,16 @@ def _moved(draft: Path, place: Path) -> bool:
 
 def _cards(run: Path) -> list[tuple[Path, Writer | None]]:
     """The cards in ``.writer``: one, or none."""
-    with suppress(FileNotFoundError):  # taken away meanwhile
-        return [(file, Writer.of(file.read_text("utf-8", "replace"))) for file in (run / ".writer").iterdir()]
+    with suppress(FileNotFoundError, NotADirectoryError):  # taken away meanwhile; a file, onto which nothing is moved
+        return [(file, _writer(file)) for file in (run / ".writer").iterdir()]
     return []
+
+
+def _writer(file: Path) -> Writer | None:
+    try:
+        return Writer.of(content(file, LONGEST_CARD).decode("utf-8", "replace"))
+    except UserError:  # a pipe, or more than anybody writes
+        return None
 
 
 def _refusal(run: Path, writer: Writer | None) -> UserError:

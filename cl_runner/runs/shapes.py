@@ -132,7 +132,8 @@ class Environment(Shape):
     command: str = ""
     device: str = ""
     packages: dict[str, str] = {}
-    later: list[dict[str, Any]] = []
+    whose: Annotated[dict[str, str], Field(alias="from")] = {}
+    later: list[Environment] = []
 
 
 class PairFacts(Shape):

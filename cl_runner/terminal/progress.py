@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
+from cl_runner.terminal.escapes import STEERING
 from cl_runner.terminal.masking import masked
 
 if TYPE_CHECKING:
@@ -33,12 +34,11 @@ SHARE = 0.1  # of a stage: another reason for a line
 FEW = 3  # old tasks whose probes stand in a line one by one
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def clean(text: str) -> str:
     """``text`` without terminal escapes and control characters (a task's name is the user's, or a stranger's)."""
-    return _CONTROLS.sub("", _ESCAPES.sub("", text))
+    return STEERING.sub("", _ESCAPES.sub("", text))
 
 
 def duration(seconds: float) -> str:

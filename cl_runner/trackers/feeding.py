@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from cl_runner.atomic import read_json
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, forgetting
 from cl_runner.runs.folder import RunDir, stage_names
 from cl_runner.runs.follow import Log, is_number
@@ -106,7 +105,7 @@ def feed(
 
 def tracked(run: RunDir, steps: int) -> Tracked:
     """What a tracker is told of a run, of which so many steps were kept."""
-    about, environment = run.about(), read_json(run.path / "environment.json")
+    about, environment = run.about(), run.environment()
     digest = hashlib.sha256(f"{run.name} {environment['started']}".encode()).hexdigest()[:8]
     return Tracked(
         name=run.name,

@@ -65,7 +65,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
         "command": masked(shlex.join(["cl-runner", *sys.argv[1:]])),
         **_checkout(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _packages(plan)},
+        "packages": {name: version for name in _packages(plan) if (version := _version(name))},
         "platform": platform.platform(),
         "device": device_name(place),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -84,6 +84,14 @@ def _packages(plan: Plan) -> list[str]:
     metrics = {task.metric for task in plan.data.tasks.values() if task.metric != "f1" or task.labels}
     extras = ["bitsandbytes"] * bool(model.quantize) + ["gguf"] * model.name.endswith(".gguf")
     return [*PACKAGES, *extras, *(package for metric, package in SCORED_BY.items() if metric in metrics)]
+
+
+def _version(name: str) -> str:
+    """Of a package; empty where it is not installed, as of a GGUF file that is in the cache it need not be."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _others(plan: Plan) -> dict[str, str]:

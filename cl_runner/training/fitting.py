@@ -83,7 +83,7 @@ class Fit:
                 found += made
                 continue
             if whole or len(part) == 1 or not config.training.auto_batch:
-                raise answers_do_not_fit(config, len(part), width, why)
+                raise answers_do_not_fit(config, len(part), width, why, whole)
             rows = len(part) // 2
             self.eval_tokens = rows * width
         return found
@@ -161,18 +161,19 @@ def step_does_not_fit(stage: StageRun, rows: int, why: str) -> OutOfMemory:
         smaller.append("or set training.activation_checkpointing=true")
     if rows == 1:
         return OutOfMemory(f"{said}: lower {' '.join(smaller)} ({why})")
-    if not may_halve(config):
+    # What is halved already has run out elsewhere: in the optimizer, or in what the method does between steps.
+    if config.training.auto_batch or not may_halve(config):
         return OutOfMemory(f"{said}: lower training.micro_batch, {' '.join(smaller)} ({why})")
     lower = f"lower training.micro_batch, or let {HALVES} do it, with the same numbers"
     return OutOfMemory(f"{said}: {lower} ({why})", HALVES)
 
 
-def answers_do_not_fit(config: RunConfig, rows: int, width: int, why: str) -> OutOfMemory:
-    """What to lower where so many rows of that width cannot be answered at once."""
+def answers_do_not_fit(config: RunConfig, rows: int, width: int, why: str, whole: bool = False) -> OutOfMemory:
+    """What to lower where so many rows of that width cannot be answered at once; a ``whole`` batch is never halved."""
     said = f"out of memory over a batch of {rows} answer{'s' * (rows > 1)} to up to {width} tokens each"
     if rows == 1:
         return OutOfMemory(f"{said}: lower data.max_source ({config.data.max_source}) ({why})")
     lower = f"{said}: lower eval.batch_tokens (a batch has {rows * width})"
-    if config.training.auto_batch or not may_halve(config):
+    if whole or config.training.auto_batch or not may_halve(config):
         return OutOfMemory(f"{lower} ({why})")
     return OutOfMemory(f"{lower}, or let {HALVES} do it ({why})", HALVES)

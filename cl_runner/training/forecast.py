@@ -9,7 +9,7 @@ What a stage takes beside them (its beginning, what its method does at its ends,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,11 @@ class Memory:
     weights: int
     optimizer: int
     there: int  # what the device, or the machine, has
+
+    def of_each(self, processes: int) -> Memory:
+        """Of one process of several, which deal the optimizer among them, where one alone was measured."""
+        own = -(-self.optimizer // processes)
+        return replace(self, peak=self.peak - self.optimizer + own, optimizer=own)
 
     @property
     def rest(self) -> int:

@@ -114,7 +114,7 @@ def train_stage(
         tick(stage.step, None, None)  # the clock of steps begins here: what a method did before was none
         while stage.step < len(steps):
             dropout = stage.dropout.installed() if by_row else nullcontext()
-            to_come = steps[stage.step :]
+            to_come, why = steps[stage.step :], ""
             try:
                 with dropout, closing(_padded(stage, plan, weights, to_come, examples, tasks)) as batches:
                     for rows in to_come:
@@ -135,7 +135,9 @@ def train_stage(
                             steps = steps[: stage.step]
                             break
             except DoesNotFit as error:
-                plan, engine = _halved(stage, plan, str(error), meter)
+                why = str(error)
+            if why:  # out here the error is gone, and with it the frames that held the step's gradients
+                plan, engine = _halved(stage, plan, why, meter)
         stage.adapters.model.eval()
         _seed(stage, "end")
         with hooks:

@@ -105,7 +105,7 @@ def resources(
     peak = int(memory_mb(place.torch_device) * 2**20)
     stages = forecast(found.stages, found.asked, found.batches, processes)
     steps = sum(stage.steps for stage in stages[done:])
-    held = Memory(peak, program, bytes_held(room), -(-found.optimizer // processes), memory(place.device)[1])
+    held = Memory(peak, program, bytes_held(room), found.optimizer, memory(place.device)[1]).of_each(processes)
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     disk = bytes_to_write(plan, room, done) + copied + FILES + LOGGED * steps // plan.config.output.log_every
     trained = max((counts.trained for counts in found.counts), default=0)

@@ -56,7 +56,7 @@ def _write(folder: Path, name: str, parts: Mapping[str, State]) -> None:
 
 
 def _read(folder: Path, name: str) -> dict[str, State]:
-    about = read_json(folder / f"{name}.json")
+    about = read_json(folder / f"{name}.json", finite=False)
     file = folder / f"{name}.safetensors"
     tensors = load_file(file) if file.exists() else {}
     return {

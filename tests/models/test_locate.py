@@ -167,6 +167,8 @@ def test_config_json(copy: Callable[[str], Path], tmp_path: Path) -> None:
     broken(folder, r"no config\.json there")
     (tmp_path / "empty").mkdir()
     broken(tmp_path / "empty", r"no config\.json there")
+    (tmp_path / "empty" / "python").symlink_to("/bin/sh")  # somebody's folder of anything is not looked through
+    broken(tmp_path / "empty", r"no config\.json there")
 
 
 def test_an_adapter_is_no_base(copy: Callable[[str], Path]) -> None:

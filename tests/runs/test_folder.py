@@ -227,3 +227,27 @@ def test_full_disk_in_the_middle(finished: Finished, tmp_path: Path, monkeypatch
     assert again.code == 0, again.err
     assert results(run) == results(finished.run)
     assert STAGES[0] not in "".join(line for line in again.err.splitlines() if "steps" in line)
+
+
+def test_a_run_that_trains_can_be_looked_through(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft is moved, a checkpoint removed, while somebody lists what is there."""
+    for name in (".01-a.draft", "02-b"):
+        (run.stages_dir / name).mkdir()
+    scandir = os.scandir
+
+    def late(path: Any) -> Any:
+        if Path(path).name == ".01-a.draft":
+            (run.stages_dir / ".01-a.draft").rename(run.stages_dir / "01-a")
+        return scandir(path)
+
+    monkeypatch.setattr("cl_runner.plain_files.os.scandir", late)
+    run.refuse_foreign()
+    assert (run.stages_dir / "01-a").is_dir()
+
+
+@pytest.mark.parametrize("about", [{"from": []}, {"later": [{"packages": []}]}, {"later": [{"from": {"a": 1}}]}])
+def test_what_a_run_goes_on_from_is_of_its_type(run: RunDir, about: dict[str, Any]) -> None:
+    """It is compared with what there is now, process by process."""
+    write_json(run.path / "environment.json", about)
+    with pytest.raises(UserError, match="is not as a run writes it"):
+        run.environment()

@@ -116,7 +116,7 @@ def test_who_looks_does_not_disturb_who_begins(run: RunDir) -> None:
 
 def test_who_holds_it_may_be_unknown(run: RunDir) -> None:
     """A full disk takes the card, not the lock; and earlier versions wrote none."""
-    for text in (b"", b"[]", b"{}", b'{"host": "a", "p'):
+    for text in (b"", b"[]", b"{}", b'{"host": "a", "p', b"[" * 10_000):
         with run.lock():
             (run.path / ".lock").write_bytes(text)
             assert refusal(run).endswith("is being trained by another process")
@@ -261,3 +261,33 @@ def test_what_a_killed_one_was_about_to_write_is_removed(run: RunDir) -> None:
     (run.path / ".writer.abc.draft").mkdir()
     clear_drafts(run)
     assert not (run.path / ".writer.abc.draft").exists()
+
+
+def test_who_has_the_folder_may_clear_the_draft_of_one_who_comes(
+    run: RunDir, without: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He is told who has it, not that there is no such file."""
+    with holder(run, errno.ENOLCK) as process:
+        monkeypatch.setattr(lock, "sync", lambda _: clear_drafts(run))
+        assert re.search(told(process) + "$", refusal(run))
+
+
+@pytest.mark.parametrize("thing", ["pipe", "large", "nul", "file"])
+def test_a_card_that_nobody_wrote_hangs_nothing(run: RunDir, without: None, thing: str) -> None:
+    (run.path / ".lock").touch()
+    place = run.path / ".writer"
+    if thing == "file":
+        place.touch()
+        assert not run.locked()
+        return
+    place.mkdir()
+    if thing == "pipe":
+        os.mkfifo(place / "card")
+    elif thing == "large":
+        with (place / "card").open("wb") as file:
+            file.truncate(10 * 2**30)
+    else:
+        (place / "card").write_text(replace(Writer.here(run.path), folder="a\0b").card)
+        assert run.locked()
+        return
+    assert not run.locked()

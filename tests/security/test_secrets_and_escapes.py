@@ -11,7 +11,7 @@ import pytest
 from cl_runner.runs.folder import RunDir
 from cl_runner.terminal.escapes import shown
 from cl_runner.terminal.masking import MASK, holds_secret, masked
-from cl_runner.terminal.progress import Screen
+from cl_runner.terminal.progress import Screen, clean
 from tests.command_line import NANO, call, variables
 from tests.fuzz.oracle import STEERING
 from tests.run_folders import RunFolder
@@ -94,6 +94,7 @@ def test_what_is_no_secret_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_escapes_are_shown_and_mean_the_same_in_json() -> None:
     text = json.dumps({"a": EVIL}, ensure_ascii=False)
     assert not STEERING.search(shown(text)) and json.loads(shown(text)) == {"a": EVIL}
+    assert clean(EVIL) == "31m<script>alert(1)</script>"  # of a line of the screen they are taken out
     assert shown("naïve\tÅ\n日本") == "naïve\tÅ\n日本"
 
 

@@ -58,3 +58,8 @@ def test_a_run_says_what_may_change_its_numbers(finished: Finished) -> None:
     about = json.loads((finished.run / "environment.json").read_text())
     assert {"torch", "transformers", "peft", "deepspeed", "tokenizers", "numpy"} <= set(about["packages"])
     assert about["cpu"] and about["threads"] and "git_dirty" in about and "cuda" not in about
+
+
+def test_a_package_that_is_not_installed_is_none_of_the_run() -> None:
+    """A GGUF file whose weights are in the cache is read without the package that dequantised them."""
+    assert environment._version("torch") and environment._version("no-such-package") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import OutOfMemory, out_of_memory
 from cl_runner.methods.protocol import Method
 from cl_runner.models.batch import Batch, Example
+from cl_runner.training import loop
+from cl_runner.training.fitting import answers_do_not_fit
 from cl_runner.training.loop import train_stage
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_files import read, write_own, write_shared
@@ -94,6 +97,19 @@ def test_where_all_fits_the_setting_changes_no_bit(ranks: int, again: bool) -> N
     assert all(same(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(with_it, without, strict=True))
 
 
+def test_nothing_of_the_step_is_held_while_the_engine_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's frames have whole gradients in them, for which there may be no room beside two engines' states."""
+    halved, held = loop._halved, []
+
+    def looked(*of: Any) -> Any:
+        held.append(sys.exc_info()[0])
+        return halved(*of)
+
+    monkeypatch.setattr(loop, "_halved", looked)
+    on_ranks(1, trained, Small, training__auto_batch=True)
+    assert held == [None]
+
+
 class Later(Small):
     most, since = 1, 1
 
@@ -124,6 +140,20 @@ def test_what_to_lower_is_said_where_it_cannot_go_on(
     with pytest.raises(OutOfMemory) as error:
         on_ranks(1, trained, method, **settings)
     assert told in str(error.value) and bool(error.value.without) == without
+
+
+class Elsewhere(Method):
+    """A machine whose memory ends where the step is taken."""
+
+    def after_step(self, stage: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_what_is_on_already_is_not_advised() -> None:
+    for auto in (False, True):
+        with pytest.raises(OutOfMemory) as error:
+            on_ranks(1, trained, Elsewhere, training__auto_batch=auto)
+        assert "lower training.micro_batch" in str(error.value) and bool(error.value.without) is not auto
 
 
 # --- every method that keeps something of a step while it is computed
@@ -225,6 +255,12 @@ def test_answers_that_do_not_fit_say_what_to_lower() -> None:
         on_ranks(1, answered, True, 0)
 
 
+def test_what_cannot_be_halved_is_not_advised_to() -> None:
+    for whole in (False, True):
+        error = answers_do_not_fit(RunConfig(), 4, 100, "no room", whole)
+        assert "lower eval.batch_tokens (a batch has 400)" in str(error) and bool(error.without) is not whole
+
+
 # --- the command
 
 PLUGIN = """
@@ -279,6 +315,7 @@ def test_what_a_micro_batch_decides_is_not_halved(name: str, tmp_path: Path) -> 
 def test_what_counts_as_out_of_memory() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert RunConfig().training.auto_batch is False

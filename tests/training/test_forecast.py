@@ -74,6 +74,8 @@ def test_without_a_step_there_is_no_time() -> None:
 def test_what_is_left_of_the_peak_is_activations() -> None:
     assert Memory(100, 40, 30, 20, 1000).about()["rest"] == 10
     assert Memory(50, 40, 30, 20, 1000).rest == 0
+    assert Memory(100, 40, 30, 21, 1000).of_each(2) == Memory(90, 40, 30, 11, 1000)
+    assert Memory(100, 40, 30, 21, 1000).of_each(1).rest == Memory(90, 40, 30, 11, 1000).rest  # nobody else has it
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 16, 100])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from cl_runner.methods.protocol import State
 from cl_runner.models.batch import Example
 from cl_runner.training.loop import train_stage
 from cl_runner.training.stage import StageRun
-from cl_runner.training.step_files import read, write_own, write_shared
+from cl_runner.training.step_files import SHARED, read, write_own, write_shared
 from cl_runner.training.step_state import StepState
 from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.distributed import on_ranks
@@ -226,3 +227,11 @@ def test_what_is_left_out_shows(
     monkeypatch.setattr(lfpt5, "write", _written)
     found = entered(1, method, drop=part, **settings)
     assert found["parts"] or found["log"] or found["carried"], found
+
+
+def test_numbers_that_are_none_come_back(tmp_path: Path) -> None:
+    """What a method or an option holds of a stage, such as the best loss so far, may be infinite."""
+    given = State(json={"best": math.inf, "least": -math.inf, "last": math.nan})
+    write_shared(tmp_path, StepState(1, dict.fromkeys(SHARED, State())))
+    write_own(tmp_path, StepState(1, {"method": given}), 0)
+    assert repr(read(tmp_path, 1, 0).parts["method"].json) == repr(given.json)
