@@ -17,7 +17,8 @@ _FORMS = re.compile(
     r"|A(?:KIA|SIA)[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|wandb_v\d+_\w{20,}"
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
-_IN_URL = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")  # user:password@ of an address
+# user:password@ of an address, or a token alone; the git of ssh://git@host is none.
+_IN_URL = re.compile(r"(?<=://)(?:[^\s/@'\":]*:[^\s/@'\"]+|[^\s/@'\":]{20,})(?=@)")
 # --set tracker.api_key=…, token: …: by the word before it.
 _SAID = re.compile(
     r"(?i)\b([\w.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hf_token))(\s*[=:]\s*)(\S+)"

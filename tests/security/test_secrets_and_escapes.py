@@ -59,6 +59,13 @@ def test_a_command_line_is_kept_without_what_was_passed_there(tmp_path: Path, mo
     assert told.startswith(f"cl-runner train --plugin https://{MASK}@host/p.py --set x.api_key={MASK}")
 
 
+def test_an_address_with_a_name_alone_holds_no_secret() -> None:
+    for plain in ("ssh://git@host/data", "write to https://x@y.org", "https://host/a:b@c"):
+        assert masked(plain) == plain and not holds_secret([plain])
+    for secret in ("https://me:word@host", "https://:word@host", f"https://{'a' * 40}@host"):
+        assert holds_secret([secret]) and masked(secret) == f"https://{MASK}@host"
+
+
 def test_messages_logs_and_status_are_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
     result = call("report", f"no-{SECRETS['HF_TOKEN']}", cwd=tmp_path)
