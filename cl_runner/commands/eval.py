@@ -33,6 +33,7 @@ def evaluate(
     about = rundir.about()
     with readable(rundir):
         number = rundir.finished(stage_names(about), stage)
+        learned, identity = about["tasks"], about["identity"]
     for item in sets:
         if not item.startswith("eval."):
             raise UserError(f"--set {item}: eval takes only --set eval.…; the rest is the run's own")
@@ -40,8 +41,8 @@ def evaluate(
     if data_dir and resolved.config.data.source == "synthetic" and not real_tasks(about):
         raise UserError(f"--data-dir {data_dir}: the data of this run are synthetic")
     if resolved.config.eval.future and tasks is None:
-        tasks = ",".join(about["tasks"])
-    chosen = None if tasks is None else _tasks_of(tasks, about["tasks"])
+        tasks = ",".join(learned)
+    chosen = None if tasks is None else _tasks_of(tasks, learned)
     with light_imports():
         from cl_runner.engine.process import here
         from cl_runner.terminal.progress import Screen
@@ -51,7 +52,7 @@ def evaluate(
     with Screen(enabled=place.rank == 0) as screen:
         if wanted is None:
             screen.line(f"the newest run: {rundir.path}")
-        if other := other_plugins(rundir, about["identity"], plugin_identity()):
+        if other := other_plugins(rundir, identity, plugin_identity()):
             screen.line(other)
         found = ask_again(resolved, rundir, number - 1, chosen, place, screen)
     if place.rank != 0:

@@ -17,8 +17,8 @@ _FORMS = re.compile(
     r"|A(?:KIA|SIA)[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|wandb_v\d+_\w{20,}"
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
-# user:password@ of an address, or a token alone; the git of ssh://git@host is none.
-_IN_URL = re.compile(r"(?<=://)(?:[^\s/@'\":]*:[^\s/@'\"]+|[^\s/@'\":]{20,})(?=@)")
+# user:password@ of an address, or a token alone; the git of ssh://git@host is none. As a path it has one slash.
+_IN_URL = re.compile(r"(?:(?<=://)|(?<=:/))(?:[^\s/@'\":]*:[^\s/@'\"]+|[^\s/@'\":]{20,})(?=@)")
 # --set tracker.api_key=…, token: …: by the word before it.
 _SAID = re.compile(
     r"(?i)\b([\w.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hf_token))(\s*[=:]\s*)(\S+)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,8 @@ def models(folder: Path, rng: random.Random) -> Case:
     inputs.write({f"m/{name}": content for name, content in files.items()}, folder)
     about = _change_some(folder / "m", [name for name in sorted(files) if name != "tokenizer.json"], rng)
     if rng.random() < 0.1:
-        (folder / "m/model.safetensors").unlink(missing_ok=True)
+        weights = folder / "m/model.safetensors"
+        shutil.rmtree(weights) if weights.is_dir() and not weights.is_symlink() else weights.unlink(missing_ok=True)
         index = {"weight_map": {"a": hostile.word(rng), "b": "../outside/secret.json"}}
         (folder / "m/model.safetensors.index.json").write_bytes(hostile.as_json(index, rng))
         about += ", an index"

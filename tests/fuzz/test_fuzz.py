@@ -131,6 +131,15 @@ def test_a_run_that_names_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert room.faults(command, "runs/x", codes=codes) == []
 
 
+def test_a_run_that_does_not_say_what_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = room_in(tmp_path, monkeypatch)
+    file = room.run / "run.json"
+    about = json.loads(file.read_text())
+    for key in ("identity", "tasks"):
+        file.write_text(json.dumps({name: value for name, value in about.items() if name != key}))
+        assert room.faults("eval", "runs/x", codes=(2,)) == []
+
+
 def test_weights_of_a_run_that_are_broken_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = room_in(tmp_path, monkeypatch)
     file = room.run / "stages/02-colours/adapter/adapter_model.safetensors"

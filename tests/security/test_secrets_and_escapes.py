@@ -64,6 +64,7 @@ def test_an_address_with_a_name_alone_holds_no_secret() -> None:
         assert masked(plain) == plain and not holds_secret([plain])
     for secret in ("https://me:word@host", "https://:word@host", f"https://{'a' * 40}@host"):
         assert holds_secret([secret]) and masked(secret) == f"https://{MASK}@host"
+    assert masked("/here/https:/me:word@host/x") == f"/here/https:/{MASK}@host/x"  # made absolute, as a folder
 
 
 def test_messages_logs_and_status_are_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
