@@ -284,7 +284,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """One stage's optimisation."""
 
-    epochs: int = Field(default=1, ge=0, description="Passes over the task's rows.")
+    epochs: int = Field(default=1, ge=0, le=100_000, description="Passes over the task's rows.")
     lr: float = Field(default=1e-3, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     warmup: float = Field(default=0.0, ge=0, description="Warm-up: steps, or a share of all steps if below 1.")
@@ -299,7 +299,9 @@ class TrainingConfig(Section):
         description="A step whose loss or gradient is NaN or infinite ends the run, its rows named; skip: it is left "
         "out and counted.",
     )
-    global_batch: int = Field(default=64, ge=1, description="Examples per optimizer step, over all devices.")
+    global_batch: int = Field(
+        default=64, ge=1, le=100_000, description="Examples per optimizer step, over all devices."
+    )
     micro_batch: int = Field(default=8, ge=1, description="Most examples a device takes at once; accumulation follows.")
     auto_batch: bool = Field(
         default=False,

@@ -145,6 +145,8 @@ SETTINGS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*THREE, "--set", "training.lr=nan"), ("training.lr",)),
     ((*THREE, "--set", "training.epochs=true"), ("training.epochs",)),
     ((*THREE, "--set", "training.epochs=-1"), ("training.epochs", "at least 0")),
+    ((*THREE, "--set", "training.epochs=1000000000000"), ("training.epochs", "at most 100000")),
+    ((*THREE, "--set", "training.global_batch=1000000"), ("training.global_batch", "at most 100000")),
     ((*THREE, "--set", "training"), ("--set training",)),
     ((*THREE, "--set", "method.lamda1=3"), ("method.lamda1", "lambda1")),
     ((*THREE, "--set", "tasks.yahoo.training.lr=3"), ("yahoo",)),
