@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cl_runner.commands.request import Request
-from cl_runner.commands.train import Prepared, about_plan, plan_text
+from cl_runner.commands.train import Prepared, about_plan, plan_text, print_plan, say_done
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.terminal.console import print_json, say, size
@@ -27,6 +27,10 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
     run = Prepared.of(request, gpus, restart, restart_stage)
     if run.part is not None and run.part.ranks > 1:
         raise UserError("cl-runner plan measures on one process: start it without a launcher, and say --gpus N")
+    if run.done == len(run.plan.stages):
+        say_done(run.folder)
+        print_plan(run, as_json)
+        return
     with light_imports():
         from cl_runner.engine import zero as engine
         from cl_runner.engine.process import here

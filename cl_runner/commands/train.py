@@ -101,7 +101,7 @@ def train(
     if run.done == len(run.plan.stages):
         if part is None or part.rank == 0:
             finish(folder, run.plan)
-            say(f"the run {folder.path} is done already; --restart begins anew beside it")
+            say_done(folder)
             print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
     if run.processes > 1 and part is None:
@@ -159,6 +159,11 @@ def step_to_enter(folder: RunDir, plan: Plan, index: int, processes: int) -> int
             checkpoints.refuse_others(one, then, plan.facts(folder, index, processes))
             return one.step
     return 0
+
+
+def say_done(folder: RunDir) -> None:
+    """That there is nothing left to train."""
+    say(f"the run {folder.path} is done already; --restart begins anew beside it")
 
 
 def finish(folder: RunDir, plan: Plan) -> None:

@@ -131,6 +131,13 @@ def test_what_is_left_of_a_run_is_planned(both: tuple[dict[str, Any], Path]) -> 
     assert before == sorted(file.name for file in both[1].rglob("*"))
 
 
+def test_of_a_finished_run_there_is_nothing_to_measure(both: tuple[dict[str, Any], Path]) -> None:
+    _, run = both
+    found = asked("plan", run.parents[1], "--method", "olora", "--json")
+    assert found.err == f"the run runs/{run.name} is done already; --restart begins anew beside it\n"
+    assert found.json["stages_done"] == 3 and "memory" not in found.json
+
+
 def test_what_train_refuses_is_refused(tmp_path: Path) -> None:
     refused = asked("plan", tmp_path, "--method", "ogd", "--set", "method.vectors=100000000")
     assert refused.code == 2 and "method.vectors" in refused.line
