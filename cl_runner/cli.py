@@ -64,9 +64,7 @@ FiguresIn = Annotated[
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.")
 ]
-
-
-RunsName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
+FolderName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")]
 Extend = Annotated[
     str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
@@ -138,7 +136,7 @@ def train(
     data_dir: DataDir = None,
     data: DataSource = None,
     output_dir: OutputDir = None,
-    name: RunsName = None,
+    name: FolderName = None,
     seed: Seed = None,
     gpus: Gpus = None,
     set_: Sets = None,
@@ -170,7 +168,7 @@ def plan(
     data_dir: DataDir = None,
     data: DataSource = None,
     output_dir: OutputDir = None,
-    name: RunsName = None,
+    name: FolderName = None,
     seed: Seed = None,
     gpus: Gpus = None,
     set_: Sets = None,

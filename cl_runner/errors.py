@@ -37,17 +37,19 @@ class OutOfMemory(UserError):
 
 
 OUT_OF_MEMORY = "out of memory"  # what a line about it begins with
-
-
 # As torch says it of a CPU, of a GPU outside its own allocator, and where cuBLAS found no room for its workspace.
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def no_memory(error: BaseException) -> str:
     """A line on an error that says so, of which nothing else is known."""
-    said = " ".join(str(error).split())[:200]
     what = "lower training.micro_batch, eval.batch_tokens or data.max_source, or take a smaller model"
-    return f"{OUT_OF_MEMORY}: {what} ({said})"
+    return f"{OUT_OF_MEMORY}: {what} ({beginning(error)})"
+
+
+def beginning(error: BaseException) -> str:
+    """Of what an error says, on one line: torch adds pages on memory."""
+    return " ".join(str(error).split())[:200]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -7,15 +7,14 @@ rehearsed (``training/rehearsal.py``). The run's folder is looked at as ``train`
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cl_runner.commands.request import Request
 from cl_runner.commands.train import Prepared, about_plan, plan_text, print_plan, say_done
 from cl_runner.errors import UserError
 from cl_runner.imports import light_imports
 from cl_runner.terminal.console import print_json, say, size
+from cl_runner.terminal.progress import duration
 
 if TYPE_CHECKING:
     from cl_runner.training.resources import Resources
@@ -36,12 +35,13 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
         from cl_runner.engine.process import here
         from cl_runner.training.resources import resources
 
-    with ExitStack() as stack:
-        stack.callback(engine.stop)
-        copied = run.extended.bytes if run.extended else 0
-        tell = _silent if as_json else say
+    copied = run.extended.bytes if run.extended else 0
+    tell = _silent if as_json else say
+    try:
         found = resources(run.plan, run.folder.path, here(), run.done, run.processes, began, tell, copied)
-        found.seconds_of_plan = time.perf_counter() - began
+    finally:
+        engine.stop()
+    found.seconds_of_plan = time.perf_counter() - began
     about = {**about_plan(run), **found.about()}
     about["stages"] = [{**stage, **more} for stage, more in zip(about["stages"], found.about_stages(), strict=True)]
     if as_json:
@@ -49,9 +49,9 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
         return
     times = found.stages
     columns = {
-        "train": [_seconds(one.train) for one in times],
-        "evaluation": [_seconds(one.evaluate) for one in times],
-        "other": [_seconds(one.rest) for one in times],
+        "train": [duration(one.train) for one in times],
+        "evaluation": [duration(one.evaluate) for one in times],
+        "other": [duration(one.rest) for one in times],
     }
     print(plan_text(run, about, columns, _below(found, run.processes)))
 
@@ -72,19 +72,9 @@ def _below(found: Resources, processes: int) -> str:
         f"parameters: {found.parameters:,} in all, {found.trained:,} train, {found.stored:,} stored a stage",
         f"memory: {size(memory.peak)} at most of {size(memory.there)}: {', '.join(parts)}",
         f"disk: {size(found.disk)} of {size(found.free)} free",
-        f"time: about {_seconds(found.seconds)} on this machine{left}, {_seconds(found.loading)} of it to load",
+        f"time: about {duration(found.seconds)} on this machine{left}, {duration(found.loading)} of it to load",
         *found.notes,
     ]
     if processes > 1:
         lines.append(f"measured on one process: what {processes} wait for each other is not in it; memory is of each")
     return "\n".join(lines)
-
-
-def _seconds(seconds: float) -> str:
-    """``41 s``, ``12 min 03 s``, ``5 h 20 min``."""
-    whole: Any = timedelta(seconds=round(seconds))
-    minutes, rest = divmod(int(whole.total_seconds()), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"

@@ -87,16 +87,30 @@ def no_variance(metric: str, golds: Sequence[str]) -> str:
     return ""
 
 
+# Metrics of the extra: the module that computes one, and the package that it is of.
+_EXTRA = {
+    "f1": ("sklearn.metrics", "scikit-learn"),
+    "matthews": ("sklearn.metrics", "scikit-learn"),
+    "rouge-l": ("rouge_score.rouge_scorer", "rouge-score"),
+    "bleu": ("sacrebleu", "sacrebleu"),
+}
+
+
 def require(metric: str, labels: Sequence[str] | None = None) -> None:
     """UserError if what the metric needs is not installed: to be asked before training, not after."""
-    needs = {
-        "f1": "sklearn.metrics",
-        "matthews": "sklearn.metrics",
-        "rouge-l": "rouge_score.rouge_scorer",
-        "bleu": "sacrebleu",
-    }
-    if metric in needs and (metric != "f1" or labels):
-        _library(needs[metric], metric)
+    if needed := _extra(metric, labels):
+        _library(needed[0], metric)
+
+
+def package_of(metric: str, labels: Sequence[str] | None = None) -> str:
+    """The package that computes a metric; empty where we do."""
+    if metric == "pearson":
+        return "scipy"
+    return needed[1] if (needed := _extra(metric, labels)) else ""
+
+
+def _extra(metric: str, labels: Sequence[str] | None) -> tuple[str, str] | None:
+    return None if metric == "f1" and not labels else _EXTRA.get(metric)  # of tokens it is ours
 
 
 def _library(module: str, metric: str) -> Any:

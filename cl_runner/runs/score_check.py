@@ -19,7 +19,7 @@ from cl_runner.report.verified import Check
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.rescoring import score_of
-from cl_runner.runs.shapes import Metrics, read_shaped
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.tasks.task import Task
 
 METRICS, CSV = "metrics.json", "matrix.csv"
@@ -116,7 +116,7 @@ class ScoreCheck:
         """What a stage's ``metrics.json`` says; None, and a fault, where it cannot be read."""
         file = folder / METRICS
         try:
-            values = read_shaped(file, Metrics)
+            values = read_metrics(folder)
             said = StageScores(dict(values["scores"]), dict(values["counts"]), dict(values.get("undefined", {})))
         except UserError as error:
             check.holds(str(error).replace(str(file), METRICS))

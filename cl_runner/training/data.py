@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cl_runner.config.schema import DataConfig, RunConfig
@@ -70,14 +71,18 @@ class Data:
 
     def in_train(self) -> list[str]:
         """A line on the test rows whose text is in train too; none where there are none, or rows are made up."""
-        counts = {name: self.repeated(name) for name in self.tasks if not self.test[name].synthetic}
+        counts = {name: count for name, count in self.repeated.items() if not self.test[name].synthetic}
         parts = [f"{name} {count} of {len(self.test[name])}" for name, count in counts.items() if count]
         return [f"test rows whose text is in train too: {', '.join(parts)}"] if parts else []
 
-    def repeated(self, name: str) -> int:
-        """How many test rows of a task have a text that a train row of it has, as it stands."""
-        texts = {row.text for row in self.train[name].rows}
-        return sum(row.text in texts for row in self.test[name].rows)
+    @cached_property
+    def repeated(self) -> dict[str, int]:
+        """Task → how many of its test rows have a text that a train row of it has, as it stands."""
+        found = {}
+        for name in self.tasks:
+            texts = {row.text for row in self.train[name].rows}
+            found[name] = sum(row.text in texts for row in self.test[name].rows)
+        return found
 
     def scored_unknown(self) -> list[str]:
         """A line on the test rows that are scored by such a label (``data.unknown_test``)."""
@@ -131,7 +136,7 @@ class Data:
                     "synthetic": rows.synthetic,
                     "dropped": rows.dropped,
                     "without_gold": rows.without_gold,
-                    **({"in_train": self.repeated(name)} if split == "test" else {}),
+                    **({"in_train": self.repeated[name]} if split == "test" else {}),
                     "fingerprint": rows.fingerprint,
                 }
                 for split, rows in (("train", self.train[name]), ("test", self.test[name]))

@@ -20,8 +20,7 @@ def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: in
     could then not be committed; empty where there is.
     """
     needed = bytes_to_write(plan, room, done) + copied
-    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     if needed > free:
         raise UserError(
             f"{folder.parent}: {size(free)} free on this disk, and the stages to come need about {size(needed)}; "
@@ -31,6 +30,12 @@ def check_disk_space(folder: Path, plan: Plan, room: Room, done: int, copied: in
     if needed + kept <= free:
         return ""
     return f"no room on the disk for checkpoints (about {size(kept)}): a stage that is stopped begins anew"
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is on, or will be."""
+    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def bytes_to_write(plan: Plan, room: Room, done: int) -> int:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner import __version__
-from cl_runner.atomic import read_json, write_json
+from cl_runner.atomic import write_json
 from cl_runner.engine.process import Place
+from cl_runner.metrics.scores import package_of
 from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir
 from cl_runner.terminal.masking import masked
@@ -25,24 +26,20 @@ PACKAGES = (
     "torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors", "tokenizers",
     "sentencepiece", "numpy",
 )  # fmt: skip
-SCORED_BY = {
-    "pearson": "scipy",
-    "matthews": "scikit-learn",
-    "f1": "scikit-learn",
-    "rouge-l": "rouge-score",
-    "bleu": "sacrebleu",
-}
 
 
-def record_environment(folder: RunDir, about: Mapping[str, Any]) -> None:
-    """``environment.json``: of the run's first start; under ``later``, what was otherwise at each later one."""
-    file = folder.path / "environment.json"
-    if not file.is_file():
+def record_environment(folder: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
+    """``environment.json``: of the run's first start; under ``later``, what was otherwise at each later one.
+
+    Returns what stood in it; ``{}`` at the first start.
+    """
+    file, first = folder.path / "environment.json", folder.environment()
+    if first:
+        later = [*first.get("later", []), {key: value for key, value in about.items() if first.get(key) != value}]
+        write_json(file, {**first, "later": later})
+    else:
         write_json(file, {**about, "later": []})
-        return
-    first = read_json(file)
-    later = [*first.get("later", []), {key: value for key, value in about.items() if first.get(key) != value}]
-    write_json(file, {**first, "later": later})
+    return first
 
 
 def device_name(place: Place) -> str:
@@ -81,9 +78,9 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
 def _packages(plan: Plan) -> list[str]:
     """The libraries that this run computes, reads or scores with."""
     model = plan.config.model
-    metrics = {task.metric for task in plan.data.tasks.values() if task.metric != "f1" or task.labels}
     extras = ["bitsandbytes"] * bool(model.quantize) + ["gguf"] * model.name.endswith(".gguf")
-    return [*PACKAGES, *extras, *(package for metric, package in SCORED_BY.items() if metric in metrics)]
+    scored_by = dict.fromkeys(package_of(task.metric, task.labels) for task in plan.data.tasks.values())
+    return [*PACKAGES, *extras, *filter(None, scored_by)]
 
 
 def _version(name: str) -> str:

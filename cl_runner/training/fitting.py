@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.config.schema import RunConfig
-from cl_runner.errors import OutOfMemory, out_of_memory
+from cl_runner.errors import OUT_OF_MEMORY, OutOfMemory, beginning, out_of_memory
 from cl_runner.models.batch import Example
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        why = " ".join(str(error).split())[:200]
+        why = beginning(error)
     # Out here the error is gone, and with it the frames that held tensors.
     gc.collect()
     if torch.cuda.is_available():
@@ -155,7 +155,7 @@ def may_halve(config: RunConfig) -> bool:
 def step_does_not_fit(stage: StageRun, rows: int, why: str) -> OutOfMemory:
     """What to lower where a step's micro-batch of so many rows does not fit."""
     config = stage.config
-    said = f"out of memory in step {stage.step + 1}, whose micro-batches have {rows} row{'s' * (rows > 1)}"
+    said = f"{OUT_OF_MEMORY} in step {stage.step + 1}, whose micro-batches have {rows} row{'s' * (rows > 1)}"
     smaller = [f"data.max_source ({config.data.max_source})"]
     if not config.training.activation_checkpointing:
         smaller.append("or set training.activation_checkpointing=true")
@@ -170,7 +170,7 @@ def step_does_not_fit(stage: StageRun, rows: int, why: str) -> OutOfMemory:
 
 def answers_do_not_fit(config: RunConfig, rows: int, width: int, why: str, whole: bool = False) -> OutOfMemory:
     """What to lower where so many rows of that width cannot be answered at once; a ``whole`` batch is never halved."""
-    said = f"out of memory over a batch of {rows} answer{'s' * (rows > 1)} to up to {width} tokens each"
+    said = f"{OUT_OF_MEMORY} over a batch of {rows} answer{'s' * (rows > 1)} to up to {width} tokens each"
     if rows == 1:
         return OutOfMemory(f"{said}: lower data.max_source ({config.data.max_source}) ({why})")
     lower = f"{said}: lower eval.batch_tokens (a batch has {rows * width})"

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from cl_runner.engine.optim import WHOLE, Muon, ParameterGroup
 from cl_runner.engine.zero import Engine
-from cl_runner.errors import out_of_memory
+from cl_runner.errors import beginning, out_of_memory
 from cl_runner.methods.protocol import Source, overrides
 from cl_runner.models.batch import Batch, Example
 from cl_runner.models.forward import checkpoint_activations
 from cl_runner.models.token_cache import Joined, lengths
-from cl_runner.terminal.console import one_line
 from cl_runner.training.fitting import DoesNotFit, step_does_not_fit, taken_apart
 from cl_runner.training.health import PenaltyWatch
 from cl_runner.training.non_finite import NonFinite
@@ -148,7 +147,7 @@ def train_stage(
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error) or stage.engine is None or stage.step == len(steps):
             raise
-        raise step_does_not_fit(stage, plan.micro_batch, one_line(str(error))[:200]) from error
+        raise step_does_not_fit(stage, plan.micro_batch, beginning(error)) from error
     finally:
         if stage.engine is not None:
             stage.engine.destroy()

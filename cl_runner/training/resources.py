@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place, memory
-from cl_runner.training.disk_space import bytes_to_write, check_disk_space
+from cl_runner.training.disk_space import bytes_to_write, check_disk_space, free_bytes
 from cl_runner.training.forecast import Memory, StageForecast, about_time, forecast, seconds_of_base
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import open_room
@@ -106,7 +105,6 @@ def resources(
     stages = forecast(found.stages, found.asked, found.batches, processes)
     steps = sum(stage.steps for stage in stages[done:])
     held = Memory(peak, program, bytes_held(room), found.optimizer, memory(place.device)[1]).of_each(processes)
-    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     disk = bytes_to_write(plan, room, done) + copied + FILES + LOGGED * steps // plan.config.output.log_every
     trained = max((counts.trained for counts in found.counts), default=0)
     stored = max((counts.own for counts in found.counts), default=0)
@@ -118,7 +116,7 @@ def resources(
         stored=stored,
         memory=held,
         disk=disk,
-        free=shutil.disk_usage(there).free,
+        free=free_bytes(folder),
         loading=loading,
         base=seconds_of_base(found.stages, found.batches, found.base),
         notes=[*_notes(plan, found), *_tight(held)],

@@ -225,21 +225,21 @@ class Session:
         return 0
 
     def _begin(self, screen: Screen) -> None:
-        now, before = environment(self.plan, self.place), self.folder.environment()
+        now = environment(self.plan, self.place)
+        before = record_environment(self.folder, now)
         if not before and self.extended:
             before = self.extended.run.environment()
-        record_environment(self.folder, now)
+        done = self.folder.committed(self.plan.names)
         screen.log_to(self.folder.log_file)
         screen.line(f"run folder: {self.folder.path}")
-        for line in drift(before, now, self._about_to_train()):
+        for line in drift(before, now, self._about_to_train(done)):
             screen.line(line)
         self.folder.set_status("running", pid=os.getpid(), host=socket.gethostname())
-        done = self.folder.committed(self.plan.names)
         self.trackers.start(self.folder, done, self.entered.step if self.entered else 0)
 
-    def _about_to_train(self) -> str:
-        """``stage 2 (amazon) from step 20 on, and later ones,``: what this process trains."""
-        index, names = self.folder.committed(self.plan.names), self.plan.names
+    def _about_to_train(self, index: int) -> str:
+        """``stage 2 (amazon) from step 20 on, and later ones,``: what this process trains, from a stage (from 0) on."""
+        names = self.plan.names
         if index == len(names):
             return "results"
         step = f" from step {self.entered.step} on" if self.entered else ""

@@ -38,7 +38,7 @@ class Sharing:
     def __init__(self, stage: StageRun) -> None:
         self.stage = stage
         self._heads: dict[str, list[int]] = {}
-        self._always: str | None = None  # why this stage's batches never share; empty: they may
+        self._always: str | None = None  # ``_never``, once it was asked
         self._why_not = ""
 
     def learn(self, examples: Sequence[Example], tasks: Sequence[str]) -> None:
@@ -72,9 +72,7 @@ class Sharing:
         stage = self.stage
         if stage.config.training.share_prefix == "off" or overrides(stage.room.method, "condition"):
             return False
-        if self._always is None:
-            self._always = self._static_reason()
-        return not self._always
+        return not self._never()
 
     def logits(self, batch: Batch) -> Tensor:
         """As ``models.forward.logits``, of the batch that the stage has just been shown."""
@@ -122,6 +120,10 @@ class Sharing:
             return f"{stage.room.method.name} conditions each row"
         if stage.observed:
             return f"{stage.room.method.name} looks at what the layers read"
+        return self._never()
+
+    def _never(self) -> str:
+        """Why this stage's batches never share; empty: they may."""
         if self._always is None:
             self._always = self._static_reason()
         return self._always

@@ -9,23 +9,8 @@ from typing import Any
 import pytest
 
 from tests.command_line import NANO, Result, call
+from tests.narrow import NARROW
 
-NARROW = """
-import torch
-from cl_runner.methods.seqlora import SeqLoRA
-
-
-class Narrow(SeqLoRA):
-    name = "narrow"
-
-    def loss(self, stage, batch):
-        if batch.size > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().loss(stage, batch)
-
-
-METHODS = [Narrow]
-"""
 THREE = "name: three\ntasks: [dbpedia, amazon, agnews]\n"
 
 

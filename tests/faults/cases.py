@@ -9,6 +9,7 @@ from typing import Any
 
 from cl_runner.registry import KINDS, METHODS, OPTIONS
 from tests.command_line import NANO
+from tests.methods.small import OWN
 
 # Rows of our own, short and few: a step is a few milliseconds, and no grammar has to be expanded at each start.
 TASKS = {
@@ -24,26 +25,6 @@ SMALL = tuple(
     )
 )  # fmt: skip
 
-# Small enough for the nano model, and such that what is held during a stage decides something.
-METHOD: dict[str, dict[str, Any]] = {
-    "replay": {"memory_per_task": 3, "replay_ratio": 0.5},
-    "ewc": {"lambda1": 30.0, "fisher_samples": 4},
-    "lwf": {"lambda1": 5.0},
-    "agem": {"memory_per_task": 4, "memory_batch": 3},
-    "gem": {"memory_per_task": 4, "memory_batch": 3},
-    "ogd": {"vectors": 4},
-    "l2p": {"pool": 4, "length": 2, "top": 2, "lr": 0.1},
-    "progprompt": {"length": 3},
-    "lfpt5": {"length": 4, "lambda_kl": 0.5},
-    "clora": {"k": 8, "subspace": "data"},
-    "grassmann": {"stiefel": True},
-    "shared-basis": {"mixing": "similarity", "every": 1},
-    "coso": {"rank": 4, "sketch": 6, "every": 3, "lr": 0.05},
-    "osft": {"lr": 0.05},
-    "hard-orth": {"reorthogonalise": {"every": 1}},
-    "soft-orth": {"reorthogonalise": {"how": "soft", "every": 1}},
-    "pego": {"group": 2},
-}
 KIND: dict[str, dict[str, Any]] = {
     "vera": {"r": 16},
     "vblora": {"vector_length": 48, "vectors": 8},
@@ -63,14 +44,14 @@ OF_KINDS, OF_OPTIONS = "replay", "olora"  # the methods that kinds and options a
 
 def cases() -> dict[str, tuple[str, ...]]:
     """Case → settings on the command line."""
-    found = {f"method {name}": (f"--method={name}", *_sets(_under("method", METHOD.get(name, {})))) for name in METHODS}
+    found = {f"method {name}": (f"--method={name}", *_sets(_under("method", OWN.get(name, {})))) for name in METHODS}
     for name in KINDS:
         if name == "prompts":  # of progprompt, l2p and lfpt5 alone, which are cases of their own
             continue
         kind = {"adapter.kind": name, **_under("adapter", KIND.get(name, {}))}
         if name == "full":
             kind = {"method.train": "full", "training.lr": 1e-3}
-        found[f"kind {name}"] = (f"--method={OF_KINDS}", *_sets({**_under("method", METHOD[OF_KINDS]), **kind}))
+        found[f"kind {name}"] = (f"--method={OF_KINDS}", *_sets({**_under("method", OWN[OF_KINDS]), **kind}))
     for name in OPTIONS:
         found[f"option {name}"] = (f"--method={OF_OPTIONS}", *_sets(OPTION[name]))
     return found

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from cl_runner.metrics.scores import METRICS, package_of
 from cl_runner.runs.drift import EFFECTS, drift
-from cl_runner.training.environment import PACKAGES, SCORED_BY
+from cl_runner.training.environment import PACKAGES
 
 FIRST: dict[str, Any] = {
     "cl_runner": "0.1.0", "git_commit": "a" * 40, "git_dirty": False, "python": "3.11.1", "device": "x86_64",
@@ -62,7 +63,8 @@ def test_what_changes_no_number_is_not_said() -> None:
     assert said(FIRST, packages={"datasets": "6.0"}) == []
     assert said(FIRST, **{"from": {"mas": "package mine 1.0", "backwards": "plugin /here/mine.py"}}) == []
     assert set(PACKAGES) - set(EFFECTS) == {"datasets", "accelerate", "safetensors"}
-    assert set(SCORED_BY.values()) <= set(EFFECTS)
+    scored_by = {package_of(metric, ["a"]) for metric in METRICS} - {""}
+    assert scored_by == {"scipy", "scikit-learn", "rouge-score", "sacrebleu"} and scored_by <= set(EFFECTS)
 
 
 def test_every_process_of_the_run_counts() -> None:

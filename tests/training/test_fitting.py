@@ -26,6 +26,7 @@ from cl_runner.training.step_state import StepState
 from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
+from tests.narrow import NARROW
 from tests.stages import open_stage, some_rows, tiny_config, tiny_room, train
 
 both = pytest.mark.parametrize("ranks", [1, 2])
@@ -263,26 +264,9 @@ def test_what_cannot_be_halved_is_not_advised_to() -> None:
 
 # --- the command
 
-PLUGIN = """
-import torch
-from cl_runner.methods.seqlora import SeqLoRA
-
-
-class Narrow(SeqLoRA):
-    name = "narrow"
-
-    def loss(self, stage, batch):
-        if batch.size > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().loss(stage, batch)
-
-
-METHODS = [Narrow]
-"""
-
 
 def test_a_run_says_what_to_lower_and_goes_on_in_halves(tmp_path: Path) -> None:
-    (tmp_path / "narrow.py").write_text(PLUGIN)
+    (tmp_path / "narrow.py").write_text(NARROW)
     (tmp_path / "two.yaml").write_text("name: two\ntasks: [dbpedia, amazon]\n")
     run = ("train", "--order", "two.yaml", *NANO, "--plugin", "narrow.py", "--method", "narrow")
     failed = call(*run, cwd=tmp_path)

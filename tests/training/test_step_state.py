@@ -23,28 +23,9 @@ from cl_runner.training.step_state import StepState
 from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
+from tests.methods.small import OWN
 from tests.stages import END
 
-# Small enough for the tiny model, and such that what is held during a stage decides something.
-OWN: dict[str, dict[str, Any]] = {
-    "replay": {"memory_per_task": 3, "replay_ratio": 0.5},
-    "ewc": {"lambda1": 30.0, "fisher_samples": 4},
-    "lwf": {"lambda1": 5.0},
-    "agem": {"memory_per_task": 4, "memory_batch": 3},
-    "gem": {"memory_per_task": 4, "memory_batch": 3},
-    "ogd": {"vectors": 4},
-    "l2p": {"pool": 4, "length": 2, "top": 2, "lr": 0.1},
-    "progprompt": {"length": 3},
-    "lfpt5": {"length": 4, "lambda_kl": 0.5},
-    "clora": {"k": 8, "subspace": "data"},
-    "grassmann": {"stiefel": True},
-    "shared-basis": {"mixing": "similarity", "every": 1},
-    "coso": {"rank": 4, "sketch": 6, "every": 3, "lr": 0.05},
-    "osft": {"lr": 0.05},
-    "hard-orth": {"reorthogonalise": {"every": 1}},
-    "soft-orth": {"reorthogonalise": {"how": "soft", "every": 1}},
-    "pego": {"group": 2},
-}
 HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso"}
 STEPS = 4  # two epochs of two steps
 SLOW = {"options__slow_copy": {"beta": 0.7}}

@@ -31,10 +31,11 @@ from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import LR, ByHand, learn, order_room, rows_of
+from tests.methods.small import OWN
 from tests.methods.steps import off, opposed
 from tests.nano import nano_t5
 from tests.stages import Kind, naive_loss
-from tests.training.test_step_state import OWN, SAME, entered
+from tests.training.test_step_state import SAME, entered
 
 FROM_WEIGHT = [
     {"init": "olora"},
