@@ -172,10 +172,10 @@ class FactorGroup:
     past: PastFactors | None
     accumulators: tuple[Accumulator, ...] = ()
 
-    def past_update(self) -> Tensor | None:
-        """The sum of past updates, folded in whatever way, (L, m, n) fp32; None at the first stage."""
-        sums = [accumulator.sum for accumulator in self.accumulators]
-        return None if not sums or any(total is None for total in sums) else torch.stack(sums)  # type: ignore[arg-type]
+    def past_updates(self) -> list[Tensor] | None:
+        """Of every layer the sum of past updates, folded in whatever way, (m, n) fp32, no copies; None at first."""
+        sums = [total for accumulator in self.accumulators if (total := accumulator.sum) is not None]
+        return sums if sums and len(sums) == len(self.accumulators) else None
 
 
 Fresh = Callable[[int, int, int, "torch.Generator | None"], tuple[Tensor, Tensor]]

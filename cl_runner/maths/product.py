@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,40 +11,73 @@ from torch import Tensor
 BLOCK = 1 << 22  # entries of the product at once: 16 MB in fp32, which stays in a GPU's cache
 
 
-def l1_of_product(B: Tensor, A: Tensor) -> Tensor:
-    """``Σ_l ‖B_l A_l‖₁`` of B (L, m, r) and A (L, r, n): a scalar, exact, as is its gradient.
+# Takes a block of the product (l, m', n), which it may overwrite, and which layers and rows of them these are; gives
+# the sum over its entries, and the derivative by each of them.
+Entrywise = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor]]
 
-    The gradient, ``sign(B A) Aᵀ`` and ``Bᵀ sign(B A)``, is made on the way, so that autograd keeps two tensors of the
-    factors' size instead of two of the product's.
+
+def sum_over_product(B: Tensor, A: Tensor, of: Entrywise) -> Tensor:
+    """``Σ_l Σ_ij f(B_l A_l)_ij`` of B (L, m, r) and A (L, r, n), f a function of each entry: a scalar.
+
+    The gradient, ``f′(B A) Aᵀ`` and ``Bᵀ f′(B A)``, is made on the way, so that autograd keeps two tensors of the
+    factors' size instead of some of the product's.
     """
-    apply: Any = _L1OfProduct.apply
-    total: Tensor = apply(B, A)
+    apply: Any = _SumOverProduct.apply
+    total: Tensor = apply(B, A, of)
     return total
 
 
-class _L1OfProduct(torch.autograd.Function):
+def l1_of_product(B: Tensor, A: Tensor) -> Tensor:
+    """``Σ_l ‖B_l A_l‖₁`` of B (L, m, r) and A (L, r, n): a scalar, exact, as is its gradient."""
+
+    def size(product: Tensor, layers: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vector_norm(product, 1), product.sign_()
+
+    return sum_over_product(B, A, size)
+
+
+def weighted_squares(B: Tensor, A: Tensor, weights: Sequence[Tensor], squared: bool = False) -> Tensor:
+    """``Σ_l Σ_ij Q_l (B_l A_l)²`` of B (L, m, r), A (L, r, n) and constants Q_l ≥ 0 (m, n) of the layers: a scalar.
+
+    squared: the weights are those given, squared.
+    """
+
+    def squares(product: Tensor, layers: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        Q = block_of(weights, layers, rows)
+        slope = product * Q * Q if squared else product * Q
+        return torch.linalg.vecdot(slope.flatten(), product.flatten()), slope.mul_(2)
+
+    return sum_over_product(B, A, squares)
+
+
+def block_of(matrices: Sequence[Tensor], layers: slice, rows: slice) -> Tensor:
+    """Those rows of those layers' matrices (m, n), as a block (l, m', n); of one layer no copy."""
+    chosen = matrices[layers]
+    return chosen[0][rows][None] if len(chosen) == 1 else torch.stack([matrix[rows] for matrix in chosen])
+
+
+class _SumOverProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, B: Tensor, A: Tensor) -> Tensor:
+    def forward(ctx: Any, B: Tensor, A: Tensor, of: Entrywise) -> Tensor:
         total = torch.zeros((), dtype=torch.float64 if B.dtype == torch.float64 else torch.float32, device=B.device)
         gradients = ctx.needs_input_grad
         by_B, by_A = torch.empty_like(B), torch.zeros_like(A)
         with torch.autocast(B.device.type, enabled=False):
             for layers, rows in _blocks(B.shape[0], B.shape[1], A.shape[2]):
                 b, a = B[layers, rows], A[layers]
-                product = b @ a
-                total += torch.linalg.vector_norm(product, 1)
+                value, slope = of(b @ a, layers, rows)
+                total += value
                 if any(gradients):
-                    sign = product.sign_()
-                    by_B[layers, rows] = sign @ a.mT
-                    by_A[layers] += b.mT @ sign
+                    by_B[layers, rows] = slope @ a.mT
+                    by_A[layers] += b.mT @ slope
         if any(gradients):
             ctx.save_for_backward(by_B, by_A)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         by_B, by_A = ctx.saved_tensors
-        return upstream[0] * by_B, upstream[0] * by_A
+        return upstream[0] * by_B, upstream[0] * by_A, None
 
 
 def constant_times(W: Tensor, X: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.maths.vectors import flat, unflat
-from cl_runner.methods.shared.memory import Remembering, drawn, memory_gradient
+from cl_runner.methods.shared.memory import Remembering, drawn_at_step, memory_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class AGEM(Remembering):
     def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if not self.memory.tasks:
             return None
-        reference = memory_gradient(self, stage, drawn(self.memory.source(), self.config.memory_batch, stage))
+        reference = memory_gradient(self, stage, drawn_at_step(self.memory.source(), self.config.memory_batch, stage))
         return unflat(project(flat(gradients, gradients), flat(reference, gradients)), gradients)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.maths.vectors import flat, unflat
-from cl_runner.methods.shared.memory import Remembering, drawn, memory_gradient
+from cl_runner.methods.shared.memory import Remembering, drawn_at_step, memory_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class GEM(Remembering):
     def _gradient(self, stage: Stage, task: str) -> dict[str, Tensor]:
         source = self.memory.source([task])
         size = self.config.memory_batch
-        return memory_gradient(self, stage, source if size is None else drawn(source, size, stage))
+        return memory_gradient(self, stage, source if size is None else drawn_at_step(source, size, stage))
 
 
 def dual(gram: Tensor, overlap: Tensor, margin: float) -> Tensor:

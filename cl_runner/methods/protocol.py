@@ -202,6 +202,15 @@ class Stage(Protocol):
         example of all ranks, in the order of the source, the same on every rank.
         """
 
+    def update_gradients(
+        self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of ``loss`` by the update ΔW (m, n) of each target, fp32, on the raw module, dropout off.
+
+        One dict: the sum over all batches of all ranks, the same on every rank (*collective*). ``per_example``: one for
+        each example of this rank, and of no other.
+        """
+
     def observe(
         self, what: Literal["inputs", "outputs"], see: Callable[[str, Tensor, Tensor | None], None]
     ) -> AbstractContextManager[None]:
@@ -482,6 +491,13 @@ class Method:
 
     def end_task(self, stage: Stage) -> None:
         """Runs when the parameters are final, the engine still alive."""
+
+    def said(self) -> str:
+        """Runs after ``end_task``: a line for the user on what this stage came to; empty says nothing.
+
+        It begins with ``warning:`` where the method did not do what it is for.
+        """
+        return ""
 
     def fold(self, stage: Stage) -> Fold:
         """Runs at commit: what becomes of the stage's update.

@@ -276,6 +276,46 @@ class StageRun:
                     total[name] += gradient
         return {name: self.sum(gradient) for name, gradient in total.items()}
 
+    def update_gradients(
+        self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        if per_example:
+            for batch in batches:
+                rows = (batch.slice(slice(row, row + 1)) for row in range(batch.size))
+                yield from (self._update_gradient(loss, row) for row in rows if row.label_tokens)
+            return
+        total = {target: torch.zeros(shape, device=self.device) for target, shape in self.targets().items()}
+        for batch in batches:
+            for target, gradient in self._update_gradient(loss, batch).items():
+                total[target] += gradient
+        yield {target: self.sum(gradient) for target, gradient in total.items()}
+
+    def _update_gradient(self, loss: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Of one forward: ``Σ δ xᵀ`` over its positions, δ the gradient by a layer's output for its input x."""
+        found: dict[str, Tensor] = {}
+
+        def watched(target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                x = inputs[0].detach().flatten(0, -2).float()
+
+                def take(delta: Tensor) -> None:
+                    gradient = delta.flatten(0, -2).float().mT @ x
+                    found[target] = found[target] + gradient if target in found else gradient
+
+                output.register_hook(take)  # type: ignore[no-untyped-call]
+
+            return hook
+
+        hooks = [layer.register_forward_hook(watched(target)) for target, layer in self.adapters.layers.items()]
+        try:
+            with evaluating(self.adapters.model), torch.enable_grad():
+                torch.autograd.grad(loss(batch), list(self.parameters().values()), allow_unused=True)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        shapes = self.targets()
+        return {t: found[t] if t in found else torch.zeros(shapes[t], device=self.device) for t in shapes}
+
     def _each_gradient(self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
             # The rows of a batch share the graph of its condition, if that has one.

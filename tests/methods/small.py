@@ -22,4 +22,7 @@ OWN: dict[str, dict[str, Any]] = {
     "hard-orth": {"reorthogonalise": {"every": 1}},
     "soft-orth": {"reorthogonalise": {"how": "soft", "every": 1}},
     "pego": {"group": 2},
+    "ella": {"lambda1": 30.0},
+    "pslora": {"lambda1": 40.0, "a": 8.0},
+    "ewc-lora": {"lambda1": 3.0, "fisher_samples": 4},
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.engine.process import Place
+from cl_runner.methods.shared.rows import drawn
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
@@ -95,7 +96,7 @@ def _samples(place: Place) -> None:
     learn(room, config, 0, opposed(0))
     own = opposed(0)
     stage = StageRun(room, config, 0)
-    chosen = room.method._sample(stage, own)
+    chosen = drawn(own, 4, stage.rng("fisher"))
     stage.close()
     assert len(chosen.examples) == 4 and all(e in own.examples for e in chosen.examples)
     assert off(room.method.fisher, fisher_by_loop(probe, "t5", values(room), chosen.examples)) < 1e-3

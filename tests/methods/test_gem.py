@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_runner.engine.process import Place
 from cl_runner.methods.agem import project
 from cl_runner.methods.gem import dual
-from cl_runner.methods.shared.memory import drawn
+from cl_runner.methods.shared.memory import drawn_at_step
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
@@ -103,10 +103,10 @@ def test_a_step_draws_its_own_rows_of_the_memory() -> None:
 
     def rows(step: int) -> list[int]:
         stage.step = step
-        chosen = drawn(source, 5, stage)
+        chosen = drawn_at_step(source, 5, stage)
         return [list(source.examples).index(e) for e in chosen.examples]
 
     assert rows(3) == rows(3) and rows(3) != rows(4) and len(rows(3)) == 5
     assert np.unique([row for step in range(40) for row in rows(step)]).size == 20
-    assert drawn(source, 99, stage).examples == list(source.examples)
+    assert drawn_at_step(source, 99, stage).examples == list(source.examples)
     stage.close()

@@ -10,13 +10,14 @@ from pydantic import Field
 from cl_runner.config.schema import Section
 from cl_runner.methods.ewc.fisher import fisher
 from cl_runner.methods.protocol import LoraOrFull, State
+from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
 from cl_runner.methods.shared.tensors import trained
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_runner.methods.protocol import Source, Stage
+    from cl_runner.methods.protocol import Stage
 
 
 class EWC(Sequential):
@@ -57,7 +58,10 @@ class EWC(Sequential):
         return total
 
     def end_task(self, stage: Stage) -> None:
-        new, here = fisher(stage, self._sample(stage, stage.own_rows())), trained(stage).detach().clone()
+        new, here = (
+            fisher(stage, drawn(stage.own_rows(), self.config.fisher_samples, stage.rng("fisher"))),
+            trained(stage).detach().clone(),
+        )
         if self.fisher is None or self.centre is None:
             self.fisher, self.centre = new, here
         elif self.config.online is not None:
@@ -68,12 +72,6 @@ class EWC(Sequential):
             share = new / total.clamp(min=1e-38)  # 0 where no task has any, and the centre stays
             self.least += float((past * share * (here - centre).square()).double().sum())
             self.fisher, self.centre = total, centre + share * (here - centre)
-
-    def _sample(self, stage: Stage, own: Source) -> Source:
-        import torch
-
-        drawn = torch.randperm(len(own.examples), generator=stage.rng("fisher")).tolist()
-        return own.take(sorted(drawn[: self.config.fisher_samples]))
 
     def state(self) -> State:
         if self.fisher is None or self.centre is None:

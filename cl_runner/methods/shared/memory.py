@@ -12,6 +12,7 @@ from pydantic import Field
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import PairSettings, Source, State
+from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
 
 if TYPE_CHECKING:
@@ -95,12 +96,9 @@ def choose(labels: Sequence[tuple[int, ...]], size: int, how: How, generator: to
     return sorted(shuffled[:size])
 
 
-def drawn(source: Source, size: int, stage: Stage) -> Source:
+def drawn_at_step(source: Source, size: int, stage: Stage) -> Source:
     """``size`` rows of a source (all, where it has fewer), from seed, stage and step alone."""
-    import torch
-
-    generator = stage.rng(f"memory/{stage.progress.step}")
-    return source.take(sorted(torch.randperm(len(source.examples), generator=generator).tolist()[:size]))
+    return drawn(source, size, stage.rng(f"memory/{stage.progress.step}"))
 
 
 def memory_gradient(method: Remembering, stage: Stage, source: Source) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_runner.adapters.pairs import FactorGroup, PastFactors
+    from cl_runner.methods.protocol import Stage
 
 
 def mean_squared_overlap(past: PastFactors, factor: str, now: Tensor) -> Tensor:
@@ -28,3 +29,8 @@ def mean_size(group: FactorGroup) -> Tensor:
 def layers_of(groups: list[FactorGroup]) -> int:
     """How many layers the groups have together."""
     return sum(len(group.targets) for group in groups)
+
+
+def scaled(stage: Stage, group: FactorGroup) -> Tensor:
+    """``s·B_t`` (L, m, r) of a group: with A_t the factors of the update itself."""
+    return group.B * group.B.new_tensor([stage.scale_of(target) for target in group.targets])[:, None, None]

@@ -247,7 +247,7 @@ CANNOT = {
     **dict.fromkeys(("seqft", "l2p", "progprompt", "lfpt5", "shared-basis", "colora", "coso", "osft", "sdlora"), EVERY),
     "inflora": EVERY,
     "grassmann": PARTS | {"orthogonal"},  # with method.stiefel
-    **dict.fromkeys(("nlora", "sparse-orth", "pego", "hard-orth", "soft-orth"), PARTS),
+    **dict.fromkeys(("nlora", "sparse-orth", "pego", "ella", "pslora", "ewc-lora", "hard-orth", "soft-orth"), PARTS),
 }
 
 

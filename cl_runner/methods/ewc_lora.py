@@ -1,0 +1,138 @@
+"""EWC-LoRA: a new update for each task, held small where its weight mattered to past ones (arXiv 2602.17559)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cl_runner.adapters.kind import Need
+from cl_runner.config.schema import RunConfig, Section
+from cl_runner.methods.protocol import Method, PairSettings, State
+from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
+from cl_runner.methods.shared.rows import drawn
+from cl_runner.methods.shared.tensors import added
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_runner.methods.protocol import Source, Stage
+    from cl_runner.models.batch import Batch
+
+
+class EWCLoRA(Method):
+    """F, the diagonal Fisher information, is that of the whole matrix ΔW of each layer, not of its factors.
+
+    It is taken at the end of a task, by the gradient of the loss with respect to ΔW. The official code's sum of past
+    updates is (Σ B)(Σ A), which has cross terms that nobody learned; here it is Σ B A.
+    """
+
+    class Config(PairSettings):
+        """Settings of EWC-LoRA."""
+
+        lambda1: float = Field(
+            1e7, ge=0, description="Weight λ, on the sum over entries and layers (the official code's, for images)."
+        )
+        gamma: float = Field(1.0, ge=0, le=1, description="γ: what is left of F at each further task (published).")
+        fisher: Literal["example", "batch"] = Field(
+            "example",
+            description="Whose gradients are squared: each example's (the definition), or the mean loss's of each "
+            "training.global_batch examples (the official code's).",
+        )
+        fisher_samples: int | None = Field(
+            500, ge=1, description="Examples that F is estimated from, by lot; null: all (ours)."
+        )
+        max_gb: float = Field(16.0, gt=0, description="Most that F, and what it is made of, may take, 10⁹ bytes.")
+
+    name = "ewc-lora"
+    title = "EWC-LoRA: new pairs, held small where the weight mattered to past tasks"
+    equation = "loss + λ/2 Σ F ∘ (B_t A_t)²,  F ← γ F + E[(∂ loss / ∂ΔW)²] at the end of each task"
+    paper = "2602.17559 (EWC-LoRA)"
+    carried = "past updates, folded into the weight; F"
+    growth = "constant: one fp32 matrix a layer"
+    by_shape = True
+    any_rank = True
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (("A",), ("B",), ("product",))
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.fisher: dict[str, Tensor] = {}  # target → F (m, n) fp32
+
+    @property
+    def form(self) -> str:
+        return "reference" if self.config.fisher == "batch" else "paper"
+
+    def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_borrowing(config, "ewc-lora penalises B A as the update")
+        if shapes is not None:
+            of = f"adapter.target_modules: F and gradients of {len(shapes)} layers"
+            refuse_too_large(of, 3 * self.state_bytes(shapes, 0, 0) / 1e9, self.config.max_gb, "name fewer layers")
+
+    def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
+        return f"carries {size(self.state_bytes(shapes, 0, 0))}: F of {len(shapes)} layers"
+
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
+
+    def begin_task(self, stage: Stage) -> None:
+        self.fisher = {target: F.to(stage.device) for target, F in self.fisher.items()}
+
+    def penalty(self, stage: Stage) -> Tensor | None:
+        if not self.fisher or not self.config.lambda1:
+            return None
+        from cl_runner.maths.product import weighted_squares
+
+        terms = [
+            weighted_squares(group.B, group.A, [self.fisher[target] for target in group.targets])
+            for group in stage.factors()
+        ]
+        total: Tensor = self.config.lambda1 / 2 * added(terms)
+        return total
+
+    def end_task(self, stage: Stage) -> None:
+        rows = drawn(stage.own_rows(), self.config.fisher_samples, stage.rng("fisher"))
+        new = _fisher(stage, rows, self.config.fisher)
+        self.fisher = {t: self.config.gamma * self.fisher[t] + F if self.fisher else F for t, F in new.items()}
+
+    def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
+        return 4 * sum(m * n for m, n in shapes)
+
+    def state(self) -> State:
+        return State(dict(self.fisher))
+
+    def load_state(self, state: State) -> None:
+        self.fisher = dict(state.tensors)
+
+
+def _fisher(stage: Stage, source: Source, of: Literal["example", "batch"]) -> dict[str, Tensor]:
+    """Target → the mean over examples (or batches) of the squared gradient by ΔW, (m, n) fp32. *Collective*."""
+    import torch
+
+    from cl_runner.models.forward import token_loss
+
+    def negative_log_likelihood(batch: Batch) -> Tensor:
+        return token_loss(stage.forward(batch), batch.labels).sum()
+
+    def mean_loss(batch: Batch) -> Tensor:
+        return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
+
+    total = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
+    if of == "example":
+        count = torch.zeros((), device=stage.device)
+        for gradients in stage.update_gradients(negative_log_likelihood, stage.batches(source), per_example=True):
+            for target, gradient in gradients.items():
+                total[target] += gradient.square()
+            count += 1
+        examples = stage.sum(count).clamp(min=1)
+        return {target: stage.sum(squares) / examples for target, squares in total.items()}
+    together, rows = stage.config.training.global_batch, len(source.examples)
+    chunks = [range(first, min(first + together, rows)) for first in range(0, rows, together)]
+    for chunk in chunks:
+        [gradients] = stage.update_gradients(mean_loss, stage.batches(source.take(chunk)))
+        for target, gradient in gradients.items():
+            total[target] += gradient.square()
+    return {target: squares / len(chunks) for target, squares in total.items()}
