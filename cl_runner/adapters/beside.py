@@ -181,7 +181,7 @@ class Beside(Adapters):
         A = torch.stack([factors[target][0] for target in targets])
         B = torch.stack([factors[target][1] for target in targets])
         past = self._past(targets) if self.folded else None
-        return FactorGroup(targets, A, B, past, tuple(self.past[target] for target in targets))
+        return FactorGroup(targets, A, B, past)
 
     def _past(self, targets: tuple[str, ...]) -> PastFactors:
         if targets not in self._past_factors:

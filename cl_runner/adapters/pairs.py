@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cl_runner.adapters.folding import Accumulator, Factors, product
+from cl_runner.adapters.folding import Factors, product
 from cl_runner.adapters.saved import Sized
 
 
@@ -170,12 +170,6 @@ class FactorGroup:
     A: Tensor
     B: Tensor
     past: PastFactors | None
-    accumulators: tuple[Accumulator, ...] = ()
-
-    def past_updates(self) -> list[Tensor] | None:
-        """Of every layer the sum of past updates, folded in whatever way, (m, n) fp32, no copies; None at first."""
-        sums = [total for accumulator in self.accumulators if (total := accumulator.sum) is not None]
-        return sums if sums and len(sums) == len(self.accumulators) else None
 
 
 Fresh = Callable[[int, int, int, "torch.Generator | None"], tuple[Tensor, Tensor]]

@@ -11,7 +11,7 @@ from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig
 from cl_runner.methods.protocol import Method, PairSettings
 from cl_runner.methods.shared.limits import refuse_borrowing
-from cl_runner.methods.shared.penalties import layers_of, scaled
+from cl_runner.methods.shared.penalties import layers_of, past_updates, scaled
 from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ELLA(Method):
 
     def penalty(self, stage: Stage) -> Tensor | None:
         groups = stage.factors()
-        terms = [self._overlap(stage, group, past) for group in groups if (past := group.past_updates())]
+        terms = [self._overlap(stage, group, past) for group in groups if (past := past_updates(stage, group.targets))]
         return self.config.lambda1 / layers_of(groups) * added(terms) if self.config.lambda1 and terms else None
 
     def _overlap(self, stage: Stage, group: FactorGroup, past: Sequence[Tensor]) -> Tensor:

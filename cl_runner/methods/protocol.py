@@ -176,6 +176,9 @@ class Stage(Protocol):
     def base_weight(self, target: str) -> Tensor:
         """W0 of a target layer, (m, n)."""
 
+    def past_update(self, target: str) -> Tensor | None:
+        """The sum of past updates of a target layer, folded in whatever way, (m, n) fp32, no copy; None of none."""
+
     def whole_weight(self, target: str) -> Tensor:
         """W0 and all past updates of a target layer, (m, n) fp32, before any rounding."""
 

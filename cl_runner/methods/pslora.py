@@ -12,7 +12,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, PairSettings, State
 from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
-from cl_runner.methods.shared.penalties import scaled
+from cl_runner.methods.shared.penalties import past_updates, scaled
 from cl_runner.methods.shared.tensors import added
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ class PSLoRA(Method):
             return None
         groups = stage.factors()
         entries = sum(len(group.targets) * group.B.shape[1] * group.A.shape[2] for group in groups)
-        terms = [self._size(stage, group, past) for group in groups if (past := self._history(group))]
+        terms = [self._size(stage, group, past) for group in groups if (past := self._history(stage, group))]
         return self.config.lambda1 / entries * added(terms) if terms else None
 
-    def _history(self, group: FactorGroup) -> Sequence[Tensor] | None:
-        """S of every layer of a group; None at the first stage."""
-        past = group.past_updates()
+    def _history(self, stage: Stage, group: FactorGroup) -> Sequence[Tensor]:
+        """S of every layer of a group; empty at the first stage."""
+        past = past_updates(stage, group.targets)
         return [self.sums[target] for target in group.targets] if past and self.sums else past
 
     def _size(self, stage: Stage, group: FactorGroup, S: Sequence[Tensor]) -> Tensor:
@@ -139,9 +139,9 @@ class PSLoRA(Method):
 
     def replacement(self, stage: Stage) -> dict[str, Tensor]:
         update = stage.live_update()
-        for group in stage.factors():
-            for target, past in zip(group.targets, group.past_updates() or (), strict=False):
-                update[target] = update[target].where(update[target].abs() > past.abs(), past)
+        for target, X in update.items():
+            past = stage.past_update(target)
+            update[target] = X if past is None else X.where(X.abs() > past.abs(), past)
         return update
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:

@@ -188,6 +188,9 @@ class StageRun:
     def base_weight(self, target: str) -> Tensor:
         return self.adapters.past[target].base
 
+    def past_update(self, target: str) -> Tensor | None:
+        return self.adapters.past[target].sum
+
     def whole_weight(self, target: str) -> Tensor:
         return self.adapters.past[target].whole
 

@@ -114,30 +114,25 @@ def test_the_sum_becomes_what_is_given(family: str, tmp_path: Path) -> None:
     again.restore(held.folded, held.kept, held.live, sums=held.sums, dense=held.dense)
     assert torch.equal(logits(again.model), logits(adapters.model))
     adapters.begin("next", torch.Generator().manual_seed(0))
-    for group in adapters.groups():
-        assert group.past is None, "there are no past pairs"
-        totals = group.past_updates()
-        assert totals is not None and len(totals) == len(group.targets)
-        assert all(torch.equal(total, merged[target]) for total, target in zip(totals, group.targets, strict=True))
+    assert all(group.past is None for group in adapters.groups()), "there are no past pairs"
+    assert all(torch.equal(past.sum, merged[target]) for target, past in adapters.past.items())  # type: ignore[arg-type]
 
 
-def test_past_updates_are_offered_by_shape() -> None:
-    """However they were folded: ``past_updates`` are the sums of all of them, beside the factors of some."""
+def test_the_sum_has_all_past_updates_however_they_were_folded() -> None:
+    """Beside the factors of some."""
     adapters = adapters_of(base_model("qwen2"), "qwen2")
     adapters.begin("a", torch.Generator())
-    assert all(group.past_updates() is None for group in adapters.groups())
+    assert all(past.sum is None for past in adapters.past.values())
     pairs = [random_pair(adapters, f"s{i}", seed=i) for i in range(2)]
     adapters.fold(pairs[0])
     dense = {t: torch.full(past.base.shape, 0.01) for t, past in adapters.past.items()}
     adapters.fold_dense("merge", dense)
     adapters.fold(pairs[1])
     adapters.begin("now", torch.Generator())
-    for group in adapters.groups():
-        totals = group.past_updates()
-        assert totals is not None and group.past is not None and group.past.rank == 4
-        for total, target in zip(totals, group.targets, strict=True):
-            wanted = dense[target] + sum(p.scale * p.B[target] @ p.A[target] for p in pairs)
-            assert off(total, wanted) < 1e-6
+    assert all(group.past is not None and group.past.rank == 4 for group in adapters.groups())
+    for target, past in adapters.past.items():
+        wanted = dense[target] + sum(p.scale * p.B[target] @ p.A[target] for p in pairs)
+        assert past.sum is not None and off(past.sum, wanted) < 1e-6
 
 
 def test_what_a_kind_freezes_gets_no_gradient() -> None:

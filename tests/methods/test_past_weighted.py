@@ -76,8 +76,9 @@ def after(stages: int, family: str = "t5", **more: Any) -> Layers:
 
 def stage_of(adapters: Layers) -> Any:
     return SimpleNamespace(
-        factors=adapters.groups, scale_of=adapters.scale_of, index=len(adapters.folded), device=torch.device("cpu")
-    )
+        factors=adapters.groups, scale_of=adapters.scale_of, past_update=lambda target: adapters.past[target].sum,
+        index=len(adapters.folded), device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 def known(method: Any, adapters: Layers, name: str) -> Matrices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def mean_size(group: FactorGroup) -> Tensor:
 def layers_of(groups: list[FactorGroup]) -> int:
     """How many layers the groups have together."""
     return sum(len(group.targets) for group in groups)
+
+
+def past_updates(stage: Stage, targets: Sequence[str]) -> list[Tensor]:
+    """The sum of past updates of each target, (m, n) fp32, no copies; empty while there are none."""
+    sums = [total for target in targets if (total := stage.past_update(target)) is not None]
+    return sums if len(sums) == len(targets) else []
 
 
 def scaled(stage: Stage, group: FactorGroup) -> Tensor:
