@@ -1,0 +1,1 @@
+"""JumpLoRA, and its gate."""
