@@ -24,6 +24,7 @@ OWN: dict[str, dict[str, Any]] = {
     "pego": {"group": 2},
     "ella": {"lambda1": 30.0},
     "pslora": {"lambda1": 40.0, "a": 8.0},
+    "oliera": {"lr": 0.02},
     "jumplora": {"lambda1": 20.0, "start": 0.3},
     "ewc-lora": {"lambda1": 3.0, "fisher_samples": 4},
 }

@@ -38,6 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
     "shared-basis sparse": {"method__sparse": 0.1, "method__pca": 1},
     "shared-basis support": {"method__support": 0.3, "method__non_negative": True},
     "sdlora": {},
+    "oliera": {"method__lambda1": 3.0, "method__lr": 0.02},
     "jumplora": {"method__lambda1": 20.0, "method__threshold": "block"},
     "sdlora reference": {"method__reference": True},
     "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},

@@ -245,7 +245,20 @@ def _first_losses(place: Place, name: str) -> set[str]:
 EVERY, PARTS = ({"-".join(init.values()) for init in inits} for inits in (ALL, FROM_WEIGHT))
 CANNOT = {
     **dict.fromkeys(
-        ("seqft", "l2p", "progprompt", "lfpt5", "shared-basis", "colora", "coso", "osft", "sdlora", "jumplora"), EVERY
+        (
+            "seqft",
+            "l2p",
+            "progprompt",
+            "lfpt5",
+            "shared-basis",
+            "colora",
+            "coso",
+            "osft",
+            "sdlora",
+            "jumplora",
+            "oliera",
+        ),
+        EVERY,
     ),
     "inflora": EVERY,
     "grassmann": PARTS | {"orthogonal"},  # with method.stiefel

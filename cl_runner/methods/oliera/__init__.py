@@ -1,0 +1,1 @@
+"""OLieRA, its terms and its penalty."""
