@@ -130,8 +130,8 @@ def test_the_penalty_is_felt() -> None:
         ),
         (
             {"max_gb": 1.6e-5},
-            "adapter.target_modules: exponents and updates of 2 layers take 0.0169 MB, over method.max_gb 1.6e-05; name "
-            "fewer layers, or set a larger max_gb",
+            "adapter.target_modules: exponents and updates of 2 layers take 0.0169 MB, over method.max_gb 1.6e-05; "
+            "name fewer layers, or set a larger max_gb",
         ),
     ],
 )
