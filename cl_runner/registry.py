@@ -267,6 +267,7 @@ METHODS: Registry[Method] = Registry(
         "ella": "cl_runner.methods.ella:ELLA",
         "pslora": "cl_runner.methods.pslora:PSLoRA",
         "ewc-lora": "cl_runner.methods.ewc_lora:EWCLoRA",
+        "oa": "cl_runner.methods.oa.method:OAAdapter",
         "oliera": "cl_runner.methods.oliera.method:OLieRA",
         "jumplora": "cl_runner.methods.jumplora.method:JumpLoRA",
         "hard-orth": "cl_runner.methods.settings_only:HARD_ORTH",

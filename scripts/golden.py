@@ -38,7 +38,8 @@ SMALL = {
 METHODS = [
     "seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "migu", "l2p", "progprompt",
     "lfpt5", "olora", "nlora", "sparse-orth", "grassmann", "clora", "inflora", "shared-basis", "colora", "coso", "osft",
-    "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "hard-orth", "soft-orth", "seqft",
+    "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa",
+    "hard-orth", "soft-orth", "seqft",
 ]  # fmt: skip
 # Forms and options that have a test of their own: method, and what is set. A word without a dot is the method's.
 FORMS = [

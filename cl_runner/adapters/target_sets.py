@@ -1,4 +1,4 @@
-"""Sets of layers by name: what ``qv``, ``attention``, ``mlp`` and ``all-linear`` are in a model."""
+"""Sets of layers by name: what ``qv``, ``attention``, ``mlp``, ``outputs`` and ``all-linear`` are in a model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ class Family:
     qv: tuple[str, ...]
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
+    outputs: tuple[str, ...]  # the last of each sublayer
 
 
-T5 = Family(("q", "v"), ("q", "k", "v", "o"), ("wi", "wi_0", "wi_1", "wo"))
+T5 = Family(("q", "v"), ("q", "k", "v", "o"), ("wi", "wi_0", "wi_1", "wo"), ("o", "wo"))
 LLAMA = Family(
-    ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"),
+    ("o_proj", "down_proj"),
 )  # fmt: skip
-PHI = Family(("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "dense"), ("fc1", "fc2"))
-PHI3 = Family(("qkv_proj",), ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj"))
-OPT = Family(("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2"))
-GPT2 = Family(("attn.c_attn",), ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"))
+PHI = Family(("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "dense"), ("fc1", "fc2"), ("dense", "fc2"))
+PHI3 = Family(("qkv_proj",), ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj"), ("o_proj", "down_proj"))
+OPT = Family(("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2"), ("out_proj", "fc2"))
+GPT2 = Family(
+    ("attn.c_attn",), ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"), ("attn.c_proj", "mlp.c_proj")
+)
 NEOX = Family(
     ("query_key_value",),
     ("attention.query_key_value", "attention.dense"),
     ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ("attention.dense", "mlp.dense_4h_to_h"),
 )
 BLOOM = Family(
     ("query_key_value",),
     ("self_attention.query_key_value", "self_attention.dense"),
     ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ("self_attention.dense", "mlp.dense_4h_to_h"),
 )
 
 FAMILIES: dict[str, Family] = {  # by model_type
@@ -107,7 +113,10 @@ def _of_blocks(model: nn.Module, linear: Iterable[str]) -> list[str]:
 
 
 def _by_class(model: nn.Module, linear: Iterable[str], name: str) -> list[str]:
+    """Of a family that is in no table; which layers are ``outputs`` no class says."""
     attention = [layer for layer in linear if _class_says(model, layer) == "attention"]
+    if name == "outputs":
+        return []
     if name != "qv":
         return attention if name == "attention" else [layer for layer in linear if _class_says(model, layer) == "mlp"]
     for names in QUERY_VALUE:

@@ -27,7 +27,8 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES, TRACKERS
 
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
-TARGET_SETS = ("qv", "attention", "mlp", "all-linear")  # names that stand for layers in ``adapter.target_modules``
+# Names that stand for layers in ``adapter.target_modules``.
+TARGET_SETS = ("qv", "attention", "mlp", "all-linear", "outputs")
 
 
 class Section(BaseModel):
@@ -113,8 +114,8 @@ class AdapterConfig(Section):
     )
     target_modules: list[str] | None = Field(
         default=None,
-        description="Names (endings) of the linear layers to adapt, sets of them (qv, attention, mlp, all-linear), or "
-        "both; default: query and value of the model, as PEFT has them.",
+        description="Names (endings) of the linear layers to adapt, sets of them (qv, attention, mlp, all-linear, "
+        "outputs), or both; default: query and value of the model, as PEFT has them, or the method's own.",
         json_schema_extra=_one_or_many,
     )
     rank_pattern: dict[str, int] = Field(

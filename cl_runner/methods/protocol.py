@@ -319,7 +319,11 @@ class Method:
     """
 
     class Config(Section):
-        """The method's own settings."""
+        """The method's own settings.
+
+        ``elsewhere: ClassVar`` are defaults of other sections that the method has beside them, dotted key → value: all
+        that is given is stronger.
+        """
 
     name: ClassVar[str]
     title: ClassVar[str]

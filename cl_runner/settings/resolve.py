@@ -118,7 +118,7 @@ def resolve(
     own_settings = _own_settings(method_schema, method, named)
 
     kind = user_text(strongest([*shared, *stronger], ("adapter", "kind")), "adapter.kind") or LORA
-    weakest = [preset.layer(method, kind) for preset in made]
+    weakest = [_elsewhere(own_settings, method), *(preset.layer(method, kind) for preset in made)]
     if want_published:
         weakest.append(for_kind(published(method, model, loaded, notes), kind))
     weakest = [_without_absent_tasks(layer, loaded) for layer in weakest]
@@ -224,6 +224,12 @@ def _own_settings(method_schema: MethodSchema | None, method: str, named: Given 
         return method_schema(method)
     except UserError as error:
         raise refuse(_place(named, "--method"), str(error)) from error
+
+
+def _elsewhere(own_settings: type[BaseModel] | None, method: str) -> Layer:
+    """What the method has for default in other sections than its own (``Method.Config.elsewhere``)."""
+    values: Mapping[str, Any] = getattr(own_settings, "elsewhere", {})
+    return {tuple(key.split(".")): Given(value, f"method {method}", key, key) for key, value in values.items()}
 
 
 def _place(given: Given | None, flag: str) -> str:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cl_runner.adapters.kinds.ia3 import IA3
 from cl_runner.adapters.target_sets import FAMILIES, chosen_targets, layers_of
-from cl_runner.adapters.targets import is_linear
+from cl_runner.adapters.targets import is_linear, shape_of
 from cl_runner.config.schema import TARGET_SETS
 from cl_runner.errors import UserError
 from tests.adapters.families import adapters_of, base_model, logits, off, random_pair, saved_as
@@ -97,11 +97,30 @@ def test_each_set_is_what_the_family_has(family: str) -> None:
     assert len(blocks) == (6 if "t5" in family else 2)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_outputs_are_the_layers_that_write_into_the_stream_of_hidden_states(family: str) -> None:
+    """All linear layers whose output is as wide as the model, but the projections that attention begins with."""
+    model = outline(family)
+    width = model.get_input_embeddings().weight.shape[1]
+    inner = ("q", "k", "v", "q_proj", "k_proj", "v_proj")
+    wanted = [
+        layer
+        for layer in layers_of(model, "all-linear")
+        if shape_of(model.get_submodule(layer))[0] == width and layer.rpartition(".")[2] not in inner
+    ]
+    assert layers_of(model, "outputs") == wanted and wanted
+
+
+def test_of_a_family_that_is_not_known_outputs_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot tell which layers of a falcon are 'outputs'; name them"):
+        layers_of(outline("falcon"), "outputs")
+
+
 @pytest.mark.parametrize("family", sorted({*FAMILIES, *WANTED}))
 def test_attention_and_mlp_are_together_all_linear_layers_of_the_blocks(family: str) -> None:
     """By the table, or by the classes, on the one side; by the places of all linear layers on the other."""
     model = outline(family)
-    qv, attention, mlp, whole = (set(layers_of(model, name)) for name in TARGET_SETS)
+    qv, attention, mlp, whole = (set(layers_of(model, name)) for name in TARGET_SETS[:4])
     assert qv < attention and attention.isdisjoint(mlp) and attention | mlp == whole
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     linear = {name for name, module in model.named_modules() if is_linear(module)}
@@ -111,7 +130,7 @@ def test_attention_and_mlp_are_together_all_linear_layers_of_the_blocks(family: 
 @pytest.mark.parametrize("family", sorted({*FAMILIES, *WANTED}))
 def test_the_endings_of_a_set_name_its_layers_and_no_other_module(family: str) -> None:
     model = outline(family)
-    for name in TARGET_SETS:
+    for name in TARGET_SETS if family in FAMILIES else TARGET_SETS[:4]:
         endings = chosen_targets(model, [name])
         named = {m for m, _ in model.named_modules() if any(f".{m}".endswith(f".{ending}") for ending in endings)}
         assert named == set(layers_of(model, name))

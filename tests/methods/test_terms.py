@@ -38,12 +38,13 @@ OWN: dict[str, dict[str, Any]] = {
     "shared-basis sparse": {"method__sparse": 0.1, "method__pca": 1},
     "shared-basis support": {"method__support": 0.3, "method__non_negative": True},
     "sdlora": {},
+    "oa": {"method__lambda1": 5.0, "method__tau": 0.3},
     "oliera": {"method__lambda1": 3.0, "method__lr": 0.02},
     "jumplora": {"method__lambda1": 20.0, "method__threshold": "block"},
     "sdlora reference": {"method__reference": True},
     "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},
 }
-PAIRS = ("shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
+PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
 DROPPED: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 3}
 every_method = pytest.mark.parametrize("name", list(OWN))
 

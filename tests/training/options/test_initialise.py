@@ -257,6 +257,7 @@ CANNOT = {
             "sdlora",
             "jumplora",
             "oliera",
+            "oa",
         ),
         EVERY,
     ),

@@ -1,0 +1,1 @@
+"""OA-Adapter, and its term."""
