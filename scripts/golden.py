@@ -38,7 +38,7 @@ SMALL = {
 METHODS = [
     "seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "migu", "l2p", "progprompt",
     "lfpt5", "olora", "nlora", "sparse-orth", "grassmann", "clora", "inflora", "shared-basis", "colora", "coso", "osft",
-    "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa",
+    "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa", "slao", "merge", "slora",
     "hard-orth", "soft-orth", "seqft",
 ]  # fmt: skip
 # Forms and options that have a test of their own: method, and what is set. A word without a dot is the method's.
@@ -48,7 +48,8 @@ FORMS = [
     "ogd variant=all", "replay how=class", "gem memory_strength=0", "progprompt mlp=true", "sdlora reference=true",
     "sdlora rank_decay=[8,4,2] decay_every=1", "sdlora reuse=0.5", "coso side=input rotate=true",
     "coso temperature=3 looks=2", "colora rounds=1 routing=soft", "colora fold=mean",
-    "colora rounds=[[amazon,agnews],[CB]]", "shared-basis form=block", "shared-basis mixing=similarity every=1",
+    "colora rounds=[[amazon,agnews],[CB]]", "slao fisher_beta=0.5 fisher_samples=8", "merge how=ties", "merge how=dare",
+    "merge how=magmax", "shared-basis form=block", "shared-basis mixing=similarity every=1",
     "shared-basis mixing=fixed sparse=0.01 dictionary=4", "shared-basis support=0.5", "shared-basis pca=2",
     "shared-basis non_negative=true", "pertask train=full", "mtl train=full", "replay train=full", "ewc train=full",
     "migu train=full", "seqft output.keep_stages=1",

@@ -24,7 +24,7 @@ def show_method(name: str, *, as_json: bool) -> None:
         **({"from": origin} if origin != OURS else {}),
         "title": method.title,
         "equation": method.equation,
-        "paper": f"arXiv {method.paper}" if method.paper else "",
+        "paper": f"arXiv {method.paper}" if method.paper[:1].isdigit() else method.paper,
         "trains": method.trains + ("; method.train=full: all weights of the model" if "train" in settings else ""),
         "factors": method.factors,
         "frozen": method.frozen + ("; method.train=full: nothing" if "train" in settings else ""),

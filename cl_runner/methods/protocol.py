@@ -347,6 +347,7 @@ class Method:
     # being answered by the untouched base. They are not asked again, so that all that a forward of such a task reads
     # has to stay the same to the bit: what is kept, ``condition``, terms.
     settled: ClassVar[Literal["none", "learned", "all"]] = "none"
+    remade: ClassVar[str] = ""  # what the method does with what has trained, so that something else answers
     revision: ClassVar[int] = 1  # goes up where equations change whatever is set: no run goes on from one to another
 
     def __init__(self, config: Section) -> None:
@@ -499,7 +500,7 @@ class Method:
     def end_task(self, stage: Stage) -> None:
         """Runs when the parameters are final, the engine still alive."""
 
-    def said(self) -> str:
+    def said(self, stage: Stage) -> str:
         """Runs after ``end_task``: a line for the user on what this stage came to; empty says nothing.
 
         It begins with ``warning:`` where the method did not do what it is for.
@@ -524,9 +525,9 @@ class Method:
     def answers_later(self) -> str:
         """Why the model between two steps does not answer as it would were the stage over; empty: it does.
 
-        Then it cannot be probed (``eval.probe_every``). Default: where the fold may change the answers.
+        Then it cannot be probed (``eval.probe_every``). Default: where the fold may change the answers, or ``remade``.
         """
-        return "may answer otherwise once a stage is folded" if self.fold_loses else ""
+        return "may answer otherwise once a stage is folded" if self.fold_loses else self.remade
 
     def dense_update(self, stage: Stage) -> dict[str, Tensor]:
         """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""

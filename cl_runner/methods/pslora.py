@@ -127,7 +127,7 @@ class PSLoRA(Method):
         if self.carries_sum:
             self.sums = {target: self.sums[target] + X if self.sums else X for target, X in update.items()}
 
-    def said(self) -> str:
+    def said(self, stage: Stage) -> str:
         return self._said
 
     @property

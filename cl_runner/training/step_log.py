@@ -175,7 +175,7 @@ class Meter:
             said=[
                 *self.stage.sharing.said(),
                 *_left_out(skipped, self.stage.step),
-                *filter(None, (*(option.said() for option in options), self.stage.room.method.said())),
+                *(said for option in options if (said := option.said())),
             ],
         )
 

@@ -27,4 +27,6 @@ OWN: dict[str, dict[str, Any]] = {
     "oliera": {"lr": 0.02},
     "jumplora": {"lambda1": 20.0, "start": 0.3},
     "ewc-lora": {"lambda1": 3.0, "fisher_samples": 4},
+    "merge": {"how": "magmax"},
+    "slao": {"fisher_beta": 0.5, "fisher_samples": 4},
 }

@@ -327,7 +327,7 @@ def _said(place: Place) -> list[str]:
         room, config = order_room(place, "pslora", **THREE, method__a=a)
         for index in range(2):
             learn(room, config, index, opposed(index))
-        found.append(room.method.said())
+        found.append(room.method.said(None))
     return found
 
 

@@ -41,7 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "colora": {"rounds": 2}, "colora mean": {"rounds": 2, "fold": "mean"},
     "shared-basis": {}, "shared-basis similarity": {"mixing": "similarity"}, "shared-basis pca": {"pca": 1},
     "replay": {"memory_per_task": 3}, "ewc": {"fisher_samples": 4}, "lwf": {}, "agem": {"memory_per_task": 4},
-    "gem": {"memory_per_task": 4}, "ogd": {"vectors": 4}, "migu": {},
+    "gem": {"memory_per_task": 4}, "ogd": {"vectors": 4}, "migu": {}, "slao": {}, "slora": {}, "merge": {},
+    "merge ties": {"how": "ties"}, "merge magmax": {"how": "magmax"},
 }  # fmt: skip
 
 

@@ -29,7 +29,10 @@ from tests.stages import END
 HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso"}
 STEPS = 4  # two epochs of two steps
 SLOW = {"options__slow_copy": {"beta": 0.7}}
-AFTER = {"shared-basis": 2, **dict.fromkeys(("seqft", "seqlora", "inclora", "pertask", "nlora", "pego", "l2p"), 0)}
+AFTER = {
+    "shared-basis": 2,
+    **dict.fromkeys(("seqft", "seqlora", "inclora", "pertask", "nlora", "pego", "slora", "l2p"), 0),
+}
 
 
 class Left(Exception):

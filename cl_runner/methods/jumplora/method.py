@@ -165,7 +165,7 @@ class JumpLoRA(Method):
         share = 100 * kept / sum(m * n for m, n in stage.targets().values())
         self._said = f"the gate keeps {share:.3g} % of the update's entries" if kept else NOTHING
 
-    def said(self) -> str:
+    def said(self, stage: Stage) -> str:
         return self._said
 
     def fold(self, stage: Stage) -> Fold:

@@ -100,7 +100,7 @@ class OAAdapter(Method):
         on, all_of = sum(int(t.gamma().count_nonzero()) for t in terms.values()), sum(len(t.g) for t in terms.values())
         self._said = f"{on} of {all_of} dimensions are on" if on else OFF
 
-    def said(self) -> str:
+    def said(self, stage: Stage) -> str:
         return self._said
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class SlowCopy(Option):
-    """Of every method that trains a pair or all weights. Which of the two copies answers, and which goes on, is set."""
+    """Of every method that trains a pair or all weights, and answers with them as they are.
+
+    Which of the two copies answers, and which goes on, is set.
+    """
 
     name = "slow-copy"
     title = "a slow exponential copy of what trains, to answer or to go on with"
@@ -34,12 +37,17 @@ class SlowCopy(Option):
         self.fast: dict[str, Tensor] = {}  # as the last step left it, where the slow one takes its place and it answers
 
     def takes(self, method: type[Method]) -> bool:
-        return not method.only_kind and method.past_as != "other"
+        return not method.only_kind and method.past_as != "other" and not method.remade
 
     def wanted(self, config: RunConfig, method: Method) -> bool:
         return config.options.slow_copy is not None
 
     def check(self, config: RunConfig, method: Method, shapes: Shapes | None = None) -> None:
+        if self.wanted(config, method) and method.remade:
+            raise UserError(
+                f"options.slow_copy: {method.name} {method.remade}, and the copy would answer without that; leave it "
+                "out"
+            )
         if self.wanted(config, method) and not self.takes(type(method)):
             raise UserError(
                 f"options.slow_copy: {method.name} trains neither a pair nor all weights, and it carries on by itself; "

@@ -170,7 +170,7 @@ def _said(place: Place) -> list[str]:
         if z > 0:
             room.method._place = lambda stage: None
         learn(room, config, 0, opposed(0))
-        found.append(room.method.said())
+        found.append(room.method.said(None))
     return found
 
 

@@ -69,7 +69,7 @@ def _steps(place: Place, kind: Kind) -> None:
         on = {t: sum(float((g.abs() - now[f"{t}.tau"]).detach()) > 0 for g in now[f"{t}.g"].detach()) for t in W0}
         assert all(int(torch.linalg.matrix_rank(update[t].double(), tol=1e-6)) <= on[t] for t in W0)
         assert 0 < sum(on.values()) < 4 * len(on)
-        assert room.method.said() == f"{sum(on.values())} of {4 * len(on)} dimensions are on"
+        assert room.method.said(None) == f"{sum(on.values())} of {4 * len(on)} dimensions are on"
         folded = room.adapters.folded[-1]
         for t in W0:  # no dimension that is off is in what was folded
             assert int(folded.B[t].count_nonzero(dim=0).count_nonzero()) <= on[t]
@@ -104,7 +104,7 @@ def _off(place: Place) -> str:
     for term in room.adapters.terms.of.values():
         term.g.data.fill_(0.01)
     learn(room, config, 0, opposed(0))
-    said: str = room.method.said()
+    said: str = room.method.said(None)
     return said
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cl_runner.config.schema import Section
-from cl_runner.methods.ewc.fisher import fisher
 from cl_runner.methods.protocol import LoraOrFull, State
+from cl_runner.methods.shared.fisher import fisher
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
 from cl_runner.methods.shared.tensors import trained
@@ -58,10 +58,8 @@ class EWC(Sequential):
         return total
 
     def end_task(self, stage: Stage) -> None:
-        new, here = (
-            fisher(stage, drawn(stage.own_rows(), self.config.fisher_samples, stage.rng("fisher"))),
-            trained(stage).detach().clone(),
-        )
+        rows = drawn(stage.own_rows(), self.config.fisher_samples, stage.rng("fisher"))
+        new, here = fisher(stage, rows), trained(stage).detach().clone()
         if self.fisher is None or self.centre is None:
             self.fisher, self.centre = new, here
         elif self.config.online is not None:

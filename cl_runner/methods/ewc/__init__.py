@@ -1,1 +1,0 @@
-"""EWC, and the Fisher information it goes by."""
