@@ -32,14 +32,14 @@ SMALL = {
     "replay": "memory_per_task=6", "agem": "memory_per_task=6 memory_batch=4", "gem": "memory_per_task=6",
     "ogd": "vectors=6", "ewc": "fisher_samples=8", "l2p": "pool=4 length=2 top=2", "progprompt": "length=3",
     "lfpt5": "length=6 draws=2 pseudo_tokens=24", "clora": "k=16", "coso": "rank=6 sketch=8 every=1 lr=1e-3",
-    "osft": "lr=1e-3", "ewc-lora": "fisher_samples=8", "hard-orth": "reorthogonalise.every=2",
-    "soft-orth": "reorthogonalise.every=2",
+    "osft": "lr=1e-3", "ewc-lora": "fisher_samples=8", "gorp": "lr=1e-3 every=1",
+    "hard-orth": "reorthogonalise.every=2", "soft-orth": "reorthogonalise.every=2",
 }  # fmt: skip
 METHODS = [
     "seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "migu", "l2p", "progprompt",
     "lfpt5", "olora", "nlora", "sparse-orth", "grassmann", "clora", "inflora", "shared-basis", "colora", "coso", "osft",
     "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa", "slao", "merge", "slora",
-    "hard-orth", "soft-orth", "seqft",
+    "treelora", "doc", "gorp", "hard-orth", "soft-orth", "seqft",
 ]  # fmt: skip
 # Forms and options that have a test of their own: method, and what is set. A word without a dot is the method's.
 FORMS = [

@@ -16,7 +16,7 @@ from cl_runner.adapters.layers import Layers
 from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method
-from cl_runner.methods.coso.dense import Dense
+from cl_runner.methods.shared.dense import Dense
 from cl_runner.registry import KINDS
 from cl_runner.training.compatibility import compatibility, fitting_kind, needs
 from tests.adapters.families import FAMILIES, adapters_of, base_model, logits, off, random_pair, saved_as, with_updates
@@ -185,7 +185,7 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
 
 TUNED = [name for name in KINDS.ours if name not in ("lora", "full", "prompts")]
 ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd"}
-A_ALONE = {"olora", "grassmann"}
+A_ALONE = {"olora", "grassmann", "treelora"}
 FACTORS_THAT_TRAIN = A_ALONE | {"nlora", "sparse-orth", "clora", "pego", "ella", "pslora", "ewc-lora"}
 
 

@@ -14,8 +14,8 @@ from cl_runner.adapters.layers import Layers
 from cl_runner.adapters.terms import Term
 from cl_runner.config.schema import Section
 from cl_runner.engine.process import Place
-from cl_runner.methods.coso.dense import Dense
 from cl_runner.methods.protocol import Method
+from cl_runner.methods.shared.dense import Dense
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import FAMILIES, adapters_of, base_model, logits, off, random_pair, saved_as, with_updates
 from tests.stages import some_rows, tiny_config, tiny_room

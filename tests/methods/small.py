@@ -29,4 +29,6 @@ OWN: dict[str, dict[str, Any]] = {
     "ewc-lora": {"lambda1": 3.0, "fisher_samples": 4},
     "merge": {"how": "magmax"},
     "slao": {"fisher_beta": 0.5, "fisher_samples": 4},
+    "doc": {"components": 3},
+    "gorp": {"k": 4, "every": 3, "lr": 0.02},
 }

@@ -42,7 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared-basis": {}, "shared-basis similarity": {"mixing": "similarity"}, "shared-basis pca": {"pca": 1},
     "replay": {"memory_per_task": 3}, "ewc": {"fisher_samples": 4}, "lwf": {}, "agem": {"memory_per_task": 4},
     "gem": {"memory_per_task": 4}, "ogd": {"vectors": 4}, "migu": {}, "slao": {}, "slora": {}, "merge": {},
-    "merge ties": {"how": "ties"}, "merge magmax": {"how": "magmax"},
+    "merge ties": {"how": "ties"}, "merge magmax": {"how": "magmax"}, "treelora": {},
+    "doc": {"components": 3}, "gorp": {"k": 4},
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from tests.methods.steps import opposed
 
 # What stands after a space tells variants apart.
 CASES: dict[str, dict[str, Any]] = {
-    "ewc": {}, "ogd": {"vectors": 3}, "sdlora": {}, "shared-basis": {"mixing": "similarity"},
+    "ewc": {}, "ogd": {"vectors": 3}, "treelora": {}, "doc": {"components": 1}, "gorp": {"k": 2}, "sdlora": {},
+    "shared-basis": {"mixing": "similarity"},
     "shared-basis support": {"support": 0.5}, "coso": {"sketch": 4},
     "inflora": {}, "clora": {"k": 4, "subspace": "data"}, "colora": {"routing": "soft", "rounds": 2},
     "slao": {}, "merge": {}, "merge ties": {"how": "ties"}, "slao fisher": {"fisher_beta": 0.5, "fisher_samples": 4},

@@ -30,6 +30,8 @@ from tests.stages import Kind, tiny_model
 OWN: dict[str, dict[str, Any]] = {
     "coso": {"method__rank": 6, "method__sketch": 8, "method__every": 2, "method__looks": 0, "method__lr": 0.02},
     "coso input": {"method__side": "input", "method__rotate": True, "method__threshold": 0.7, "method__lr": 0.02},
+    "gorp": {"method__k": 3, "method__every": 2, "method__lr": 0.02},
+    "gorp k": {"method__k": 6, "method__frame": "k", "method__threshold": 0.6, "method__lr": 0.02},
     "osft": {"method__preserve_first": 0.4, "method__lr": 0.02},
     "osft held": {"method__preserve_first": 0.5, "method__preserve_last": 0.99, "method__lr": 0.02},
     "shared-basis": {},

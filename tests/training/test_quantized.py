@@ -42,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clora": {"k": 4, "subspace": "data"},
     "coso": {"rank": 2, "sketch": 4, "every": 1},
     "pego": {"group": 2},
+    "doc": {"components": 3},
+    "gorp": {"k": 2, "every": 1},
     "hard-orth": {"reorthogonalise": {"how": "hard", "every": 2}},
     "soft-orth": {"reorthogonalise": {"how": "soft", "every": 2}},
 }

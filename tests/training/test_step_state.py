@@ -26,7 +26,7 @@ from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.small import OWN
 from tests.stages import END
 
-HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso"}
+HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp"}
 STEPS = 4  # two epochs of two steps
 SLOW = {"options__slow_copy": {"beta": 0.7}}
 AFTER = {

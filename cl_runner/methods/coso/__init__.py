@@ -1,1 +1,1 @@
-"""CoSO, its dense term and the sketch of a task's gradients."""
+"""CoSO, and the sketch of a task's gradients."""

@@ -80,7 +80,7 @@ class CoSO(Method):
     def build(self, stage: Stage) -> None:
         if stage.evaluating:
             return
-        from cl_runner.methods.coso.dense import Dense
+        from cl_runner.methods.shared.dense import Dense
 
         stage.begin_terms({target: Dense(m, n) for target, (m, n) in stage.targets().items()})
         self._owner = {name: target for target, name in stage.named("delta").items()}

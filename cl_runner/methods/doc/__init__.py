@@ -1,0 +1,1 @@
+"""DOC, and how it tracks the directions that past tasks work along."""

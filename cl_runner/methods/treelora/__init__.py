@@ -1,0 +1,1 @@
+"""TreeLoRA, and how a layer chooses the past task that it goes along with."""
