@@ -33,13 +33,14 @@ SMALL = {
     "ogd": "vectors=6", "ewc": "fisher_samples=8", "l2p": "pool=4 length=2 top=2", "progprompt": "length=3",
     "lfpt5": "length=6 draws=2 pseudo_tokens=24", "clora": "k=16", "coso": "rank=6 sketch=8 every=1 lr=1e-3",
     "osft": "lr=1e-3", "ewc-lora": "fisher_samples=8", "gorp": "lr=1e-3 every=1",
+    "sapt": "pseudo=4 pseudo_tokens=12",
     "hard-orth": "reorthogonalise.every=2", "soft-orth": "reorthogonalise.every=2",
 }  # fmt: skip
 METHODS = [
     "seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "migu", "l2p", "progprompt",
     "lfpt5", "olora", "nlora", "sparse-orth", "grassmann", "clora", "inflora", "shared-basis", "colora", "coso", "osft",
     "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa", "slao", "merge", "slora",
-    "treelora", "doc", "gorp", "hard-orth", "soft-orth", "seqft",
+    "treelora", "doc", "gorp", "gainlora", "sapt", "hard-orth", "soft-orth", "seqft",
 ]  # fmt: skip
 # Forms and options that have a test of their own: method, and what is set. A word without a dot is the method's.
 FORMS = [
@@ -49,7 +50,8 @@ FORMS = [
     "sdlora rank_decay=[8,4,2] decay_every=1", "sdlora reuse=0.5", "coso side=input rotate=true",
     "coso temperature=3 looks=2", "colora rounds=1 routing=soft", "colora fold=mean",
     "colora rounds=[[amazon,agnews],[CB]]", "slao fisher_beta=0.5 fisher_samples=8", "merge how=ties", "merge how=dare",
-    "merge how=magmax", "shared-basis form=block", "shared-basis mixing=similarity every=1",
+    "merge how=magmax", "gainlora branch=olora",
+    "gainlora gate=linear renormalise=true", "shared-basis form=block", "shared-basis mixing=similarity every=1",
     "shared-basis mixing=fixed sparse=0.01 dictionary=4", "shared-basis support=0.5", "shared-basis pca=2",
     "shared-basis non_negative=true", "pertask train=full", "mtl train=full", "replay train=full", "ewc train=full",
     "migu train=full", "seqft output.keep_stages=1",

@@ -248,6 +248,16 @@ class Stage(Protocol):
         Without prompts, live terms, labels, dropout or gradient.
         """
 
+    @property
+    def embedding_width(self) -> int:
+        """d, the width of the input embeddings."""
+
+    def embeddings(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The base's embeddings of the input tokens (b, s, d), fp32, and which are a row's source (b, s).
+
+        Padding and label tokens are not. Without gradient.
+        """
+
     # Over the ranks.
 
     def sum(self, tensor: Tensor) -> Tensor:

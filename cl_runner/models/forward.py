@@ -84,16 +84,29 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
     network: Any = unwrapped(model)
     bare = replace(batch, condition={})
     reader = network.base_model if batch.position_ids is not None else network.get_encoder()
+    with evaluating(model):
+        hidden: Tensor = reader(**model_inputs(model, bare))[0].float()
+    weights = source_mask(batch)[..., None].float()
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+@torch.no_grad()
+def embedded(model: nn.Module, batch: Batch) -> Tensor:
+    """The input embeddings of a batch's tokens, (b, s, d) fp32, as the model's first layer is handed them."""
+    network: Any = unwrapped(model)
+    found: Tensor = network.get_input_embeddings()(batch.input_ids)
+    return found.detach().float()  # which asks for a gradient all the same where activations are computed again
+
+
+def source_mask(batch: Batch) -> Tensor:
+    """Which input positions (b, s) are a row's source: no padding, and no label token."""
     source = batch.attention_mask.bool()
     t = batch.labels.shape[1]
     if batch.position_ids is not None and t:
         # Behind a row's source stand its label tokens but the last, each one column after its own label's.
         source = source.clone()
         source[:, source.shape[1] - t + 1 :] &= batch.labels[:, :-1] == IGNORE
-    with evaluating(model):
-        hidden: Tensor = reader(**model_inputs(model, bare))[0].float()
-    weights = source[..., None].float()
-    return (hidden * weights).sum(1) / weights.sum(1)
+    return source
 
 
 def token_loss(scores: Tensor, labels: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prom
 from cl_runner.models.choose import Choice, choose
 from cl_runner.models.dropout import RowDropout
 from cl_runner.models.encoding import Encoder
-from cl_runner.models.forward import evaluating, features, logits, sampled, unwrapped
+from cl_runner.models.forward import embedded, evaluating, features, logits, sampled, source_mask, unwrapped
 from cl_runner.models.token_cache import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.training.fitting import Fit
@@ -213,11 +213,12 @@ class StageRun:
         layout = self.room.base.layout
         batch = collate([Example([layout.eos_id] * 2, [layout.eos_id] * 2)], layout, self.device)
         observers, self._observers = self._observers, []
+        condition, self.adapters.condition = self.adapters.condition, {}  # that of other rows
         try:
             with torch.no_grad(), evaluating(self.adapters.model), self._raw.context():
                 logits(self.adapters.model, batch)
         finally:
-            self._observers = observers
+            self._observers, self.adapters.condition = observers, condition
             for hook in hooks:
                 hook.remove()
         groups: dict[int, list[str]] = {}
@@ -385,6 +386,13 @@ class StageRun:
     def features(self, batch: Batch) -> Tensor:
         with self.adapters.without_terms(), self.room.root.context():
             return features(self.adapters.model, batch)
+
+    @property
+    def embedding_width(self) -> int:
+        return int(unwrapped(self.adapters.model).get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+    def embeddings(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return embedded(self.adapters.model, batch), source_mask(batch)
 
     # Rows.
 

@@ -31,4 +31,5 @@ OWN: dict[str, dict[str, Any]] = {
     "slao": {"fisher_beta": 0.5, "fisher_samples": 4},
     "doc": {"components": 3},
     "gorp": {"k": 4, "every": 3, "lr": 0.02},
+    "sapt": {"kappa": 2.0, "pseudo": 3, "pseudo_tokens": 5},
 }

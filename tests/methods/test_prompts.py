@@ -18,8 +18,8 @@ from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.lfpt5.frame import Frame
 from cl_runner.methods.protocol import Source
+from cl_runner.methods.shared.frame import Frame
 from cl_runner.models.batch import Example, collate_prompts
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir

@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clora": {"k": 4}, "clora data": {"k": 4, "subspace": "data"}, "pego": {"group": 1},
     "ella": {"lambda1": 30.0}, "jumplora": {"lambda1": 20.0}, "oliera": {"lr": 0.02}, "oa": {},
     "pslora": {"lambda1": 40.0, "a": 8.0}, "ewc-lora": {"lambda1": 3.0, "fisher_samples": 4},
+    "gainlora": {}, "gainlora olora": {"branch": "olora"}, "sapt": {"pseudo": 2, "pseudo_tokens": 4},
     "colora": {"rounds": 2}, "colora mean": {"rounds": 2, "fold": "mean"},
     "shared-basis": {}, "shared-basis similarity": {"mixing": "similarity"}, "shared-basis pca": {"pca": 1},
     "replay": {"memory_per_task": 3}, "ewc": {"fisher_samples": 4}, "lwf": {}, "agem": {"memory_per_task": 4},

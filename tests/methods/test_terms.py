@@ -44,6 +44,9 @@ OWN: dict[str, dict[str, Any]] = {
     "oliera": {"method__lambda1": 3.0, "method__lr": 0.02},
     "jumplora": {"method__lambda1": 20.0, "method__threshold": "block"},
     "sdlora reference": {"method__reference": True},
+    "gainlora": {"method__renormalise": True, "method__gate": "linear"},
+    "gainlora olora": {"method__branch": "olora"},
+    "sapt": {"method__pseudo": 4, "method__pseudo_tokens": 6, "method__kappa": 2.0, "method__router_lr": 0.2},
     "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},
 }
 PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
@@ -177,7 +180,8 @@ def _bf16(place: Place, base: torch.dtype) -> None:
             outcome = learn(room, config, index, opposed(index))
         assert outcome.losses[-1] < outcome.losses[0], name
         assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in outcome.parameters.values())
-        kept = [t for t in room.method.state().tensors.values() if t.is_floating_point()]
+        carried = room.method.state().tensors
+        kept = [t for key, t in carried.items() if t.is_floating_point() and not key.startswith("memory.")]
         assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in kept)
         assert all(t.dtype == torch.float32 for t in learned(room).values())
 

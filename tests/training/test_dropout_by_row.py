@@ -18,6 +18,7 @@ FORMS: list[tuple[str, Kind, dict[str, Any]]] = [
     ("olora", "t5", {}),
     ("olora", "llama", {"adapter__dropout_past": True}),
     ("sdlora", "t5", {}),
+    ("gainlora", "llama", {"method__branch": "olora"}),
     ("shared-basis", "llama", {}),
     ("colora", "t5", {}),
     ("progprompt", "llama", {}),

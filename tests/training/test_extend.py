@@ -17,7 +17,7 @@ name: long
 tasks: [dbpedia, amazon, {task: agnews, set: {training.epochs: 2}}, {task: dbpedia, as: dbpedia-again}]
 """
 # What carries state of every kind: past factors, one pair, examples, Fisher, spectra, a pair a task, kept directions.
-METHODS = ["olora", "seqlora", "replay", "ewc", "pertask", "sdlora", "coso"]
+METHODS = ["olora", "seqlora", "replay", "ewc", "pertask", "sdlora", "coso", "sapt"]
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def again(place: Place, name: str, auto: bool) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in room.adapters.parameters().items()}
 
 
-@pytest.mark.parametrize("name", ["migu", "olora", "lwf", "colora", "treelora", "doc"])
+@pytest.mark.parametrize("name", ["migu", "olora", "lwf", "colora", "treelora", "doc", "sapt"])
 def test_a_method_takes_back_what_a_step_left_in_it(name: str) -> None:
     assert same(on_ranks(1, again, name, True)[0], on_ranks(1, again, name, False)[0])
 

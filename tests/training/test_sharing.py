@@ -22,7 +22,7 @@ from tests.stages import END, VOCABULARY, Outcome, distance
 
 HEADS = {"a": [7, 9, 11, 13, 15, 17], "b": [7, 9, 21, 23, 25, 27, 29, 31]}
 # Rows with something of their own before the head, or whose layers are looked at.
-PLAIN = {name: f"{name} conditions each row" for name in ("l2p", "progprompt", "lfpt5", "colora")}
+PLAIN = {name: f"{name} conditions each row" for name in ("l2p", "progprompt", "lfpt5", "colora", "gainlora", "sapt")}
 PLAIN |= {name: f"{name} looks at what the layers read" for name in ("migu", "doc")}
 WHOLE = "the beginning of a task's prompts is computed for every row: "
 SIZES = {"training__global_batch": 6, "training__micro_batch": 3, "training__epochs": 1}

@@ -26,7 +26,7 @@ from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.small import OWN
 from tests.stages import END
 
-HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp"}
+HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp", "gainlora"}
 STEPS = 4  # two epochs of two steps
 SLOW = {"options__slow_copy": {"beta": 0.7}}
 AFTER = {
@@ -146,7 +146,7 @@ def _written(stage: Any, settings: Any, frame: Any) -> tuple[list[Example], dict
     return examples, {"drawn": 2, "well_formed": 2, "used": 2}
 
 
-@pytest.mark.parametrize("method", ["colora", "coso", "lwf", "shared-basis"])
+@pytest.mark.parametrize("method", ["colora", "coso", "lwf", "shared-basis", "gainlora", "sapt"])
 def test_on_two_ranks_too(method: str) -> None:
     found = entered(2, method)
     assert {key: found[key] for key in SAME} == SAME
@@ -199,6 +199,7 @@ def test_a_stage_that_was_left(at: int) -> None:
         ("lfpt5", "method", {}),
         ("colora", "method", {}),
         ("coso", "method", {}),
+        ("gainlora", "method", {}),
         ("shared-basis", "method", {}),
         ("inflora", "frozen", {}),
         ("ewc", "muon", {"training__optimizer": "muon"}),

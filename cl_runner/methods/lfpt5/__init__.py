@@ -1,1 +1,1 @@
-"""LFPT5, and the frames of what it writes."""
+"""LFPT5, and what it writes."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.lfpt5.frame import Frame
 from cl_runner.methods.lfpt5.settings import Settings
 from cl_runner.methods.lfpt5.writing import longest, write
 from cl_runner.methods.protocol import Source, State
 from cl_runner.methods.shared.distillation import divergence
+from cl_runner.methods.shared.frame import Frame
 from cl_runner.methods.shared.memory import Memory
 from cl_runner.methods.shared.prompting import Prompting
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cl_runner.methods.lfpt5.frame import Frame
     from cl_runner.methods.lfpt5.settings import Settings
     from cl_runner.methods.protocol import Stage
+    from cl_runner.methods.shared.frame import Frame
     from cl_runner.models.batch import Example
 
 MOST = 1000  # examples to draw of a task, however many labels it has

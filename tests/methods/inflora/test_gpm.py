@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cl_runner.methods.inflora.gpm import Memory, designed_rows, updated
+from cl_runner.methods.shared.gpm import Memory, designed_rows, updated
 
 N = 16
 Array = NDArray[np.float64]

@@ -14,8 +14,8 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.inflora.gpm import Memory, designed_rows, updated
 from cl_runner.methods.protocol import State
+from cl_runner.methods.shared.gpm import Memory, designed_rows, updated
 from cl_runner.methods.shared.moments import input_moments
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir

@@ -244,7 +244,7 @@ def _first_losses(place: Place, name: str) -> set[str]:
 
 EVERY, PARTS = ({"-".join(init.values()) for init in inits} for inits in (ALL, FROM_WEIGHT))
 # Methods that train no pair of the kind's own, and those that take B A for the update.
-NO_PAIR = "seqft l2p progprompt lfpt5 shared-basis colora coso osft sdlora jumplora oliera oa gorp"
+NO_PAIR = "seqft l2p progprompt lfpt5 shared-basis colora coso osft sdlora jumplora oliera oa gorp gainlora sapt"
 TAKE_B_A = "nlora sparse-orth pego ella pslora ewc-lora slao merge slora hard-orth soft-orth"
 CANNOT = {
     **dict.fromkeys(NO_PAIR.split(), EVERY),

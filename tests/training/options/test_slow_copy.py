@@ -171,7 +171,9 @@ def test_one_stage_alone_may_have_it() -> None:
     on_ranks(1, _of_one_stage)
 
 
-@pytest.mark.parametrize("method", ["l2p", "progprompt", "lfpt5", "coso", "osft", "sdlora", "colora", "shared-basis"])
+@pytest.mark.parametrize(
+    "method", ["l2p", "progprompt", "lfpt5", "coso", "osft", "sdlora", "colora", "shared-basis", "gainlora", "sapt"]
+)
 def test_methods_that_carry_what_they_train_refuse_it(method: str) -> None:
     config = RunConfig.model_validate({"method": {"name": method}, "options": {"slow_copy": {}}})
     with pytest.raises(UserError) as refused:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,10 @@ from cl_runner.adapters.kind import Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
+from cl_runner.methods.shared.designed import Memories, design, free_inputs, of_state, take_up_inputs, to_state
 from cl_runner.methods.shared.limits import refuse_too_large
-from cl_runner.methods.shared.moments import input_moments
-from cl_runner.methods.shared.tensors import of_rank_0, under, within
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cl_runner.methods.inflora.gpm import Memory
     from cl_runner.methods.protocol import Stage
 
 
@@ -63,7 +58,7 @@ class InfLoRA(Method):
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
-        self.memories: dict[str, Memory] = {}  # by the first of the targets that share the input
+        self.memories: Memories = {}
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if config.adapter.init != "default":
@@ -94,48 +89,23 @@ class InfLoRA(Method):
             parameters[name].requires_grad_(False)
 
     def begin_task(self, stage: Stage) -> None:
-        from cl_runner.methods.inflora.gpm import designed_rows
-
-        names = stage.named("A")
-        for targets, moment in input_moments(stage).items():
-            ranks = {target: stage.rank_of(target) for target in targets}
-            A = designed_rows(moment, self._memory(targets[0], moment), max(ranks.values()))
-            A = stage.broadcast(A)  # another library on another rank may turn directions of equal energy
-            stage.write({names[target]: A[:rank] for target, rank in ranks.items()})
+        design(stage, self.memories)
 
     def load_step_state(self, stage: Stage, state: State) -> None:
         """A is among the parameters."""
 
     def end_task(self, stage: Stage) -> None:
-        from cl_runner.methods.inflora.gpm import Memory, updated
-
         first, last = self.config.threshold, self.config.last_threshold
-        threshold = first + (last - first) * stage.index / len(stage.order)
-        for targets, moment in input_moments(stage).items():
-            memory = updated(self._memory(targets[0], moment), moment, threshold)
-            free = bool(stage.broadcast(moment.new_tensor(float(memory.free))))
-            # Laid out as it will be read from disk: products of another layout add up in another order.
-            self.memories[targets[0]] = Memory(of_rank_0(stage, memory.basis).cpu(), free)
-
-    def _memory(self, name: str, like: Tensor) -> Memory | None:
-        from cl_runner.methods.inflora.gpm import Memory
-
-        found = self.memories.get(name)
-        return None if found is None else Memory(found.basis.to(like), found.free)  # fp32 as runs once wrote it
+        take_up_inputs(stage, self.memories, first + (last - first) * stage.index / len(stage.order))
 
     def free_share(self, stage: Stage) -> float:
-        each = {name: memory.free_share for name, memory in self.memories.items()}
-        return statistics.fmean(each.get(targets[0], 1.0) for targets in stage.input_groups() for _ in targets)
+        return free_inputs(stage, self.memories)
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 8 * sum(n * n // 2 for _, n in shapes)
 
     def state(self) -> State:
-        bases = {name: memory.basis for name, memory in self.memories.items()}
-        return State(under("memory", bases), {"free": [name for name, memory in self.memories.items() if memory.free]})
+        return to_state(self.memories)
 
     def load_state(self, state: State) -> None:
-        from cl_runner.methods.inflora.gpm import Memory
-
-        bases, free = within("memory", state.tensors), state.json.get("free", [])
-        self.memories = {name: Memory(basis, name in free) for name, basis in bases.items()}
+        self.memories = of_state(state)

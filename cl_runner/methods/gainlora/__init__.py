@@ -1,0 +1,1 @@
+"""GainLoRA, and its gates."""

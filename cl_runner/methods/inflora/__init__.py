@@ -1,1 +1,0 @@
-"""InfLoRA, and its memory of what past tasks use."""

@@ -1,0 +1,1 @@
+"""SAPT, and its shared attention."""
