@@ -278,6 +278,8 @@ METHODS: Registry[Method] = Registry(
         "gorp": "cl_runner.methods.gorp.method:GORP",
         "gainlora": "cl_runner.methods.gainlora.method:GainLoRA",
         "sapt": "cl_runner.methods.sapt.method:SAPT",
+        "sure": "cl_runner.methods.sure:SuRe",
+        "rkif": "cl_runner.methods.rkif:RKIF",
         "hard-orth": "cl_runner.methods.settings_only:HARD_ORTH",
         "soft-orth": "cl_runner.methods.settings_only:SOFT_ORTH",
     },

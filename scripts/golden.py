@@ -33,14 +33,15 @@ SMALL = {
     "ogd": "vectors=6", "ewc": "fisher_samples=8", "l2p": "pool=4 length=2 top=2", "progprompt": "length=3",
     "lfpt5": "length=6 draws=2 pseudo_tokens=24", "clora": "k=16", "coso": "rank=6 sketch=8 every=1 lr=1e-3",
     "osft": "lr=1e-3", "ewc-lora": "fisher_samples=8", "gorp": "lr=1e-3 every=1",
-    "sapt": "pseudo=4 pseudo_tokens=12",
+    "sapt": "pseudo=4 pseudo_tokens=12", "sure": "memory_size=12 memory_batch=4",
+    "rkif": "inner_steps=2 outer_steps=1",
     "hard-orth": "reorthogonalise.every=2", "soft-orth": "reorthogonalise.every=2",
 }  # fmt: skip
 METHODS = [
     "seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "migu", "l2p", "progprompt",
     "lfpt5", "olora", "nlora", "sparse-orth", "grassmann", "clora", "inflora", "shared-basis", "colora", "coso", "osft",
     "sdlora", "pego", "ella", "pslora", "ewc-lora", "jumplora", "oliera", "oa", "slao", "merge", "slora",
-    "treelora", "doc", "gorp", "gainlora", "sapt", "hard-orth", "soft-orth", "seqft",
+    "treelora", "doc", "gorp", "gainlora", "sapt", "sure", "rkif", "hard-orth", "soft-orth", "seqft",
 ]  # fmt: skip
 # Forms and options that have a test of their own: method, and what is set. A word without a dot is the method's.
 FORMS = [

@@ -214,8 +214,10 @@ class SlowCopyConfig(Section):
         default=0.99, ge=0, lt=1, description="Memory: after each step slow ← β slow + (1 − β) fast; 0: the fast one."
     )
     answers: bool = Field(default=True, description="After a stage the slow values answer; false: the trained ones.")
-    next: Literal["fast", "slow"] = Field(
-        default="fast", description="Which values are folded, and which the next stage starts from."
+    next: Literal["fast", "slow", "both"] = Field(
+        default="fast",
+        description="Which values are folded, and which the next stage starts from; both: the fast ones, and the slow "
+        "copy goes on where it was (where one parameter set serves all stages).",
     )
 
 
@@ -223,7 +225,7 @@ class OptionsConfig(Section):
     """What any method may have beside itself; null: not."""
 
     slow_copy: SlowCopyConfig | None = Field(
-        default=None, description="A slow exponential copy of what trains: {beta, answers, next: fast or slow}."
+        default=None, description="A slow exponential copy of what trains: {beta, answers, next: fast, slow or both}."
     )
 
 

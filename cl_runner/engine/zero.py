@@ -164,7 +164,7 @@ class Engine:
         self.skipped = 0
         self._linked = False
         self._clip = training.clip
-        self._lr = training.lr
+        self.lr = training.lr  # of the step that is made, before each group's own scale
         self.groups = [group for group in groups if group.parameters]
         self.parameters: dict[str, nn.Parameter] = {}
         for group in self.groups:
@@ -196,7 +196,7 @@ class Engine:
         groups = [
             {
                 "params": list(group.parameters.values()),
-                "lr": self._lr * group.lr_scale,
+                "lr": self.lr * group.lr_scale,
                 "weight_decay": group.weight_decay,
                 **group.options,
             }
@@ -226,9 +226,19 @@ class Engine:
         """Between two micro-batches of one step: DeepSpeed counts them by its ``step``."""
         self._engine.step()
 
+    def give(self, gradients: Mapping[str, Tensor]) -> None:
+        """All micro-batches of a step whose whole gradient is this, of every parameter; the same on every rank."""
+        for slot in range(self.accumulation):
+            last = slot == self.accumulation - 1
+            self.forward(lambda: torch.zeros(()))  # which DeepSpeed counts
+            terms = [(p * gradients[name]).sum() for name, p in self.parameters.items()] if last else []
+            self.backward(sum(terms, torch.zeros((), device=self.place.torch_device)))
+            if not last:
+                self.next_micro_batch()
+
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming step, before each group's own scale."""
-        self._lr = lr
+        self.lr = lr
         for made, group in zip(self._optimizer.param_groups, self.groups, strict=True):
             made["lr"] = lr * group.lr_scale
 

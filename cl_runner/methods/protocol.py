@@ -107,6 +107,10 @@ class Stage(Protocol):
     def rank(self) -> int:
         """This process's number."""
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the base reads its input in an encoder of its own."""
+
     # What trains.
 
     def begin(self) -> None:
@@ -277,6 +281,13 @@ class Stage(Protocol):
 
     def moments(self, name: str) -> dict[str, Tensor] | None:
         """Adam's whole moments of a parameter; None before the first step. *Collective*."""
+
+    def extra_step(self, gradients: Mapping[str, Tensor]) -> bool:
+        """One more step of the stage's optimizer, from ``after_step``: of whole gradients, the same on every rank.
+
+        They are clipped, ``edit_gradients`` sees them, moments and their age go on, the learning rate is that of the
+        step before. Whether it was taken: not where one is not finite. *Collective*.
+        """
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         """Replace Adam's moments of a parameter."""

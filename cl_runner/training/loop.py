@@ -7,7 +7,7 @@ One step reads: options before it, micro-batches (condition, loss, backward), th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -98,6 +98,7 @@ def train_stage(
     stage.steps, stage.step = plan.steps, 0
     steps = choose(plan, steps, examples, tasks)
     engine = stage.engine = _engine(stage, plan, method.parameter_groups(stage))
+    stage.one_more = partial(_one_more, stage, muon)
     meter = Meter(stage, log, tick, hooks, warn)
     scales = {group.lr_scale for group in engine.groups}
     scale = scales.pop() if len(scales) == 1 else 1.0  # of the rate in the log: training.lr, where groups differ
@@ -151,7 +152,7 @@ def train_stage(
     finally:
         if stage.engine is not None:
             stage.engine.destroy()
-            stage.engine = None
+            stage.engine = stage.one_more = None
 
 
 def _engine(stage: StageRun, plan: BatchPlan, groups: Sequence[ParameterGroup]) -> Engine:
@@ -210,6 +211,16 @@ def _step(stage: StageRun, norm: float, lr: float, muon: Muon, hooks: HookTime) 
             return stage.engine.step()
     stage.engine.skip()
     return False
+
+
+def _one_more(stage: StageRun, muon: Muon, gradients: Mapping[str, Tensor]) -> bool:
+    """A step of whole gradients that are given; in the time of the hook that asks for it."""
+    engine = stage.engine
+    assert engine is not None
+    engine.give(gradients)
+    if stage.room.method.edits_before_clip:
+        _edit(stage, HookTime())
+    return _step(stage, engine.clip(), engine.lr, muon, HookTime())
 
 
 def _before_step(stage: StageRun, hooks: HookTime) -> None:

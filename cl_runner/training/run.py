@@ -243,8 +243,7 @@ class Run:
         return answers, scored
 
     def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
-        """How the stage's penalty did; said on the screen where there was one, as is what method and options have to
-        say."""
+        """How the stage's penalty did; said on the screen where there was one, as is what method and options say."""
         stages = enumerate(self.names[: stage.index])
         files = [self.rundir.stage_dir(index, name) / "metrics.json" for index, name in stages]
         norms = [read_json(file)["training"].get("update_norm") for file in files]
@@ -258,7 +257,7 @@ class Run:
             first=stage.index == 0,
             expected=overrides(room.method, "penalty"),
         )
-        for text in (*trained.said, room.method.said(stage), health.line(), health.warning()):
+        for text in (*trained.said, health.line(), health.warning()):
             if text:
                 self._say(stage, text)
         return health

@@ -69,6 +69,7 @@ class StageRun:
         self.adapters: Adapters = room.adapters
         self.evaluating = evaluating
         self.engine: Engine | None = None
+        self.one_more: Callable[[Mapping[str, Tensor]], bool] | None = None  # how the loop takes a step of gradients
         self.own: Source | None = None
         self.step = 0
         self.steps = 0
@@ -106,6 +107,10 @@ class StageRun:
     @property
     def ranks(self) -> int:
         return self.room.place.ranks
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.room.base.encoder_decoder
 
     @property
     def micro_batch(self) -> int:
@@ -579,6 +584,10 @@ class StageRun:
 
     def moments(self, name: str) -> dict[str, Tensor] | None:
         return self.engine.moments(name) if self.engine else None
+
+    def extra_step(self, gradients: Mapping[str, Tensor]) -> bool:
+        assert self.one_more is not None, "an optimizer lives with the steps of a stage"
+        return self.one_more(gradients)
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         assert self.engine is not None, "moments live with the engine"

@@ -176,6 +176,7 @@ class Meter:
                 *self.stage.sharing.said(),
                 *_left_out(skipped, self.stage.step),
                 *(said for option in options if (said := option.said())),
+                *filter(None, [self.stage.room.method.said(self.stage)]),
             ],
         )
 

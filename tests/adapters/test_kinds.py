@@ -184,7 +184,7 @@ def test_the_table_says_what_is_refused(tmp_path: Path) -> None:
 
 
 TUNED = [name for name in KINDS.ours if name not in ("lora", "full", "prompts")]
-ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd"}
+ANY_UPDATE = {"seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "ogd", "sure", "rkif"}
 A_ALONE = {"olora", "grassmann", "treelora"}
 FACTORS_THAT_TRAIN = A_ALONE | {"nlora", "sparse-orth", "clora", "pego", "ella", "pslora", "ewc-lora"}
 

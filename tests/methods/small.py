@@ -32,4 +32,6 @@ OWN: dict[str, dict[str, Any]] = {
     "doc": {"components": 3},
     "gorp": {"k": 4, "every": 3, "lr": 0.02},
     "sapt": {"kappa": 2.0, "pseudo": 3, "pseudo_tokens": 5},
+    "sure": {"memory_size": 9, "memory_batch": 3},
+    "rkif": {"inner_steps": 3, "outer_steps": 2, "memory_share": 0.5, "memory_batch": 2},
 }

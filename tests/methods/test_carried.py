@@ -33,6 +33,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gem": {"method__memory_per_task": 4, "method__memory_batch": 3},
     "ogd": {"method__vectors": 4},
     "migu": {},
+    "sure": {"method__memory_size": 7, "method__memory_batch": 4, "method__score": "after"},
+    "rkif": {"method__inner_steps": 2, "method__outer_steps": 2, "method__memory_share": 0.5},
 }
 every_method = pytest.mark.parametrize("name", list(OWN))
 

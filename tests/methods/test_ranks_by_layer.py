@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gem": {"memory_per_task": 4}, "ogd": {"vectors": 4}, "migu": {}, "slao": {}, "slora": {}, "merge": {},
     "merge ties": {"how": "ties"}, "merge magmax": {"how": "magmax"}, "treelora": {},
     "doc": {"components": 3}, "gorp": {"k": 4},
+    "sure": {"memory_size": 9}, "rkif": {"inner_steps": 1, "outer_steps": 1},
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def learned(
         outcomes.append(learn(room, config, index, of_plan(room.order[index])))
         outcomes[-1].parameters["answer"] = answer(StageRun(room, config, index))
     hook.remove()
-    said = [line for outcome in outcomes for line in outcome.trained.said if line.startswith("the beginning of")]
+    said = [line for outcome in outcomes for line in outcome.trained.said if line.startswith(WHOLE)]
     for outcome in outcomes:
         outcome.stage = None  # type: ignore[assignment]  # nothing that cannot travel from another process
         outcome.trained = None  # type: ignore[assignment]

@@ -26,7 +26,7 @@ from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.small import OWN
 from tests.stages import END
 
-HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp", "gainlora"}
+HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp", "gainlora", "sure", "rkif"}
 STEPS = 4  # two epochs of two steps
 SLOW = {"options__slow_copy": {"beta": 0.7}}
 AFTER = {
@@ -201,6 +201,8 @@ def test_a_stage_that_was_left(at: int) -> None:
         ("coso", "method", {}),
         ("gainlora", "method", {}),
         ("shared-basis", "method", {}),
+        ("sure", "method", {}),
+        ("rkif", "method", {}),
         ("inflora", "frozen", {}),
         ("ewc", "muon", {"training__optimizer": "muon"}),
         ("olora", "option.slow-copy", SLOW),

@@ -1,4 +1,4 @@
-"""Examples of past tasks, kept as token ids: the memory of replay, GEM and A-GEM."""
+"""Examples of past tasks, kept as token ids: the memory of replay, GEM, A-GEM and others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
-from cl_runner.methods.protocol import PairSettings, Source, State
+from cl_runner.methods.protocol import Method, PairSettings, Source, State
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
 
@@ -33,12 +33,15 @@ class Memory:
 
     def keep(self, source: Source, per_task: int, how: How, generator: torch.Generator) -> None:
         """Remember ``per_task`` examples of every task of a source (all, where it has fewer)."""
+        for task, rows in by_task(source).items():
+            chosen = choose([tuple(source.examples[row].target) for row in rows], per_task, how, generator)
+            self.hold(task, [source.examples[rows[i]] for i in chosen])
+
+    def hold(self, task: str, examples: Iterable[Example]) -> None:
+        """Remember these examples of a task, in this order."""
         from cl_runner.models.batch import Example
 
-        for task in dict.fromkeys(source.tasks):
-            own = [e for e, name in zip(source.examples, source.tasks, strict=True) if name == task and e.weight]
-            chosen = choose([tuple(e.target) for e in own], per_task, how, generator)
-            self.tasks[task] = [Example([*own[i].source], [*own[i].target]) for i in chosen]
+        self.tasks[task] = [Example([*e.source], [*e.target]) for e in examples]
 
     def source(self, tasks: Iterable[str] | None = None) -> Source:
         """What is remembered (of ``tasks``), task after task."""
@@ -79,6 +82,15 @@ def _rows(tensors: dict[str, Tensor], name: str) -> list[list[int]]:
     return [ids[start:end] for start, end in pairwise([0, *ends])]
 
 
+def by_task(source: Source) -> dict[str, list[int]]:
+    """The rows of each task of a source, by number, without those that only fill a batch."""
+    found: dict[str, list[int]] = {task: [] for task in source.tasks}
+    for row, (example, task) in enumerate(zip(source.examples, source.tasks, strict=True)):
+        if example.weight:
+            found[task].append(row)
+    return found
+
+
 def choose(labels: Sequence[tuple[int, ...]], size: int, how: How, generator: torch.Generator) -> list[int]:
     """``size`` of the rows that have these labels, in the order of the rows.
 
@@ -101,13 +113,27 @@ def drawn_at_step(source: Source, size: int, stage: Stage) -> Source:
     return drawn(source, size, stage.rng(f"memory/{stage.progress.step}"))
 
 
-def memory_gradient(method: Remembering, stage: Stage, source: Source) -> dict[str, Tensor]:
+def memory_gradient(method: Method, stage: Stage, source: Source) -> dict[str, Tensor]:
     """Gradient of the mean loss per label token of a source, by name; the same on every rank. *Collective*."""
     (found,) = stage.gradient(lambda batch: method.loss(stage, batch), stage.batches(source))
     return found
 
 
-class Remembering(Sequential):
+class WithMemory(Sequential):
+    """One pair for all tasks, and a memory of past ones, whose rows the method itself chooses."""
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.memory = Memory()
+
+    def state(self) -> State:
+        return self.memory.state()
+
+    def load_state(self, state: State) -> None:
+        self.memory = Memory.load(state)
+
+
+class Remembering(WithMemory):
     """One pair for all tasks, and a memory that grows by some examples of each: what its methods share."""
 
     class Config(PairSettings):
@@ -116,19 +142,9 @@ class Remembering(Sequential):
         memory_per_task: int = Field(256, ge=0, description="Examples kept of each task.")
         how: How = Field("reservoir", description="Which: reservoir (each as likely), or class (as many per label).")
 
-    def __init__(self, config: Section) -> None:
-        super().__init__(config)
-        self.memory = Memory()
-
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if not self.config.memory_per_task:
             raise UserError(f"method.memory_per_task: {self.name} needs a memory; set 1 or more, or use seqlora")
 
     def end_task(self, stage: Stage) -> None:
         self.memory.keep(stage.own_rows(), self.config.memory_per_task, self.config.how, stage.rng("memory"))
-
-    def state(self) -> State:
-        return self.memory.state()
-
-    def load_state(self, state: State) -> None:
-        self.memory = Memory.load(state)

@@ -1,7 +1,8 @@
 """A slow exponential copy of what trains (``options.slow_copy``): the mean of the last steps, in parameter space.
 
-It is the fast one as the stage begins; after each step ``slow ← β slow + (1 − β) fast``, fp32. Of a pair A and B are
-averaged each by itself, not their product. All ranks have the same parameters, and so the same copy.
+It is the fast one as the stage begins, or goes on where it was (``next: both``); after each step
+``slow ← β slow + (1 − β) fast``, fp32. Of a pair A and B are averaged each by itself, not their product. All ranks have
+the same parameters, and so the same copy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
+from cl_runner.methods.shared.sequential import Sequential
 from cl_runner.training.options.protocol import Option, Shapes, Values
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class SlowCopy(Option):
     def __init__(self) -> None:
         self.slow: dict[str, Tensor] = {}
         self.fast: dict[str, Tensor] = {}  # as the last step left it, where the slow one takes its place and it answers
+        self.carried: dict[str, Tensor] = {}  # the slow one that the next stage goes on with
 
     def takes(self, method: type[Method]) -> bool:
         return not method.only_kind and method.past_as != "other" and not method.remade
@@ -52,6 +55,12 @@ class SlowCopy(Option):
             raise UserError(
                 f"options.slow_copy: {method.name} trains neither a pair nor all weights, and it carries on by itself; "
                 "leave it out"
+            )
+        settings = config.options.slow_copy
+        if settings is not None and settings.next == "both" and not isinstance(method, Sequential):
+            raise UserError(
+                f"options.slow_copy.next=both: {method.name} begins each stage with other parameters, and the slow "
+                "copy is of those before; set fast or slow"
             )
 
     def gives(self, config: RunConfig) -> Sequence[Values]:
@@ -72,6 +81,8 @@ class SlowCopy(Option):
     def before_step(self, stage: StageRun) -> None:
         if not self.slow:  # the first: here the method's ``begin_task`` has been
             self.slow = _copies(stage)
+            if self.carried and self._settings(stage).next == "both":
+                self.slow = {name: self.carried[name].to(stage.device, copy=True) for name in self.slow}
 
     def after_step(self, stage: StageRun, batch: Batch) -> dict[str, Any] | None:
         beta = self._settings(stage).beta
@@ -81,6 +92,7 @@ class SlowCopy(Option):
 
     def end(self, stage: StageRun) -> None:
         """What goes on is in the parameters from here: a method's memory of the stage is to be of that."""
+        self.carried = dict(self.slow) if self._settings(stage).next == "both" else {}
         if self.slow and self._settings(stage).next == "slow":
             self.fast = _copies(stage)
             stage.write(self.slow)
@@ -90,6 +102,12 @@ class SlowCopy(Option):
 
     def leaving(self, stage: StageRun) -> dict[str, Tensor] | None:
         return self.slow or None if self._settings(stage).next == "slow" else None
+
+    def state(self) -> State:
+        return State(dict(self.carried))
+
+    def load_state(self, state: State) -> None:
+        self.carried = dict(state.tensors)
 
     def step_state(self) -> State:
         return State(dict(self.slow))

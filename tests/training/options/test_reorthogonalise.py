@@ -224,7 +224,7 @@ def test_names_and_settings() -> None:
     soft = made("soft-orth", "method.reorthogonalise={every: 7, rescale: true}")
     assert (soft.how, soft.every, soft.rescale) == ("soft", 7, True)
     every = ("seqlora", "inclora", "pertask", "mtl", "replay", "ewc", "lwf", "agem", "gem", "migu", "olora", "nlora",
-             "sparse-orth", "clora", "grassmann")  # fmt: skip
+             "sparse-orth", "clora", "grassmann", "sure")  # fmt: skip
     for name in every:
         assert made(name, "method.reorthogonalise={how: soft, every: 3}").every == 3
     for wrong, said in (
