@@ -194,10 +194,11 @@ def chosen(found: Mapping[tuple[str, str, bool], Sequence[Entry]]) -> str:
     for entries in found.values():
         by_method: dict[str, list[Entry]] = {}
         for entry in entries:
-            by_method.setdefault(entry.method, []).append(entry)
-        for method, tried in sorted(by_method.items()):
+            muon = " under muon" * ("training.optimizer=muon" in entry.settings)  # a control of its own
+            by_method.setdefault(entry.method + muon, []).append(entry)
+        for _, tried in sorted(by_method.items()):
             each = ", ".join(f"{entry.settings or 'as it is'}: {text(entry.AA)}" for entry in tried)
-            lines.append(f"{method} {tried[0].settings}".rstrip() + f"\t# of {len(tried)}: {each}")
+            lines.append(f"{tried[0].method} {tried[0].settings}".rstrip() + f"\t# of {len(tried)}: {each}")
     return "\n".join(lines)
 
 

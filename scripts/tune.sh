@@ -62,6 +62,16 @@ ewc-lora method.lambda1=1e2 1e3 1e4 1e5
 jumplora method.lambda1=0 3e3 3e4 3e5
 oliera method.lambda1=0 1 10 100
 oa method.lambda1=1e2 1e3 1e4 1e5
+slao training.lr=5e-4 1e-3 1.5e-3 3e-3
+merge method.how,method.weight=average,1 ties,1 dare,1 magmax,0.5
+slora training.lr=5e-4 1e-3 1.5e-3 3e-3
+treelora method.lambda1=0.5 2 8 32
+doc method.spare,training.lr=true,1.5e-3 false,5e-4 false,1.5e-3 false,3e-3
+gorp method.lr=5e-4 2e-3 5e-3 1e-2
+gainlora training.lr=3e-4 1e-3 1.5e-3 3e-3
+sapt method.kappa=0.01 0.1 1 10
+sure training.lr=5e-4 1e-3 1.5e-3 3e-3
+rkif training.lr=3e-4 1e-3 1.5e-3 3e-3
 GRID
 }
 
