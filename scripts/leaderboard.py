@@ -5,7 +5,8 @@ runs alone count. For every order, model and kind of data the page has a table, 
 figure with the Pareto fronts of accuracy against training time and against what the last stage leaves on disk; the
 figures stand in `figures/` beside the page. Without --page the tables go to standard output.
 
-    python scripts/leaderboard.py FILE --chosen     # of each method the setting with the best mean AA
+    python scripts/leaderboard.py FILE --chosen                     # of each method the setting with the best mean AA
+    python scripts/leaderboard.py FILE --chosen RESULTS --best 12   # of the best of other results that compare
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ class Entry:
         told = "†" if known and known.task_id == "yes" else ""
         kept = "§" if known and issubclass(known, Remembering) else ""
         return told + "‡" * (name in AT_ONCE) + kept
+
+    @property
+    def key(self) -> str:
+        """The method; under Muon it is a control of its own."""
+        return self.method + " under muon" * ("training.optimizer=muon" in self.settings)
 
     @property
     def name(self) -> str:
@@ -188,29 +194,40 @@ def page(found: Mapping[tuple[str, str, bool], Sequence[Entry]], file: Path, com
     return "\n".join(parts)
 
 
-def chosen(found: Mapping[tuple[str, str, bool], Sequence[Entry]]) -> str:
-    """A line a method: the setting with the best mean AA, how many were tried, and what each came to."""
+def chosen(found: Iterable[Entry], best: Sequence[str] | None = None) -> str:
+    """A line a method: the setting with the best mean AA, how many were tried, and what each came to.
+
+    best: these methods alone, in their order, by their ``key``.
+    """
+    by_method: dict[str, list[Entry]] = {}
+    for entry in found:
+        by_method.setdefault(entry.key, []).append(entry)
     lines = []
-    for entries in found.values():
-        by_method: dict[str, list[Entry]] = {}
-        for entry in entries:
-            muon = " under muon" * ("training.optimizer=muon" in entry.settings)  # a control of its own
-            by_method.setdefault(entry.method + muon, []).append(entry)
-        for _, tried in sorted(by_method.items()):
-            each = ", ".join(f"{entry.settings or 'as it is'}: {text(entry.AA)}" for entry in tried)
-            lines.append(f"{tried[0].method} {tried[0].settings}".rstrip() + f"\t# of {len(tried)}: {each}")
+    for key in sorted(by_method) if best is None else [key for key in best if key in by_method]:
+        tried = by_method[key]
+        each = ", ".join(f"{entry.settings or 'as it is'}: {text(entry.AA)}" for entry in tried)
+        lines.append(f"{tried[0].method} {tried[0].settings}".rstrip() + f"\t# of {len(tried)}: {each}")
     return "\n".join(lines)
+
+
+def comparable(entries: Sequence[Entry], count: int) -> list[str]:
+    """The ``key`` of the best of those that compare."""
+    return list(dict.fromkeys(entry.key for entry in entries if not entry.marks))[:count]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("--page", type=Path, metavar="FILE.md")
-    parser.add_argument("--chosen", action="store_true", help="the best setting of each method instead")
+    parser.add_argument(
+        "--chosen", nargs="?", const="", metavar="RESULTS", help="the best setting of each method instead"
+    )
+    parser.add_argument("--best", type=int, default=12, help="with --chosen RESULTS: how many (default %(default)s)")
     given = parser.parse_args()
     found = boards(given.sources)
-    if given.chosen:
-        print(chosen(found))
+    if given.chosen is not None:
+        best = comparable(next(iter(boards([given.chosen]).values())), given.best) if given.chosen else None
+        print(chosen([entry for entries in found.values() for entry in entries], best))
     elif given.page:
         command = f"python scripts/leaderboard.py {' '.join(given.sources)} --page {given.page}"
         given.page.write_text(page(found, given.page, command))

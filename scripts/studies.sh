@@ -8,6 +8,8 @@
 #   rank      rank × alpha × epochs
 #   kinds     adapter kinds at about equal stored size
 #   targets   which layers are adapted
+#   methods, methods-fifteen   all methods on order 1, the twelve best of them on order 4, each with the setting that
+#             scripts/tune.sh has found: for `python scripts/leaderboard.py`
 # On SmolLM2-135M (scripts/get_smollm2.sh smollm2) and real rows, DATA=FOLDER, the benchmark's:
 #   coefficients   of penalties, on train rows that no other study reads: amazon → dbpedia
 #   real           ten methods on dbpedia → amazon → agnews
@@ -72,6 +74,19 @@ case "$name" in
   targets)
     tiny --methods "seqlora inclora" --seeds "1 2 3" --vary "adapter.target_modules=qv attention mlp all-linear"
     ;;
+  methods | methods-fifteen)
+    [ -s "$results/tuning.jsonl" ] || { echo "studies.sh: scripts/tune.sh goes first" >&2; exit 2; }
+    best=() order=order1
+    [ "$name" = methods ] || { best=("$results/methods.jsonl"); order=order4; }
+    while read -r method settings; do
+      vary=()
+      # Settings that go together: their names, then their values.
+      [ -z "$settings" ] || vary=(--vary "$(sed 's/=[^ ]*//g; s/ /,/g' <<<"$settings")=$(sed 's/[^ ]*=//g; s/ /,/g' <<<"$settings")")
+      cells --orders "$order" --methods "$method" --seeds "1 2 3" "${vary[@]}" -- --preset tiny --data synthetic \
+        --set data.max_train=$([ "$name" = methods ] && echo 400 || echo 200) \
+        --set data.max_test=$([ "$name" = methods ] && echo 100 || echo 40) </dev/null
+    done < <("$python" "$here/leaderboard.py" "$results/tuning.jsonl" --chosen "${best[@]}" | cut -f1)
+    ;;
   coefficients)
     mkdir -p "$runs" && validation
     for which in inclora "olora method.lambda1=0.02 0.1" "nlora method.lambda1=30 3000" "ewc method.lambda1=400 4000" \
@@ -97,7 +112,7 @@ case "$name" in
       --vary "training.epochs=1 2 4" -- --data-dir "$DATA" --set data.max_train=120 --set data.max_test=60
     ;;
   *)
-    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

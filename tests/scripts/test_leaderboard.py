@@ -65,6 +65,18 @@ def test_the_best_setting_of_each_method(tmp_path: Path) -> None:
     ]
 
 
+def test_the_best_settings_of_the_best_methods(tmp_path: Path) -> None:
+    tuned, file = tmp_path / "tuned.jsonl", tmp_path / "found.jsonl"
+    muon = "training.optimizer=muon training.lr=3e-3"
+    settings = [("ella", "a.b=1"), ("olora", "a.b=2"), ("inclora", muon), ("inclora", "a.b=3"), ("replay", "a.b=4")]
+    tuned.write_text("\n".join(line(method, 1, 50.0, 1, 1, own) for method, own in settings) + "\n")
+    lines = [line("replay", 1, 90.0, 1, 1), line("inclora", 1, 60.0, 1, 1, muon), line("ella", 1, 55.0, 1, 1, "a.b=1"),
+             line("inclora", 1, 40.0, 1, 1)]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n")
+    found = [row.split("\t")[0] for row in said(tuned, "--chosen", file, "--best", "2").splitlines()]
+    assert found == [f"inclora {muon}", "ella a.b=1"]
+
+
 def test_run_folders_are_read_too(tmp_path: Path) -> None:
     runs = [train(tmp_path / "runs", f"three-{m}-s{s}", {"olora": 0.6, "seqlora": 0.4}[m], s, method=m)
             for m in ("seqlora", "olora") for s in (1, 2)]  # fmt: skip
