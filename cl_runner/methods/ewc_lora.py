@@ -31,8 +31,11 @@ class EWCLoRA(Method):
     class Config(PairSettings):
         """Settings of EWC-LoRA."""
 
-        lambda1: float = Field(
-            1e7, ge=0, description="Weight λ, on the sum over entries and layers (the official code's, for images)."
+        lambda1: float | None = Field(
+            None,
+            ge=0,
+            description="Weight λ, on the sum over entries and layers; null: the form's own. fisher=example: 1e3 (ours, "
+            "not published). fisher=batch: 1e7 (the official code's, for images).",
         )
         gamma: float = Field(1.0, ge=0, le=1, description="γ: what is left of F at each further task (published).")
         fisher: Literal["example", "batch"] = Field(
@@ -44,6 +47,11 @@ class EWCLoRA(Method):
             500, ge=1, description="Examples that F is estimated from, by lot; null: all (ours)."
         )
         max_gb: float = Field(16.0, gt=0, description="Most that F, and what it is made of, may take, 10⁹ bytes.")
+
+        @property
+        def weight(self) -> float:
+            """λ: as set, or the form's own."""
+            return self.lambda1 if self.lambda1 is not None else 1e7 if self.fisher == "batch" else 1e3
 
     name = "ewc-lora"
     title = "EWC-LoRA: new pairs, held small where the weight mattered to past tasks"
@@ -82,7 +90,7 @@ class EWCLoRA(Method):
         self.fisher = {target: F.to(stage.device) for target, F in self.fisher.items()}
 
     def penalty(self, stage: Stage) -> Tensor | None:
-        if not self.fisher or not self.config.lambda1:
+        if not self.fisher or not self.config.weight:
             return None
         from cl_runner.maths.product import weighted_squares
 
@@ -90,7 +98,7 @@ class EWCLoRA(Method):
             weighted_squares(group.B, group.A, [self.fisher[target] for target in group.targets])
             for group in stage.factors()
         ]
-        total: Tensor = self.config.lambda1 / 2 * added(terms)
+        total: Tensor = self.config.weight / 2 * added(terms)
         return total
 
     def end_task(self, stage: Stage) -> None:
