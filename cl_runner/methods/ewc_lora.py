@@ -34,8 +34,8 @@ class EWCLoRA(Method):
         lambda1: float | None = Field(
             None,
             ge=0,
-            description="Weight λ, on the sum over entries and layers; null: the form's own. fisher=example: 1e3 (ours, "
-            "not published). fisher=batch: 1e7 (the official code's, for images).",
+            description="Weight λ, on the sum over entries and layers; null: the form's own. example: 1e3 (ours, "
+            "not published). batch: 1e7 (the official code's, for images).",
         )
         gamma: float = Field(1.0, ge=0, le=1, description="γ: what is left of F at each further task (published).")
         fisher: Literal["example", "batch"] = Field(
