@@ -37,8 +37,8 @@ SMALL = {
     "ogd": "vectors=4", "ewc": "fisher_samples=8", "l2p": "pool=4 length=2 top=2", "progprompt": "length=3",
     "lfpt5": "length=6 draws=2 pseudo_tokens=16", "clora": "k=16", "coso": "rank=6 sketch=8 every=1",
     "hard-orth": "reorthogonalise.every=2", "soft-orth": "reorthogonalise.every=2", "ewc-lora": "fisher_samples=8",
-    "gorp": "every=1", "doc": "components=8", "sapt": "pseudo=4 pseudo_tokens=12", "rkif": "inner_steps=2 outer_steps=1",
-    "sure": "memory_size=12 memory_batch=4",
+    "gorp": "every=1", "doc": "components=8", "sapt": "pseudo=4 pseudo_tokens=12",
+    "sure": "memory_size=12 memory_batch=4", "rkif": "inner_steps=2 outer_steps=1",
 }  # fmt: skip
 MODELS = ("tiny-t5", "tiny-llama")
 
