@@ -359,7 +359,8 @@ class Method:
     forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
-    past_as: ClassVar[Literal["pairs", "none", "other"]] = "pairs"  # what earlier stages left beside what trains
+    # What earlier stages left beside what trains: folded pairs, nothing, a folded matrix, what the method alone knows.
+    past_as: ClassVar[Literal["pairs", "none", "matrix", "other"]] = "pairs"
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes
     only_kind: ClassVar[str] = ""  # the adapter kind without which there is no such method, whatever ``adapter.kind``
     edits_before_clip: ClassVar[bool] = False  # ``edit_gradients`` comes first, and the clip goes by what it left

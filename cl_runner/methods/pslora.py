@@ -9,9 +9,8 @@ from pydantic import Field
 
 from cl_runner.adapters.kind import Fold, Need
 from cl_runner.config.schema import RunConfig, Section
-from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, PairSettings, State
-from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_borrowing, refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.penalties import past_updates, scaled
 from cl_runner.methods.shared.tensors import added
 
@@ -54,6 +53,7 @@ class PSLoRA(Method):
     paper = "2512.08960 (PS-LoRA)"
     carried = "M, in the weight; S (history=sum)"
     growth = "constant: one or two fp32 matrices a layer"
+    past_as = "matrix"
     dense = True
     by_shape = True
     any_rank = True
@@ -74,8 +74,7 @@ class PSLoRA(Method):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "pslora penalises B A as the update")
-        if config.adapter.dropout_past and self.config.merge:
-            raise UserError("adapter.dropout_past: what pslora merges are no pairs any more; set it to false")
+        refuse_by_task(config, "loss", "merge", "history")
         if shapes is not None and self.carries_sum:
             of = f"adapter.target_modules: sums of past updates of {len(shapes)} layers"
             instead = "name fewer layers, or set method.history=merged"

@@ -117,7 +117,7 @@ def check_method(
         check_options(of_stage, method, shapes)
         _check_patterns(of_stage, method)
         _check_probe(of_stage, method)
-        if of_stage.adapter.dropout_past and method.past_as == "other":
+        if of_stage.adapter.dropout_past and method.past_as in ("matrix", "other"):
             raise UserError(
                 f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
                 "it to false"

@@ -365,6 +365,26 @@ def test_what_is_too_large_is_refused_before_the_start(name: str, own: dict[str,
         assert make_method(merged).check(merged, SHAPES) is None and make_method(merged).grows(merged, SHAPES) == ""
 
 
+def test_of_entries_of_equal_size_pslora_keeps_the_older() -> None:
+    method, past = method_of("pslora"), torch.tensor([[1.0, -2.0, 3.0]])
+    stage: Any = SimpleNamespace(
+        live_update=lambda: {"a": torch.tensor([[-1.0, 2.5, -3.0]])}, past_update=lambda target: past
+    )
+    assert method.replacement(stage)["a"].tolist() == [[1.0, 2.5, 3.0]]
+    stage.past_update = lambda target: None
+    assert method.replacement(stage)["a"].tolist() == [[-1.0, 2.5, -3.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("pslora", "loss", False), ("pslora", "merge", False), ("pslora", "history", "merged"), ("oliera", "order", 1)],
+)
+def test_what_holds_for_all_tasks_is_refused_for_one(name: str, key: str, value: Any) -> None:
+    config = RunConfig.model_validate({"method": {"name": name}, "tasks": {"b": {f"method.{key}": value}}})
+    with pytest.raises(UserError, match=f"^method.{key}: the same for all tasks; set it once$"):
+        make_method(config).check(config)
+
+
 @pytest.mark.parametrize("name", ["ella", "pslora", "ewc-lora"])
 def test_a_pair_that_borrows_of_the_weight_is_refused(name: str) -> None:
     config = RunConfig.model_validate({"method": {"name": name}, "adapter": {"init": "pissa"}})

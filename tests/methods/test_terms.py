@@ -46,7 +46,14 @@ OWN: dict[str, dict[str, Any]] = {
     "sdlora reference": {"method__reference": True},
     "gainlora": {"method__renormalise": True, "method__gate": "linear"},
     "gainlora olora": {"method__branch": "olora"},
-    "sapt": {"method__pseudo": 4, "method__pseudo_tokens": 6, "method__kappa": 2.0, "method__router_lr": 0.2},
+    # Twice the rows, to answer and to write: all of them in every step.
+    "sapt": {
+        "method__pseudo": 4,
+        "method__pseudo_tokens": 6,
+        "method__kappa": 2.0,
+        "method__router_lr": 0.2,
+        "training__global_batch": 12,
+    },
     "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},
 }
 PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs

@@ -35,7 +35,7 @@ class DOC(Sequential):
     class Config(Section):
         """Settings of DOC."""
 
-        components: int = Field(48, ge=1, description="Components that each task may add (published).")
+        components: int = Field(48, ge=1, description="Components more that there may be with each task (published).")
         threshold: float = Field(
             0.1, gt=0, lt=1, description="δ: share of h that has to be left for a new one (published)."
         )
@@ -73,6 +73,7 @@ class DOC(Sequential):
         self._past = 0  # components that there were as the stage began
         self._left: float | None = None  # share of the last h that no component has
         self._inputs: dict[str, Tensor] = {}  # target → Σ x over this rank's tokens of the step, and how many (n + 1)
+        self._step = -1  # whose inputs these are: a step that is left out takes none away
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is None:
@@ -107,6 +108,8 @@ class DOC(Sequential):
         self._past, self._left, self._inputs = len(found.v), None, {}
 
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
+        if self._step != stage.progress.step:
+            self._step, self._inputs = stage.progress.step, {}
         real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
 
         def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
@@ -139,7 +142,6 @@ class DOC(Sequential):
 
         whole = stage.sum(torch.cat([self._inputs[target] for target in self.layers]))
         sums = torch.split(whole, [len(self._inputs[target]) for target in self.layers])
-        self._inputs = {}
         parameters, A, B = stage.parameters(), stage.named("A"), stage.named("B")
         parts = []
         with torch.autocast(stage.device.type, enabled=False):
@@ -147,7 +149,7 @@ class DOC(Sequential):
                 x, (a, b) = total[:-1] / total[-1].clamp(min=1), (A[target], B[target])
                 moved = gradients[b] @ (parameters[a].detach() @ x) + parameters[b].detach() @ (gradients[a] @ x)
                 parts.append(stage.scale_of(target) * moved)
-        return torch.cat(parts)
+        return stage.broadcast(torch.cat(parts))  # what becomes a component is decided by it, everywhere alike
 
     def _off(self, stage: Stage, gradients: dict[str, Tensor], v: Tensor) -> dict[str, Tensor]:
         """The gradients of B without their part in each layer's slices of v (K, Σ m)."""

@@ -12,7 +12,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.gorp.settings import Settings, in_full
 from cl_runner.methods.protocol import Method, State
-from cl_runner.methods.shared.limits import refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.rates import times
 from cl_runner.methods.shared.tensors import of_rank_0, under, within
 
@@ -65,15 +65,28 @@ class GORP(Method):
         self._columns = 0  # numbers in one task's bases, at most
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_by_task(config, "frame", "k")  # past bases lie in the frame
         if self.config.last_threshold < self.config.threshold:
             raise UserError(
                 f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
                 f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
             )
+        if shapes is not None:
+            gigabytes = self._floats(config, shapes, self.stages) * 4e-9
+            of = f"adapter.target_modules: past bases of {len(shapes)} layers over {self.stages} tasks"
+            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
+
+    def _floats(self, config: RunConfig, shapes: Sequence[tuple[int, int]], tasks: int) -> int:
+        """Numbers in the bases of so many tasks, at most: of A and B, or of E, whichever is more, of each layer."""
+        total = 0
+        for m, n in shapes:
+            r, k = rank_at(config.adapter, (m, n)), self.config.k
+            total += max(min(tasks * r, m) * m + min(tasks * r, n) * n, min(tasks * k, m) * m)
+        return total
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        one = 4 * sum(max(rank_at(config.adapter, (m, n)) * (m + n), self.config.k * m) for m, n in shapes)
-        return f"carries up to {size(one)} a task, {size(one * self.stages)} in all: past bases of {len(shapes)} layers"
+        one, all_of = (size(4 * self._floats(config, shapes, tasks)) for tasks in (1, self.stages))
+        return f"carries up to {one} a task, {all_of} in all: past bases of {len(shapes)} layers"
 
     def build(self, stage: Stage) -> None:
         if stage.evaluating:
@@ -86,10 +99,6 @@ class GORP(Method):
         gigabytes = sum(5 * shapes[target][0] * shapes[target][1] for target in full) * 4e-9
         of = f"method.full: full-rank changes of {len(full)} layers"
         refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer")
-        for target in full:
-            side = shapes[target][0] if self.config.frame == "full" else min(self.config.k, *shapes[target])
-            if len(self.past.get(f"{target}.delta", range(side))) != side:
-                raise UserError("method.frame, method.k: past bases lie in another frame; leave both as they were")
         stage.begin()
         if full:
             stage.begin_terms({target: Dense(*shapes[target]) for target in full})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,12 +28,14 @@ class JumpLoRA(Method):
     """A fifth of the stage trains without gate; then θ is set so that as many entries are kept as A and B have numbers,
     and the gate is blended in until, after four fifths, only what it keeps answers.
 
-    Beside it stands ELLA's penalty, of the gated update; ``lambda1=0`` is the gate alone. The published code has no
-    dropout here; this one drops the input as a LoRA does.
+    Beside it stands ELLA's penalty, of the gated update; ``lambda1=0`` is the gate alone. As the published code it has
+    no dropout unless ``adapter.dropout`` is given: then the input is dropped, as a LoRA's.
     """
 
     class Config(Section):
         """Settings of JumpLoRA."""
+
+        elsewhere: ClassVar[Mapping[str, Any]] = {"adapter.dropout": 0.0}  # as published
 
         lambda1: float = Field(
             3e4, ge=0, description="Weight λ of ELLA's penalty, on the sum over entries, mean over layers (published)."
@@ -79,6 +81,10 @@ class JumpLoRA(Method):
         self.p = 0.0
         self.placed = False  # whether θ has been set in this stage
         self._said = ""
+
+    @property
+    def answers_later(self) -> str:
+        return "gates its update in within a stage"
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is not None:  # B A, its mask and ΔW

@@ -12,7 +12,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.merge.past import Past, Task
 from cl_runner.methods.protocol import Method, PairSettings, StagePlan, State
-from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_borrowing, refuse_by_task, refuse_too_large, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +70,7 @@ class Merge(Method):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "merge takes s·B A for a task's update")
-        for changes in (*config.stages.values(), *config.tasks.values()):
-            if "method.how" in changes:
-                raise UserError("method.how: the same for all tasks; set it once")
+        refuse_by_task(config, "how")
         if self.config.how == "magmax" and config.adapter.r == "auto":
             raise UserError("adapter.r=auto: under method.how=magmax one pair trains on, of one rank; set a number")
         if shapes is not None:

@@ -11,7 +11,7 @@ from cl_runner.adapters.kind import Fold, Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
-from cl_runner.methods.shared.limits import refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.rates import at_rate
 from cl_runner.methods.shared.tensors import added
 
@@ -74,6 +74,7 @@ class OLieRA(Method):
         self._stacked: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_by_task(config, "order")  # what is folded adds up to one f alone
         if shapes is None:
             return
         oblong = [shape for shape in shapes if shape[0] != shape[1]]

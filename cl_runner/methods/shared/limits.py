@@ -22,6 +22,14 @@ def refuse_borrowing(config: RunConfig, why: str) -> None:
         )
 
 
+def refuse_by_task(config: RunConfig, *keys: str) -> None:
+    """Refuse settings of the method that single tasks or positions change. Raises UserError, naming the first."""
+    for changes in (*config.stages.values(), *config.tasks.values()):
+        for key in keys:
+            if f"method.{key}" in changes:
+                raise UserError(f"method.{key}: the same for all tasks; set it once")
+
+
 def refuse_too_large(what: str, gigabytes: float, max_gb: float, instead: str) -> None:
     """Refuse what takes more than ``method.max_gb``, or than there is memory where the model computes.
 

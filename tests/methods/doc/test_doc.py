@@ -289,3 +289,24 @@ def test_what_cannot_work_is_refused() -> None:
         for value in numbers:
             with pytest.raises(ValueError, match=setting):
                 make_method(RunConfig.model_validate({"method": {"name": "doc", setting: value}}))
+
+
+def _left_out(place: Place) -> list[float]:
+    """Tokens of a layer's mean input at each step that was made, where the second step's loss is NaN."""
+    room, config = order_room(place, "doc", **THREE, method__components=3, training__non_finite="skip")
+    method, seen = room.method, []
+    edit, loss = method.edit_gradients, method.loss
+
+    def spy(stage: Any, gradients: dict[str, Tensor]) -> Any:
+        seen.append(float(next(iter(method._inputs.values()))[-1]))
+        return edit(stage, gradients)
+
+    method.edit_gradients = spy
+    method.loss = lambda stage, batch: loss(stage, batch) * (float("nan") if stage.progress.step == 1 else 1.0)
+    assert learn(room, config, 0, opposed(0)).trained.skipped == 1
+    return seen
+
+
+def test_a_step_that_is_left_out_leaves_nothing_to_the_next() -> None:
+    [seen] = on_ranks(1, _left_out)
+    assert len(seen) == STEPS - 1 and len(set(seen)) == 1

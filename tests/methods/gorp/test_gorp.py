@@ -249,10 +249,14 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     room, config = order_room(Place(), "gorp", method__max_gb=1e-5)
     with pytest.raises(UserError, match=r"^method.full: full-rank changes of 2 layers take 0.041 MB, over"):
         room.method.build(StageRun(room, config, 0))
-    room, config = order_room(Place(), "gorp", method__frame="k")
-    room.method.past = {f"{t}.delta": torch.eye(32) for t in room.adapters.targets()}
-    with pytest.raises(UserError, match=r"^method.frame, method.k: past bases lie in another frame; leave"):
-        room.method.build(StageRun(room, config, 1))
+    room, config = order_room(Place(), "gorp", "abc", adapter__r=8, method__max_gb=1e-3)
+    # 3 · 8 columns on both sides, or on one: 24 (1024 + 512) floats a layer
+    with pytest.raises(UserError, match=r"^adapter.target_modules: past bases of 10 layers over 3 tasks take 1.47 MB"):
+        check_method(config, room.order, [(1024, 512)] * 10)
+    for key, value in (("frame", "k"), ("k", 4)):
+        config = RunConfig.model_validate({"method": {"name": "gorp"}, "tasks": {"b": {f"method.{key}": value}}})
+        with pytest.raises(UserError, match=f"^method.{key}: the same for all tasks; set it once$"):
+            make_method(config).check(config)
     bad: dict[str, tuple[Any, ...]] = {
         "k": (0,), "every": (0,), "threshold": (0, 1.01), "last_threshold": (0, 1.01), "lr": (0,), "scale": (0, -1),
         "frame": ("m",), "max_gb": (0,),

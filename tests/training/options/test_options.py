@@ -258,7 +258,7 @@ def test_parts_of_an_option_are_set_like_those_of_a_methods_setting(tmp_path: Pa
         ("options.slow_cpy.beta=1", "options.slow_cpy.beta is not a setting; did you mean 'slow_copy'?"),
         ("options.slow_copy.bta=1", "options.slow_copy.bta is not a setting; did you mean 'beta'?"),
         ("options.slow_copy.beta=1", "options.slow_copy.beta must be less than 1"),
-        ("options.slow_copy.next=slw", "options.slow_copy.next must be one of fast, slow; did you mean 'slow'?"),
+        ("options.slow_copy.next=slw", "options.slow_copy.next must be one of fast, slow, both; did you mean 'slow'?"),
         ("options.slow_copy=true", "options.slow_copy must be a mapping"),
         ("tasks.yahoo.options.slow_cpy.beta=1", "options.slow_cpy.beta is not a setting; did you mean 'slow_copy'?"),
         ("tasks.yahoo.options.slow_copy.bta=1", "tasks.yahoo.options.slow_copy.bta is not a setting"),
