@@ -46,14 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     "sdlora reference": {"method__reference": True},
     "gainlora": {"method__renormalise": True, "method__gate": "linear"},
     "gainlora olora": {"method__branch": "olora"},
-    # Twice the rows, to answer and to write: all of them in every step.
-    "sapt": {
-        "method__pseudo": 4,
-        "method__pseudo_tokens": 6,
-        "method__kappa": 2.0,
-        "method__router_lr": 0.2,
-        "training__global_batch": 12,
-    },
+    "sapt": {"method__pseudo": 4, "method__pseudo_tokens": 6, "method__kappa": 2.0, "method__router_lr": 0.2},
     "sdlora reuse": {"method__reuse": 0.9, "method__rank_decay": [3, 1], "method__decay_every": 1, "adapter__r": 6},
 }
 PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
@@ -181,7 +174,8 @@ def test_two_ranks_do_what_one_does() -> None:
 
 def _bf16(place: Place, base: torch.dtype) -> None:
     for name in OWN:
-        room, config = opened(place, name, bf16=True, training__epochs=2)
+        # All rows in every step, those of sapt too, which has each twice.
+        room, config = opened(place, name, bf16=True, training__epochs=2, training__global_batch=12)
         room.base.model.to(base)
         for index in range(2):
             outcome = learn(room, config, index, opposed(index))
