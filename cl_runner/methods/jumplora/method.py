@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cl_runner.adapters.kind import Fold, Need
 from cl_runner.config.schema import RunConfig, Section
+from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
 from cl_runner.methods.shared.limits import refuse_too_large
 from cl_runner.methods.shared.tensors import added
@@ -51,12 +52,6 @@ class JumpLoRA(Method):
         )
         max_gb: float = Field(16.0, gt=0, description="Most that the updates of all layers may take, 10⁹ bytes.")
 
-        @model_validator(mode="after")
-        def _in_order(self) -> JumpLoRA.Config:
-            if self.start >= self.end:
-                raise ValueError(f"start {self.start:g} has to be before end {self.end:g}")
-            return self
-
     name = "jumplora"
     title = "JumpLoRA: new pairs whose small entries are gated away"
     equation = (
@@ -87,6 +82,9 @@ class JumpLoRA(Method):
         return "gates its update in within a stage"
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        start, end = self.config.start, self.config.end
+        if start >= end:
+            raise UserError(f"method.start: {start:g} is not before method.end {end:g}; set a smaller one")
         if shapes is not None:  # B A, its mask and ΔW
             gigabytes = 3 * sum(m * n for m, n in shapes) * 4e-9
             of = f"adapter.target_modules: gated updates of {len(shapes)} layers"

@@ -188,8 +188,11 @@ def test_what_cannot_be_is_refused() -> None:
         "adapter.target_modules: gated updates of 2 layers take 0.0169 MB, over method.max_gb 1.6e-05; name fewer "
         "layers, or set a larger max_gb"
     )
+    made = RunConfig.model_validate({"method": {"name": "jumplora", "start": 0.8}})
+    with pytest.raises(UserError, match=r"^method.start: 0.8 is not before method.end 0.8; set a smaller one$"):
+        make_method(made).check(made)
     for own, said in (
-        ({"start": 0.8, "end": 0.8}, "start 0.8 has to be before end 0.8"), ({"width": 0}, "width"),
+        ({"width": 0}, "width"),
         ({"lambda1": -1}, "lambda1"), ({"start": -0.1}, "start"), ({"threshold": "layer"}, "threshold"),
         ({"z": math.inf}, "z"),
     ):  # fmt: skip
