@@ -7,6 +7,7 @@ from typing import Any
 from cl_runner.config.schema import Section
 from cl_runner.config.yamlfile import as_yaml
 from cl_runner.methods import METHODS
+from cl_runner.methods.protocol import Method
 from cl_runner.registry import OURS
 from cl_runner.terminal.console import print_json
 from cl_runner.training.options import make_options
@@ -32,6 +33,8 @@ def show_method(name: str, *, as_json: bool) -> None:
         "carried": method.carried,
         "growth": method.growth,
         "task id at inference": {"yes": "needed", "no": "not needed"}.get(method.task_id, "as the settings have it"),
+        **({"about": said} if (said := _said(method)) else {}),
+        **({"sets": dict(beside)} if (beside := getattr(method.Config, "elsewhere", {})) else {}),
         "options": {option.setting: option.title for option in make_options() if option.takes(method)},
         "settings": settings,
     }
@@ -39,14 +42,21 @@ def show_method(name: str, *, as_json: bool) -> None:
         print_json(about)
         return
     for key, value in about.items():
-        if key not in ("options", "settings"):
+        if key not in ("sets", "options", "settings"):
             print(f"{key + ':':<22}{value}")
+    for key, value in about.get("sets", {}).items():
+        print(f"{'sets:':<22}{key}={as_yaml(value)}, unless it is given")
     print("options:" if about["options"] else "options: none")
     for setting, title in about["options"].items():
         print(f"  {setting}\n      {title}")
     print("settings:" if settings else "settings: none of its own")
     for key, setting in settings.items():
         print(f"  method.{key} = {as_yaml(setting['default'])}\n      {setting['what']}")
+
+
+def _said(method: type[Method]) -> str:
+    """What its class says of it, in one line: what it promises, what is assumed of a paper."""
+    return " ".join(str(vars(method).get("__doc__") or "").replace("``", "").split())
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ class ELLA(Method):
     """Each entry of ΔW_t costs by the square of what past updates add up to there; where they are 0 it is free.
 
     A large λ is also met by an update that is small everywhere: look at the norm that a stage says it learned.
+    Published with r 8, learning rate 1e-3 constant, batch 32, one epoch.
     """
 
     class Config(PairSettings):

@@ -234,6 +234,9 @@ def test_show_method(tmp_path: Path) -> None:
     assert "2310.14152" in shown["paper"]
     assert shown["settings"]["lambda1"]["what"]
     assert "method.lambda1 = " in call("show", "olora", cwd=tmp_path).out
+    shown = call("show", "oa", cwd=tmp_path).out
+    assert "sets:                 adapter.target_modules=[outputs], unless it is given\n" in shown
+    assert "Assumptions, as there is no public code: tasks' adapters stand side by side" in shown and "``" not in shown
 
 
 def test_config_show_tells_where_each_value_is_from(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ class JumpLoRA(Method):
     and the gate is blended in until, after four fifths, only what it keeps answers.
 
     Beside it stands ELLA's penalty, of the gated update; ``lambda1=0`` is the gate alone. As the published code it has
-    no dropout unless ``adapter.dropout`` is given: then the input is dropped, as a LoRA's.
+    no dropout unless ``adapter.dropout`` is given: then the input is dropped, as a LoRA's. Published with
+    ELLA's settings.
     """
 
     class Config(Section):

@@ -27,7 +27,7 @@ class OLieRA(Method):
 
     Assumptions: exponents of tasks add up, so that with the exact f their multiplications do; J is the group's neutral
     element, all ones, where the paper writes I. With ones ‖J Jᵀ‖ = m n stays whatever is learned, and mainly sums of
-    rows are pushed.
+    rows are pushed. Published with two epochs and dropout 0.1.
     """
 
     class Config(Section):

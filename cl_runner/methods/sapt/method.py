@@ -31,7 +31,8 @@ class SAPT(Routed):
     trained to write them, and each step draws a batch of them; here the task's own pair learns to write, as LFPT5's
     prompt does (ours), asked with what all inputs of the task begin with, and every step takes all of them.
 
-    Published with learning rate 3e-4 (T5) or 5e-5 (LLaMA), constant, 10 or 20 epochs, batch 32, r 8 (4), alpha 32.
+    Published with learning rate 3e-4 (T5) or 5e-5 (LLaMA), constant, 10 or 20 epochs, batch 32, r 8 (4), alpha 32,
+    without dropout.
     """
 
     class Config(Settings):
