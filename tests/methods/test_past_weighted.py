@@ -23,6 +23,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, base_model, random_pair
+from tests.breadth import narrowed, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
@@ -98,7 +99,11 @@ def known(method: Any, adapters: Layers, name: str) -> Matrices:
 @pytest.mark.parametrize("name", PULLING)
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("t5", {}), ("gpt2", {}), ("qwen2", {"ranks": {r"layers\.0\..*q_proj": 2}, "alphas": {"v_proj": 2.0}})],
+    [
+        ("t5", {}),
+        pytest.param("gpt2", {}, marks=wide),
+        ("qwen2", {"ranks": {r"layers\.0\..*q_proj": 2}, "alphas": {"v_proj": 2.0}}),
+    ],
     ids=["t5", "gpt2", "ranks by layer"],
 )
 def test_penalty_and_gradient_entry_by_entry(name: str, family: str, more: dict[str, Any]) -> None:
@@ -261,7 +266,7 @@ def sampled_rows(stage: StageRun, examples: Any, count: int | None) -> list[Any]
 
 
 @pytest.mark.parametrize("name", list(OWN))
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=wide)])
 def test_three_stages_at_accumulation_3(name: str, kind: Kind) -> None:
     on_ranks(1, _steps, name, kind)
 
@@ -316,7 +321,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         commit(rundir, index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
 
 
-@pytest.mark.parametrize("name", list(OWN))
+@pytest.mark.parametrize("name", narrowed(OWN, ["pslora", "ewc-lora"]))
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 

@@ -16,6 +16,7 @@ from cl_runner.methods import METHODS, make_method, method_schema
 from cl_runner.settings import resolve
 from cl_runner.tasks.order import order_names
 from cl_runner.training.compatibility import check_method, check_quantized, fitting_kind
+from tests.breadth import narrowed, wide
 
 STUDIES = Path(__file__).parents[2] / "scripts" / "studies.sh"
 REPORT = {
@@ -58,7 +59,7 @@ def study(here: Path, *words: str, **more: str) -> subprocess.CompletedProcess[s
     return subprocess.run([STUDIES, *words], env=env, cwd=here, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", narrowed(CELLS, ["methods", "methods-fifteen", "targets", "coefficients", "real"]))
 def test_every_cell_is_one_that_a_run_takes_and_runs_once(name: str, here: Path) -> None:
     if name == "methods-fifteen":  # the best of those
         shutil.copy(here / "found" / "tuning.jsonl", here / "found" / "methods.jsonl")
@@ -113,6 +114,7 @@ def test_methods_are_tuned_first(here: Path) -> None:
     assert found.returncode == 2 and "scripts/tune.sh goes first" in found.stderr and not (here / "calls").exists()
 
 
+@wide
 def test_the_search_has_the_same_budget_for_every_method(here: Path) -> None:
     """Four settings, all such as a run takes, of every method and of the control under Muon, on rows of their own."""
     (here / "runner").write_text(RUNNER.replace(json.dumps(REPORT), json.dumps(RUN | {"method": "x", "order": "y"})))
