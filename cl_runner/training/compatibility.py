@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -10,6 +11,7 @@ from cl_runner.config.schema import AdapterConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method
 from cl_runner.methods.protocol import Method, StagePlan
+from cl_runner.methods.shared.limits import refuse_too_large
 from cl_runner.registry import KINDS
 from cl_runner.training.options import check_options
 
@@ -122,6 +124,9 @@ def check_method(
                 f"adapter.dropout_past: {method.name} does not keep what earlier stages learned as folded pairs; set "
                 "it to false"
             )
+        if trained is not None and method.has_rank:
+            numbers = f"adapter.r: {trained:,} numbers that train, with their gradients,"
+            refuse_too_large(numbers, 8e-9 * trained, math.inf, "set a smaller rank")
         method.check(of_stage, shapes)
 
 

@@ -21,6 +21,8 @@ from cl_runner.training.data import Data
 from cl_runner.training.options import make_options
 from cl_runner.training.sampling import BatchPlan
 
+LARGE = 1024  # a rank from which on what trains may not fit into memory, which the layers' shapes tell
+
 
 @dataclass
 class Plan:
@@ -85,7 +87,8 @@ class Plan:
         adapter = self.config.adapter
         named = "update" in self.kind.offers and bool(adapter.target_modules or adapter.patterns)
         by_shape = [method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages]
-        if not (named or self.kind.by_shape or any(by_shape)):
+        large = self.method.has_rank and max([adapter.largest, *adapter.rank_pattern.values()]) >= LARGE
+        if not (named or large or self.kind.by_shape or any(by_shape)):
             return
         from cl_runner.models.base import outline
 

@@ -184,6 +184,10 @@ METHOD: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 # What only the model's shapes tell: by its config, with no weights loaded.
 SHAPES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (
+        (*TINY, "seqlora", "--set", "adapter.r=1000000000"),
+        ("adapter.r", "5,376,000,000,000 numbers", "43008 GB", "memory; set a smaller rank"),
+    ),
     ((*TINY, "ogd", "--set", "method.vectors=60000"), ("method.vectors", "180000 directions", "172032 trained")),
     ((*TINY, "ogd", "--set", "method.vectors=9000", "--set", "method.variant=all"), ("18.6 GB", "method.max_gb 8")),
     (
