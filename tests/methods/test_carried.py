@@ -14,13 +14,10 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import State
-from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import RunDir
-from cl_runner.training.checkpoint import restore_stage, save_stage
-from cl_runner.training.stage import StageRun
 from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
+from tests.methods.restarted import DROPPED, restarted
 from tests.methods.steps import THREE, Values, off, opposed, values, vector
 from tests.stages import Kind
 
@@ -56,20 +53,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _resumed(place: Place, folder: str, name: str) -> None:
-    dropped: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 2}
-    straight, config = opened(place, name, **dropped)
-    rundir = RunDir(Path(folder))
-    for index in range(3):
-        learn(straight, config, index, opposed(index))
-        room, _ = opened(place, name, **dropped)
-        if index:
-            restored = StageRun(room, config, index - 1)
-            restore_stage(rundir, restored, index - 1)
-            restored.close()
-        stage = learn(room, config, index, opposed(index)).stage
+    for straight, room, _ in restarted(lambda: opened(place, name, **DROPPED), folder):
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
-        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
     assert bool(straight.method.state().tensors) == (name not in ("lwf", "migu"))
 
 

@@ -23,14 +23,12 @@ from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.clora.subspaces import leading, orthonormal_columns
 from cl_runner.methods.protocol import Progress
-from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import RunDir
-from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, base_model, random_pair
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
+from tests.methods.restarted import DROPPED, restarted
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
 from tests.stages import Kind, naive_loss
 
@@ -262,19 +260,8 @@ def test_steps_at_accumulation_3(name: str, kind: Kind) -> None:
 
 
 def _resumed(place: Place, folder: str, name: str) -> None:
-    dropped: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 2}
-    straight, config = opened(place, name, **dropped)
-    rundir = RunDir(Path(folder))
-    for index in range(3):
-        ours = learn(straight, config, index, opposed(index)).parameters
-        room, _ = opened(place, name, **dropped)
-        if index:
-            restored = StageRun(room, config, index - 1)
-            restore_stage(rundir, restored, index - 1)
-            restored.close()
-        again = learn(room, config, index, opposed(index))
-        assert torch.equal(vector(again.parameters), vector(ours))
-        commit(rundir, index, again.stage.plan.name, lambda draft: save_stage(draft, again.stage))  # noqa: B023
+    for _ in restarted(lambda: opened(place, name, **DROPPED), folder):
+        pass
 
 
 @every_method

@@ -17,14 +17,12 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.doc.tracking import Components, off_span, rank
-from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import RunDir
-from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.moments import mean_inputs
 from tests.methods.orders import learn, order_room
+from tests.methods.restarted import DROPPED, restarted
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector, watch
 from tests.methods.test_carried import same
 from tests.stages import Kind, naive_loss
@@ -218,24 +216,13 @@ def test_two_ranks_do_what_one_does() -> None:
 
 
 def _resumed(place: Place, folder: str) -> None:
-    dropped: dict[str, Any] = {**THREE, **OWN, "dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 2}
-    straight, config = order_room(place, "doc", **dropped)
-    rundir = RunDir(Path(folder))
-    for index in range(3):
-        learn(straight, config, index, opposed(index))
-        room, _ = order_room(place, "doc", **dropped)
-        if index:
-            restored = StageRun(room, config, index - 1)
-            restore_stage(rundir, restored, index - 1)
-            restored.close()
-        outcome = learn(room, config, index, opposed(index))
+    for straight, room, outcome in restarted(lambda: order_room(place, "doc", **{**THREE, **OWN, **DROPPED}), folder):
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
         assert outcome.rows[-1]["components"] == len(room.method.components.v) > 0
         assert 0 <= outcome.rows[-1]["left_of_h"] <= 1
-        stage = outcome.stage
-        assert room.method.free_share(stage) == pytest.approx(1 - len(room.method.components.v) / 32, abs=0.05)
-        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
+        free = room.method.free_share(outcome.stage)
+        assert free == pytest.approx(1 - len(room.method.components.v) / 32, abs=0.05)
 
 
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(tmp_path: Path) -> None:

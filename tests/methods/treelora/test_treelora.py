@@ -17,13 +17,11 @@ from cl_runner.errors import TrainingError
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import Progress
 from cl_runner.methods.treelora.search import Search, probabilities
-from cl_runner.runs.commit import commit
-from cl_runner.runs.folder import RunDir
-from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.sampling import BatchPlan, derived_seed
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
+from tests.methods.restarted import DROPPED, restarted
 from tests.methods.steps import LR, THREE, Values, off, opposed, put, values, vector
 from tests.methods.test_carried import same
 from tests.methods.test_pair_penalties import after
@@ -205,20 +203,9 @@ def test_two_ranks_do_what_one_does() -> None:
 
 
 def _resumed(place: Place, folder: str) -> None:
-    dropped: dict[str, Any] = {**STEPS, "dropout": 0.2, "adapter__dropout": 0.2}
-    straight, config = order_room(place, "treelora", **dropped)
-    rundir = RunDir(Path(folder))
-    for index in range(3):
-        learn(straight, config, index, opposed(index))
-        room, _ = order_room(place, "treelora", **dropped)
-        if index:
-            restored = StageRun(room, config, index - 1)
-            restore_stage(rundir, restored, index - 1)
-            restored.close()
-        stage = learn(room, config, index, opposed(index)).stage
+    for straight, room, _ in restarted(lambda: order_room(place, "treelora", **{**STEPS, **DROPPED}), folder):
         assert torch.equal(vector(values(room)), vector(values(straight)))
         assert same(room.method.state(), straight.method.state())
-        commit(rundir, index, stage.plan.name, lambda draft: save_stage(draft, stage))  # noqa: B023
 
 
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
