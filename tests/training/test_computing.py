@@ -107,6 +107,7 @@ def test_a_run_of_before_has_fp32_whatever_the_processor_can(here: Path, decided
 
 
 def test_a_run_begun_meanwhile_by_another_process_is_not_gone_on_with_otherwise(here: Path, decided: Any) -> None:
+    decided(Compute(False))
     train(here, "--name", "one")
     run, aside = here / "runs/one", here / "aside"
     shutil.rmtree(next((run / "stages").glob("*agnews")))
