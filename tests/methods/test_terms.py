@@ -20,7 +20,7 @@ from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
-from tests.breadth import wide
+from tests.breadth import narrowed, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import THREE, off, opposed
@@ -51,7 +51,9 @@ OWN: dict[str, dict[str, Any]] = {
 }
 PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
 DROPPED: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 3}
-every_method = pytest.mark.parametrize("name", list(OWN))
+# Folded whole and as pairs, kept, kept with a router; their variants and relatives are for make test-wide.
+QUICK = ["coso", "osft held", "shared-basis mixed", "shared-basis support", "sdlora", "oa", "jumplora", "gorp k"]
+every_method = pytest.mark.parametrize("name", narrowed(OWN, QUICK))
 
 
 def opened(place: Place, name: str, **settings: Any) -> tuple[Any, Any]:
@@ -187,7 +189,7 @@ def _bf16(place: Place, base: torch.dtype) -> None:
         assert all(t.dtype == torch.float32 for t in learned(room).values())
 
 
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", narrowed([torch.float32, torch.bfloat16], [torch.bfloat16]))
 def test_in_bf16_what_trains_and_what_is_carried_is_fp32(base: torch.dtype) -> None:
     on_ranks(1, _bf16, base)
 

@@ -12,6 +12,7 @@ import torch
 from cl_runner.engine.process import Place
 from cl_runner.methods.inclora import IncLoRA
 from cl_runner.training.options.auto_rank import choose_rank, smallest_rank, spectrum
+from tests.breadth import narrowed
 from tests.command_line import NANO, ORDER, call
 from tests.distributed import on_ranks
 from tests.stages import Kind, naive_loss, open_stage, some_rows, tiny_config, tiny_model, tiny_room
@@ -90,7 +91,7 @@ def run(cwd: Path, *more: str) -> Any:
     return call("train", "--order", "three.yaml", *NANO, "--set", "adapter.r=auto", *more, cwd=cwd)
 
 
-@pytest.mark.parametrize("method", ["olora", "pertask"])
+@pytest.mark.parametrize("method", narrowed(["olora", "pertask"], ["pertask"]))
 def test_a_run_with_a_rank_for_each_stage(tmp_path: Path, method: str) -> None:
     """Ranks differ, are said, and every stage answers again as it did."""
     sets = ("--method", method, "--set", "adapter.energy=0.97", "--set", "adapter.max_r=48", "--name", "it")
