@@ -81,6 +81,11 @@ def rank_at(config: AdapterConfig, shape: tuple[int, int]) -> int:
     return shape.rank if isinstance(shape, Shape) else config.largest
 
 
+def pair_parameters(config: AdapterConfig, shapes: Sequence[tuple[int, int]]) -> int:
+    """Numbers in the pairs of these layers, at most where their rank is chosen."""
+    return sum(rank_at(config, shape) * sum(shape) for shape in shapes)
+
+
 class Kind:
     """An adapter kind. Class attributes are what ``cl-runner list adapters`` and ``list compatibility`` print."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from pydantic import Field
 from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.methods.protocol import Method, PairSettings, State
+from cl_runner.methods.shared.fisher import negative_log_likelihood
 from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.tensors import added
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_runner.methods.protocol import Source, Stage
-    from cl_runner.models.batch import Batch
 
 
 class EWCLoRA(Method):
@@ -103,8 +104,35 @@ class EWCLoRA(Method):
 
     def end_task(self, stage: Stage) -> None:
         rows = drawn(stage.own_rows(), self.config.fisher_samples, stage.rng("fisher"))
-        new = _fisher(stage, rows, self.config.fisher)
+        new = self._of_examples(stage, rows) if self.config.fisher == "example" else self._of_batches(stage, rows)
         self.fisher = {t: self.config.gamma * self.fisher[t] + F if self.fisher else F for t, F in new.items()}
+
+    def _of_examples(self, stage: Stage, source: Source) -> dict[str, Tensor]:
+        """Target → the mean over examples of the squared gradient by ΔW, (m, n) fp32. *Collective*."""
+        import torch
+
+        total = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
+        count = torch.zeros((), device=stage.device)
+        loss = partial(negative_log_likelihood, stage)
+        for gradients in stage.update_gradients(loss, stage.batches(source), per_example=True):
+            for target, gradient in gradients.items():
+                total[target] += gradient.square()
+            count += 1
+        examples = stage.sum(count).clamp(min=1)
+        return {target: stage.sum(squares) / examples for target, squares in total.items()}
+
+    def _of_batches(self, stage: Stage, source: Source) -> dict[str, Tensor]:
+        """The same of the mean loss of each global batch of examples. *Collective*."""
+        import torch
+
+        total = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
+        together, rows = stage.config.training.global_batch, len(source.examples)
+        chunks = [range(first, min(first + together, rows)) for first in range(0, rows, together)]
+        for chunk in chunks:
+            [gradients] = stage.update_gradients(partial(self.loss, stage), stage.batches(source.take(chunk)))
+            for target, gradient in gradients.items():
+                total[target] += gradient.square()
+        return {target: squares / len(chunks) for target, squares in total.items()}
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         return 4 * sum(m * n for m, n in shapes)
@@ -114,33 +142,3 @@ class EWCLoRA(Method):
 
     def load_state(self, state: State) -> None:
         self.fisher = dict(state.tensors)
-
-
-def _fisher(stage: Stage, source: Source, of: Literal["example", "batch"]) -> dict[str, Tensor]:
-    """Target → the mean over examples (or batches) of the squared gradient by ΔW, (m, n) fp32. *Collective*."""
-    import torch
-
-    from cl_runner.models.forward import token_loss
-
-    def negative_log_likelihood(batch: Batch) -> Tensor:
-        return token_loss(stage.forward(batch), batch.labels).sum()
-
-    def mean_loss(batch: Batch) -> Tensor:
-        return (token_loss(stage.forward(batch), batch.labels) * batch.token_weights).sum()
-
-    total = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
-    if of == "example":
-        count = torch.zeros((), device=stage.device)
-        for gradients in stage.update_gradients(negative_log_likelihood, stage.batches(source), per_example=True):
-            for target, gradient in gradients.items():
-                total[target] += gradient.square()
-            count += 1
-        examples = stage.sum(count).clamp(min=1)
-        return {target: stage.sum(squares) / examples for target, squares in total.items()}
-    together, rows = stage.config.training.global_batch, len(source.examples)
-    chunks = [range(first, min(first + together, rows)) for first in range(0, rows, together)]
-    for chunk in chunks:
-        [gradients] = stage.update_gradients(mean_loss, stage.batches(source.take(chunk)))
-        for target, gradient in gradients.items():
-            total[target] += gradient.square()
-    return {target: squares / len(chunks) for target, squares in total.items()}

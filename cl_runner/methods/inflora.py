@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import Need, rank_at
+from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
-from cl_runner.methods.shared.designed import Memories, design, free_inputs, of_state, take_up_inputs, to_state
-from cl_runner.methods.shared.limits import refuse_too_large
+from cl_runner.methods.shared.designed import (
+    Memories,
+    check_design,
+    design,
+    free_inputs,
+    of_state,
+    take_up_inputs,
+    to_state,
+)
+from cl_runner.methods.shared.limits import refuse_falling
 
 if TYPE_CHECKING:
     from cl_runner.methods.protocol import Stage
@@ -65,19 +73,9 @@ class InfLoRA(Method):
             raise UserError(
                 f"adapter.init={config.adapter.init}: inflora makes A itself, and B begins at zero; leave it out"
             )
-        if self.config.last_threshold < self.config.threshold:
-            raise UserError(
-                f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
-                f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
-            )
+        refuse_falling(self.config.threshold, self.config.last_threshold)
         if shapes is not None:
-            gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
-            of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
-            refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
-        for shape in sorted(shapes or (), key=lambda shape: shape[1]):
-            r, (_, n) = rank_at(config.adapter, shape), shape
-            if r > n:
-                raise UserError(f"adapter.r: {r} directions of a layer's {n} inputs; set {n} or less")
+            check_design(config, shapes, self.config.max_gb)
 
     def reads_past(self) -> Mapping[str, str]:
         return {}

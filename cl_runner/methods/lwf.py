@@ -12,7 +12,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.protocol import PairSettings, State
 from cl_runner.methods.shared.distillation import divergence
 from cl_runner.methods.shared.sequential import Sequential
-from cl_runner.methods.shared.tensors import under, within
+from cl_runner.methods.shared.tensors import copies, under, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class LwF(Sequential):
 
     def begin_task(self, stage: Stage) -> None:
         # At the first stage there is no task to answer for.
-        self.old = {name: p.detach().clone() for name, p in stage.parameters().items()} if stage.index else {}
+        self.old = copies(stage) if stage.index else {}
 
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
         if not self.old or not self.config.lambda1:

@@ -121,8 +121,8 @@ class PSLoRA(Method):
         update = stage.live_update()
         most = self.config.a * max(float(X.abs().max()) for X in update.values())
         idle = self.config.loss and stage.index and most < IDLE
-        self._said = f"warning: a·|X| is at most {most:.2g}, where signs count for nothing; set a larger method.a"
-        self._said = self._said if idle else ""
+        said = f"warning: a·|X| is at most {most:.2g}, where signs count for nothing; set a larger method.a"
+        self._said = said if idle else ""
         if self.carries_sum:
             self.sums = {target: self.sums[target] + X if self.sums else X for target, X in update.items()}
 

@@ -13,7 +13,7 @@ from cl_runner.config.schema import Section
 from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.memory import WithMemory, by_task, memory_gradient
 from cl_runner.methods.shared.rows import drawn
-from cl_runner.methods.shared.tensors import under, within
+from cl_runner.methods.shared.tensors import copies, under, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ class RKIF(WithMemory):
         self.start, self.inner, self.taken = start, Importance(), 0
 
     def begin_task(self, stage: Stage) -> None:
-        self._begin_cycle(_copies(stage) if self.memory.tasks else {})
+        self._begin_cycle(copies(stage) if self.memory.tasks else {})
         self.outer, self.cycles = Importance(), 0
 
     def edit_gradients(self, stage: Stage, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -117,9 +117,9 @@ class RKIF(WithMemory):
             self._end_cycle(stage)
 
     def _end_cycle(self, stage: Stage) -> None:
-        middle = _copies(stage)
+        middle = copies(stage)
         self._outer_steps(stage)
-        merged = _copies(stage)
+        merged = copies(stage)
         if self.outer.mean:  # else none of the memory's gradients was finite
             m_in = inner_share(self.inner.scores(), self.outer.scores(), self.config.important)
             for name, end in merged.items():
@@ -193,7 +193,3 @@ def leading(scores: Values, share: float) -> Values:
 
 def _moved(mean: Tensor | None, value: Tensor, beta: float) -> Tensor:
     return (1 - beta) * value if mean is None else beta * mean + (1 - beta) * value
-
-
-def _copies(stage: Stage) -> Values:
-    return {name: parameter.detach().clone() for name, parameter in stage.parameters().items()}

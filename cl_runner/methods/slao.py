@@ -14,7 +14,7 @@ from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.fisher import fisher
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
-from cl_runner.methods.shared.tensors import under, within
+from cl_runner.methods.shared.tensors import copies, under, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class SLAO(Sequential):
         stage.write(values)
 
     def end_task(self, stage: Stage) -> None:
-        parameters = {name: value.detach().clone() for name, value in stage.parameters().items()}
+        parameters = copies(stage)
         names, merged = stage.named("B"), stage.start
         new = self._fisher(stage) if self.config.fisher_beta else {}
         if merged is not None:

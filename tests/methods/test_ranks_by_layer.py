@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cl_runner.adapters.kind import pair_parameters
 from cl_runner.atomic import read_json
 from cl_runner.engine.process import Place
-from cl_runner.methods.ogd.method import pair_parameters
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.updates import free_subspace
@@ -196,10 +196,10 @@ def test_shared_bases_have_each_layers_rank_and_scale() -> None:
 def test_trained_parameters_are_counted_by_layer() -> None:
     room, config = opened(Place(), "ogd")
     trained = sum(parameter.numel() for parameter in room.adapters.parameters().values())
-    assert pair_parameters(config, room.adapters.shapes()) == trained
+    assert pair_parameters(config.adapter, room.adapters.shapes()) == trained
     alike = copy.deepcopy(config)
     alike.adapter.rank_pattern = {}
-    assert pair_parameters(alike, list(room.adapters.targets().values())) != trained
+    assert pair_parameters(alike.adapter, list(room.adapters.targets().values())) != trained
 
 
 # As a run.

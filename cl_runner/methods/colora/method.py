@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cl_runner.adapters.kind import Fold, Need, rank_at
+from cl_runner.adapters.kind import Fold, Need, pair_parameters
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.methods.colora.answering import Rounds
 from cl_runner.methods.colora.gating import Gates
@@ -72,7 +72,7 @@ class CoLoRA(Rounds):
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
         pairs = pairs_of(self._rounds)
-        carried = size(4 * pairs * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes))
+        carried = size(4 * pairs * pair_parameters(config.adapter, shapes))
         said = f"carries {carried} after the last round: {pairs} LoRA pairs, shared ones and experts"
         return said if self.config.fold == "keep" else ""
 

@@ -129,11 +129,10 @@ class DOC(Sequential):
         found, own = self.components, self.config
         assert found is not None
         h = self._direction(stage, gradients)
-        along = found.coordinates(h)[: self._past]
-        cut = ~found.agree(found.coordinates(h), stage.index)[: self._past] if own.spare else along == along
+        cut = ~found.agree(found.coordinates(h), stage.index) if own.spare else found.lean.new_ones(len(found.v)).bool()
         most = own.components * (stage.index + 1)
         self._left = found.take(h, stage.index, most, own.threshold, own.amnesic, own.tracking)
-        v = found.v[: self._past][cut]
+        v = found.v[: self._past][cut[: self._past]]
         return self._off(stage, gradients, v) if len(v) else None
 
     def _direction(self, stage: Stage, gradients: dict[str, Tensor]) -> Tensor:

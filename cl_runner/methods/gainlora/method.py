@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cl_runner.adapters.kind import rank_at
 from cl_runner.config.schema import RunConfig, Section
-from cl_runner.errors import UserError
 from cl_runner.methods.gainlora.settings import Settings
 from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.designed import (
     Memories,
+    check_design,
     design,
     free_inputs,
     of_state,
@@ -20,7 +19,6 @@ from cl_runner.methods.shared.designed import (
     take_up_inputs,
     to_state,
 )
-from cl_runner.methods.shared.limits import refuse_too_large
 from cl_runner.methods.shared.pooling import mean_embedding
 from cl_runner.methods.shared.routed import Routed
 from cl_runner.methods.shared.tensors import added, under, within
@@ -57,7 +55,7 @@ class GainLoRA(Routed):
     growth = "a pair and a gate of (2·hidden + 1)·d numbers a task, in every forward; bases up to half of d × d"
     trains = "a LoRA pair (inflora: its B) and its gate"
     by_order = True
-    of_all_tasks = frozenset({"method.hidden", "method.branch", "method.gate"})
+    of_all_tasks = ("hidden", "branch", "gate")
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -71,15 +69,8 @@ class GainLoRA(Routed):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         super().check(config, shapes)
-        if not self._designed or shapes is None:
-            return
-        gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
-        of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
-        refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
-        for shape in sorted(shapes, key=lambda shape: shape[1]):
-            r, (_, n) = rank_at(config.adapter, shape), shape
-            if r > n:
-                raise UserError(f"adapter.r: {r} directions of a layer's {n} inputs; set {n} or less")
+        if self._designed and shapes is not None:
+            check_design(config, shapes, self.config.max_gb)
 
     # The gates.
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from cl_runner.adapters.kind import Fold, Need, rank_at
 from cl_runner.config.schema import RunConfig, Section
-from cl_runner.errors import UserError
 from cl_runner.methods.gorp.settings import Settings, in_full
 from cl_runner.methods.protocol import Method, State
-from cl_runner.methods.shared.limits import refuse_by_task, refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_by_task, refuse_falling, refuse_too_large, size
 from cl_runner.methods.shared.rates import times
 from cl_runner.methods.shared.tensors import of_rank_0, under, within
 
@@ -66,11 +65,7 @@ class GORP(Method):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_by_task(config, "frame", "k")  # past bases lie in the frame
-        if self.config.last_threshold < self.config.threshold:
-            raise UserError(
-                f"method.last_threshold: {self.config.last_threshold:g} is below method.threshold "
-                f"{self.config.threshold:g}; what is kept from later tasks cannot shrink"
-            )
+        refuse_falling(self.config.threshold, self.config.last_threshold)
         if shapes is not None:
             gigabytes = self._floats(config, shapes, self.stages) * 4e-9
             of = f"adapter.target_modules: past bases of {len(shapes)} layers over {self.stages} tasks"

@@ -45,8 +45,8 @@ class Gated(Term):
     """``ΔW = s (p J(B A) + (1 − p) B A)``; A, B and ``z`` train, p goes from 0 to 1 within the stage.
 
     Args:
-        A: (r, n) as the stage begins; B (m, r) begins at zero.
-        m, scale: rows of ΔW, and s.
+        A, B: (r, n) and (m, r) as the stage begins.
+        scale: s.
         z: (1), of several layers.
         width: ε of the gradient by the threshold.
         dropout: share of the input that is dropped while training.
@@ -54,9 +54,9 @@ class Gated(Term):
 
     p: Tensor
 
-    def __init__(self, A: Tensor, m: int, scale: float, z: nn.Parameter, width: float, dropout: float) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scale: float, z: nn.Parameter, width: float, dropout: float) -> None:
         super().__init__()
-        self.A, self.B, self.z = nn.Parameter(A), nn.Parameter(A.new_zeros(m, len(A))), z
+        self.A, self.B, self.z = nn.Parameter(A), nn.Parameter(B), z
         self.scale, self.width, self.dropout = scale, width, dropout
         self.register_buffer("p", torch.zeros(()))
 

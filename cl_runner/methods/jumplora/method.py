@@ -97,6 +97,7 @@ class JumpLoRA(Method):
         import torch
         from torch import nn
 
+        from cl_runner.adapters.pairs import fresh_pair
         from cl_runner.methods.jumplora.gate import Gated
 
         self.z = {}
@@ -107,8 +108,8 @@ class JumpLoRA(Method):
         dice, p = stage.rng("adapter"), stage.config.adapter.dropout
         terms = {}
         for target, (m, n) in stage.targets().items():
-            A = nn.init.kaiming_uniform_(torch.empty(stage.rank_of(target), n), a=5**0.5, generator=dice)
-            terms[target] = Gated(A, m, stage.scale_of(target), of[target], self.config.width, p)
+            A, B = fresh_pair(m, n, stage.rank_of(target), dice)
+            terms[target] = Gated(A, B, stage.scale_of(target), of[target], self.config.width, p)
         stage.begin_terms(terms, z)
 
     def begin_task(self, stage: Stage) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import Fold, Need, rank_at
+from cl_runner.adapters.kind import Fold, Need, pair_parameters
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.merge.past import Past, Task
@@ -79,7 +79,7 @@ class Merge(Method):
             refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        pairs = 4 * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)
+        pairs = 4 * pair_parameters(config.adapter, shapes)
         whole = self.state_bytes(shapes, pairs // 4, self.stages)
         return f"carries {size(pairs)} a task, up to {size(whole)} in all: pairs of {len(shapes)} layers"
 

@@ -20,17 +20,17 @@ class Bottleneck(Term):
 
     Args:
         W0: (m, n), in the base's precision.
-        W1: (r, m) and g (r) as the stage begins; W2 (m, r) begins at zero.
+        W1, W2: (r, m) and (m, r) as the stage begins; g (r).
         tau: where τ begins.
         dropout: share of the input that is dropped while training.
     """
 
     W0: Tensor
 
-    def __init__(self, W0: Tensor, W1: Tensor, g: Tensor, tau: float, dropout: float) -> None:
+    def __init__(self, W0: Tensor, W1: Tensor, W2: Tensor, g: Tensor, tau: float, dropout: float) -> None:
         super().__init__()
         self.register_buffer("W0", W0)
-        self.W1, self.W2 = nn.Parameter(W1), nn.Parameter(W1.new_zeros(W1.shape[1], len(W1)))
+        self.W1, self.W2 = nn.Parameter(W1), nn.Parameter(W2)
         self.g, self.tau = nn.Parameter(g), nn.Parameter(torch.full((1,), tau))  # (1): DeepSpeed takes no scalar
         self.dropout = dropout
 
@@ -43,8 +43,12 @@ class Bottleneck(Term):
         A, B = self.factors()
         return linear(linear(given, A), B)
 
+    def outputs(self) -> Tensor:
+        """``W2 diag(γ)`` (m, r)."""
+        return self.W2 * self.gamma()
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        return constant_times(self.W0.T, self.W1.T).T, self.W2 * self.gamma()
+        return constant_times(self.W0.T, self.W1.T).T, self.outputs()
 
     def update(self) -> Tensor:
         A, B = self.factors()

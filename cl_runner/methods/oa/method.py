@@ -68,17 +68,17 @@ class OAAdapter(Method):
         if stage.evaluating:
             return
         import torch
-        from torch import nn
 
+        from cl_runner.adapters.pairs import fresh_pair
         from cl_runner.methods.oa.bottleneck import Bottleneck
 
         dice, p = stage.rng("adapter"), stage.config.adapter.dropout
         terms = {}
         for target, (m, _) in stage.targets().items():
             r = stage.rank_of(target)
-            W1 = nn.init.kaiming_uniform_(torch.empty(r, m), a=5**0.5, generator=dice)
+            W1, W2 = fresh_pair(m, m, r, dice)  # as a pair that reads and writes outputs
             g = torch.rand(r, generator=dice)
-            terms[target] = Bottleneck(stage.base_weight(target), W1, g, self.config.tau, p)
+            terms[target] = Bottleneck(stage.base_weight(target), W1, W2, g, self.config.tau, p)
         stage.begin_terms(terms)
         self.past = {target: [B.to(stage.device) for B in each] for target, each in self.past.items()}
 
@@ -96,7 +96,7 @@ class OAAdapter(Method):
     def end_task(self, stage: Stage) -> None:
         terms = stage.terms()
         for target, term in terms.items():
-            self.past.setdefault(target, []).append(term.factors()[1].detach().clone())
+            self.past.setdefault(target, []).append(term.outputs().detach().clone())
         on, all_of = sum(int(t.gamma().count_nonzero()) for t in terms.values()), sum(len(t.g) for t in terms.values())
         self._said = f"{on} of {all_of} dimensions are on" if on else OFF
 

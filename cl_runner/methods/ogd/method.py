@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import rank_at
+from cl_runner.adapters.kind import pair_parameters
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.maths.vectors import flat, unflat
@@ -59,7 +59,7 @@ class OGD(Sequential):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         if shapes is None:
             return
-        tasks, parameters = self.stages, self.trained or pair_parameters(config, shapes)
+        tasks, parameters = self.stages, self.trained or pair_parameters(config.adapter, shapes)
         vectors, gigabytes = self.config.vectors * tasks, self.state_bytes(shapes, parameters, tasks) / 1e9
         of = f"{vectors} directions" + (f" ({self.config.vectors} for each of {tasks} tasks)" if tasks > 1 else "")
         if vectors > parameters:
@@ -67,7 +67,7 @@ class OGD(Sequential):
         refuse_too_large(f"method.vectors: {of} of {parameters} parameters", gigabytes, self.config.max_gb, "set fewer")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        parameters = self.trained or pair_parameters(config, shapes)
+        parameters = self.trained or pair_parameters(config.adapter, shapes)
         one = self.state_bytes(shapes, parameters, 1)
         return (
             f"carries up to {size(one)} a task, {size(one * self.stages)} in all: {self.config.vectors} "
@@ -108,8 +108,3 @@ class OGD(Sequential):
 
     def load_state(self, state: State) -> None:
         self.basis = state.tensors.get("basis")
-
-
-def pair_parameters(config: RunConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """Parameters of the pairs (at most, where their rank is chosen)."""
-    return sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import Fold, Need, rank_at
+from cl_runner.adapters.kind import Fold, Need, pair_parameters
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
@@ -88,25 +88,23 @@ class OLieRA(Method):
         refuse_too_large(of, gigabytes, self.config.max_gb, "name fewer layers")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        each = 4 * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)
+        each = 4 * pair_parameters(config.adapter, shapes)
         return f"carries {size(each)} a task, {size(each * self.stages)} in all: pairs of {len(shapes)} layers"
 
     def build(self, stage: Stage) -> None:
         if stage.evaluating:
             return
-        import torch
-        from torch import nn
-
+        from cl_runner.adapters.pairs import fresh_pair
         from cl_runner.methods.oliera.multiplied import Multiplied
 
         self._stacked = {}
         dice, adapter = stage.rng("adapter"), stage.config.adapter
         terms = {}
-        for target, (_, n) in stage.targets().items():
-            A = nn.init.kaiming_uniform_(torch.empty(stage.rank_of(target), n), a=5**0.5, generator=dice)
+        for target, (m, n) in stage.targets().items():
+            pair = fresh_pair(m, n, stage.rank_of(target), dice)
             scale, W0 = stage.scale_of(target), stage.base_weight(target)
             E = self._exponents(stage, target)
-            terms[target] = Multiplied(W0, E, A, scale, self.config.order, adapter.dropout)
+            terms[target] = Multiplied(W0, E, pair, scale, self.config.order, adapter.dropout)
         stage.begin_terms(terms)
 
     def parameter_groups(self, stage: Stage) -> list[ParameterGroup]:

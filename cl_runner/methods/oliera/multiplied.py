@@ -28,7 +28,7 @@ class Multiplied(Term):
     Args:
         W0: (m, n), in the base's precision.
         E: (m, n) fp32, the exponents of past tasks; None at the first one.
-        A: (r, n) as the stage begins; B (m, r) begins at zero.
+        pair: A (r, n) and B (m, r) as the stage begins.
         scale: s.
         order: of f.
         dropout: share of the input that is dropped while training.
@@ -37,11 +37,13 @@ class Multiplied(Term):
     W0: Tensor
     E: Tensor | None
 
-    def __init__(self, W0: Tensor, E: Tensor | None, A: Tensor, scale: float, order: Order, dropout: float) -> None:
+    def __init__(
+        self, W0: Tensor, E: Tensor | None, pair: tuple[Tensor, Tensor], scale: float, order: Order, dropout: float
+    ) -> None:
         super().__init__()
         self.register_buffer("W0", W0)
         self.register_buffer("E", E)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(A.new_zeros(len(W0), len(A)))
+        self.A, self.B = nn.Parameter(pair[0]), nn.Parameter(pair[1])
         self.scale, self.order, self.dropout = scale, order, dropout
 
     def forward(self, x: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

@@ -94,6 +94,7 @@ class SDLoRA(Method):
         import torch
         from torch import nn
 
+        from cl_runner.adapters.pairs import fresh_pair
         from cl_runner.methods.sdlora.directions import Directions
 
         if stage.evaluating:
@@ -108,10 +109,9 @@ class SDLoRA(Method):
             first = stage.rank_of(target)
             rank = self._rank(first, stage.index)
             scale = stage.scale_of(target) if rank == first else adapter.alpha / rank
-            A = nn.init.kaiming_uniform_(torch.empty(rank, n), a=5**0.5, generator=dice)
             own = nn.Parameter(torch.cat([past.alpha.cpu(), torch.tensor([scale])]))
             alpha = shared if self.config.reference else own
-            pair = A, torch.zeros(m, rank)
+            pair = fresh_pair(m, n, rank, dice)
             terms[target] = Directions(past.A, past.B, past.ranks, alpha, pair, adapter.dropout)
         stage.begin_terms(terms, {"alpha": shared} if self.config.reference else None)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cl_runner.adapters.kind import rank_at
+from cl_runner.config.schema import RunConfig
+from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
+from cl_runner.methods.shared.limits import refuse_too_large
 from cl_runner.methods.shared.moments import input_moments
 from cl_runner.methods.shared.tensors import of_rank_0, under, within
 
@@ -17,6 +21,21 @@ if TYPE_CHECKING:
     from cl_runner.methods.shared.gpm import Memory
 
 Memories = dict[str, "Memory"]  # by the first of the targets that share an input, or by another name of what is seen
+
+
+def check_design(config: RunConfig, shapes: Sequence[tuple[int, int]], max_gb: float) -> None:
+    """Refuse layers whose moments and bases are too large, or that have fewer inputs than A has rows.
+
+    Raises:
+        UserError: as said.
+    """
+    gigabytes = sum(1.5 * n * n for _, n in shapes) * 8e-9
+    of = f"adapter.target_modules: second moments and bases of {len(shapes)} layers"
+    refuse_too_large(of, gigabytes, max_gb, "name fewer layers")
+    for shape in sorted(shapes, key=lambda shape: shape[1]):
+        r, (_, n) = rank_at(config.adapter, shape), shape
+        if r > n:
+            raise UserError(f"adapter.r: {r} directions of a layer's {n} inputs; set {n} or less")
 
 
 def design(stage: Stage, memories: Memories) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cl_runner.maths.vectors import flat
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
     from cl_runner.models.batch import Batch
 
 
+def negative_log_likelihood(stage: Stage, batch: Batch) -> Tensor:
+    """``−log p(label | input)``, the sum over a batch's rows."""
+    from cl_runner.models.forward import token_loss
+
+    return token_loss(stage.forward(batch), batch.labels).sum()
+
+
 def fisher(stage: Stage, source: Source) -> Tensor:
     """Diagonal of the empirical Fisher information (n): the mean over examples of (∇ log p(label | input))².
 
@@ -21,13 +29,9 @@ def fisher(stage: Stage, source: Source) -> Tensor:
     """
     import torch
 
-    from cl_runner.models.forward import token_loss
-
-    def negative_log_likelihood(batch: Batch) -> Tensor:
-        return token_loss(stage.forward(batch), batch.labels).sum()
-
+    loss = partial(negative_log_likelihood, stage)
     total, count = torch.zeros(sum(p.numel() for p in stage.parameters().values()), device=stage.device), 0
-    for gradient in stage.gradient(negative_log_likelihood, stage.batches(source), per_example=True):
+    for gradient in stage.gradient(loss, stage.batches(source), per_example=True):
         total += flat(gradient, gradient).square()
         count += 1
     return total / max(count, 1)

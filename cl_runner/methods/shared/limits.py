@@ -30,6 +30,15 @@ def refuse_by_task(config: RunConfig, *keys: str) -> None:
                 raise UserError(f"method.{key}: the same for all tasks; set it once")
 
 
+def refuse_falling(first: float, last: float) -> None:
+    """Refuse ``method.threshold`` of the first task over ``method.last_threshold``. Raises UserError."""
+    if last < first:
+        raise UserError(
+            f"method.last_threshold: {last:g} is below method.threshold {first:g}; what is kept from later tasks "
+            "cannot shrink"
+        )
+
+
 def refuse_too_large(what: str, gigabytes: float, max_gb: float, instead: str) -> None:
     """Refuse what takes more than ``method.max_gb``, or than there is memory where the model computes.
 

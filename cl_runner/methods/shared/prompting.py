@@ -10,6 +10,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
 from cl_runner.methods.shared.rates import at_rate
+from cl_runner.methods.shared.tensors import copies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Prompting(Method):
         stage.hold_prompts(self.held or self.begin_with(stage))
 
     def end_task(self, stage: Stage) -> None:
-        self.held = {name: p.detach().clone() for name, p in stage.parameters().items()}
+        self.held = copies(stage)
 
     def state(self) -> State:
         return State(dict(self.held), {"trained": list(self.held)})  # in their order

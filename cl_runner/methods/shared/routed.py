@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cl_runner.adapters.kind import Fold, Need, rank_at
+from cl_runner.adapters.kind import Fold, Need, pair_parameters
 from cl_runner.config.schema import RunConfig, Section
-from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, State
-from cl_runner.methods.shared.limits import refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.tensors import under, within
 from cl_runner.metrics.free_subspace import free_share
 
@@ -33,7 +32,7 @@ class Routed(Method):
     frozen = "the base, and the pairs of past tasks"
     past_as = "other"
     by_shape = True
-    of_all_tasks: ClassVar[frozenset[str]] = frozenset({"method.hidden"})  # settings that no task may change
+    of_all_tasks: ClassVar[tuple[str, ...]] = ("hidden",)  # settings of the method that no task may change
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -68,16 +67,14 @@ class Routed(Method):
     # Pairs.
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        for changes in (*config.stages.values(), *config.tasks.values()):
-            for key in self.of_all_tasks & changes.keys():
-                raise UserError(f"{key}: the same for all tasks; set it once")
+        refuse_by_task(config, *self.of_all_tasks)
         if shapes is not None:
             of = f"adapter.r: pairs of {len(shapes)} layers over {self.stages} tasks"
-            gigabytes = self.stages * _bytes(config, shapes) / 1e9
+            gigabytes = self.stages * 4 * pair_parameters(config.adapter, shapes) / 1e9
             refuse_too_large(of, gigabytes, self.config.max_gb, "set a smaller rank")
 
     def grows(self, config: RunConfig, shapes: Sequence[tuple[int, int]]) -> str:
-        each = _bytes(config, shapes)
+        each = 4 * pair_parameters(config.adapter, shapes)
         return f"carries {size(each)} a task, {size(self.stages * each)} in all: pairs of {len(shapes)} layers"
 
     def reads_past(self) -> Mapping[str, str]:
@@ -87,6 +84,7 @@ class Routed(Method):
         import torch
         from torch import nn
 
+        from cl_runner.adapters.pairs import fresh_pair
         from cl_runner.methods.shared.routed_pairs import RoutedPairs
 
         self.router = {name: value.to(stage.device) for name, value in self.router.items()}
@@ -97,9 +95,7 @@ class Routed(Method):
         terms = {}
         for target, (m, n) in stage.targets().items():
             A, B = self.pairs.get(target) or (torch.zeros(0, n), torch.zeros(m, 0))
-            rank = stage.rank_of(target)
-            new = nn.init.kaiming_uniform_(torch.empty(rank, n), a=5**0.5, generator=dice)
-            pair = new, torch.zeros(m, rank), stage.scale_of(target)
+            pair = *fresh_pair(m, n, stage.rank_of(target), dice), stage.scale_of(target)
             terms[target] = RoutedPairs(A, B, self.ranks.get(target, []), share, pair, dropout)
         stage.begin_terms(terms, {name: nn.Parameter(value) for name, value in self.fresh_router(stage).items()})
 
@@ -188,8 +184,3 @@ class Routed(Method):
         self.pairs = {target: (held[f"{target}.A"], held[f"{target}.B"]) for target in self.ranks}
         of_router = within("router", held)
         self.router = {name: of_router[name] for name in state.json["router"]}
-
-
-def _bytes(config: RunConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """Of one task's pair."""
-    return 4 * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)

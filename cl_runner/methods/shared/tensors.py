@@ -29,6 +29,11 @@ def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
+def copies(stage: Stage) -> dict[str, Tensor]:
+    """All that trains as it is now, by name, apart from what it becomes."""
+    return {name: parameter.detach().clone() for name, parameter in stage.parameters().items()}
+
+
 def trained(stage: Stage) -> Tensor:
     """All that trains as one fp32 vector (n), part of its graph."""
     parameters = stage.parameters()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cl_runner.adapters.kind import rank_at
+from cl_runner.adapters.kind import pair_parameters, rank_at
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.shared.limits import refuse_too_large, size
@@ -78,7 +78,7 @@ class Settings(Section):
             return f"carries {least}: the least share that past updates have in each entry of {len(shapes)} layers"
         if not self.mixes:
             return ""
-        pair = 4 * self.blocks * sum(rank_at(config.adapter, shape) * sum(shape) for shape in shapes)
+        pair = 4 * self.blocks * pair_parameters(config.adapter, shapes)
         return f"carries {size(pair)} a task, {size(stages * pair)} in all: pairs of {len(shapes)} layers"
 
     def bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:

@@ -14,6 +14,7 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import Method, Source, State
 from cl_runner.methods.shared.sequential import Sequential
+from cl_runner.methods.shared.tensors import copies
 from cl_runner.training.options.protocol import Option, Shapes, Values
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SlowCopy(Option):
 
     def before_step(self, stage: StageRun) -> None:
         if not self.slow:  # the first: here the method's ``begin_task`` has been
-            self.slow = _copies(stage)
+            self.slow = copies(stage)
             if self.carried and self._settings(stage).next == "both":
                 self.slow = {name: self.carried[name].to(stage.device, copy=True) for name in self.slow}
 
@@ -94,7 +95,7 @@ class SlowCopy(Option):
         """What goes on is in the parameters from here: a method's memory of the stage is to be of that."""
         self.carried = dict(self.slow) if self._settings(stage).next == "both" else {}
         if self.slow and self._settings(stage).next == "slow":
-            self.fast = _copies(stage)
+            self.fast = copies(stage)
             stage.write(self.slow)
 
     def answering(self, stage: StageRun) -> dict[str, Tensor] | None:
@@ -117,7 +118,3 @@ class SlowCopy(Option):
 
     def _settings(self, stage: StageRun) -> Any:
         return stage.config.options.slow_copy
-
-
-def _copies(stage: StageRun) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in stage.parameters().items()}
