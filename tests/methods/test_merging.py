@@ -25,6 +25,7 @@ from tests.breadth import narrowed
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
+from tests.methods.ranks import FEW, each_learned, two_do_what_one_does
 from tests.methods.steps import THREE, label_logits, off, opposed, vector
 from tests.methods.test_carried import same
 from tests.stages import Kind, tiny_model
@@ -93,23 +94,15 @@ def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path:
 
 
 def _ranks(place: Place) -> dict[str, Tensor]:
-    """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
-    found = {}
-    for number, name in enumerate(RANKS):
-        kind: Kind = "t5" if number % 2 else "llama"
-        room, config = opened(place, name, kind=kind, training__micro_batch=1, training__epochs=2)
-        for index in range(2):
-            learn(room, config, index, opposed(index, rows=5))
-        found[name] = vector(learned(room))
-    return found
+    return each_learned(
+        RANKS,
+        lambda name, kind: opened(place, name, kind=kind, **FEW),
+        lambda room, outcome: vector(learned(room)),
+    )
 
 
 def test_two_ranks_do_what_one_does() -> None:
-    (alone,) = on_ranks(1, _ranks)
-    first, second = on_ranks(2, _ranks)
-    for name, found in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert off(first[name], found) < 1e-3, name
+    two_do_what_one_does(_ranks)
 
 
 def _bf16(place: Place) -> None:

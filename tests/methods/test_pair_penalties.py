@@ -28,6 +28,7 @@ from tests.adapters.families import adapters_of, base_model, random_pair
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
+from tests.methods.ranks import FEW, each_learned, two_do_what_one_does
 from tests.methods.restarted import DROPPED, restarted
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
 from tests.stages import Kind, naive_loss
@@ -269,23 +270,12 @@ def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path:
     on_ranks(1, _resumed, str(tmp_path), name)
 
 
-def _ranks(place: Place) -> dict[str, Values]:
-    """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
-    found = {}
-    for number, name in enumerate(OWN):
-        kind: Kind = "t5" if number % 2 else "llama"
-        room, config = opened(place, name, kind=kind, training__micro_batch=1, training__epochs=2)
-        for index in range(2):
-            found[name] = learn(room, config, index, opposed(index, rows=5)).parameters
-    return found
+def _ranks(place: Place) -> dict[str, Tensor]:
+    return each_learned(OWN, lambda name, kind: opened(place, name, kind=kind, **FEW))
 
 
 def test_two_ranks_do_what_one_does() -> None:
-    (alone,) = on_ranks(1, _ranks)
-    first, second = on_ranks(2, _ranks)
-    for name, parameters in alone.items():
-        assert torch.equal(vector(first[name]), vector(second[name])), name
-        assert off(vector(first[name]), vector(parameters)) < 1e-3, name
+    two_do_what_one_does(_ranks)
 
 
 def _bf16(place: Place) -> None:

@@ -23,8 +23,9 @@ from tests.adapters.families import adapters_of, base_model, random_pair
 from tests.breadth import narrowed, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
+from tests.methods.ranks import FEW, each_learned, two_do_what_one_does
 from tests.methods.restarted import DROPPED, restarted
-from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, put, values, vector
+from tests.methods.steps import LR, STEPS, THREE, off, opposed, put, values, vector
 from tests.methods.test_carried import same
 from tests.stages import Kind, naive_loss
 
@@ -270,24 +271,16 @@ def test_three_stages_at_accumulation_3(name: str, kind: Kind) -> None:
     on_ranks(1, _steps, name, kind)
 
 
-def _ranks(place: Place) -> dict[str, Values]:
-    """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
-    found = {}
-    for number, name in enumerate(OWN):
-        kind: Kind = "t5" if number % 2 else "llama"
-        room, config = opened(place, name, kind=kind, training__micro_batch=1, training__epochs=2)
-        for index in range(2):
-            found[name] = {**learn(room, config, index, opposed(index, rows=5)).parameters}
-        found[name] |= room.method.state().tensors
-    return found
+def _ranks(place: Place) -> dict[str, Tensor]:
+    return each_learned(
+        OWN,
+        lambda name, kind: opened(place, name, kind=kind, **FEW),
+        lambda room, outcome: vector({**outcome.parameters, **room.method.state().tensors}),
+    )
 
 
 def test_two_ranks_do_what_one_does() -> None:
-    (alone,) = on_ranks(1, _ranks)
-    first, second = on_ranks(2, _ranks)
-    for name, parameters in alone.items():
-        assert torch.equal(vector(first[name]), vector(second[name])), name
-        assert off(vector(first[name]), vector(parameters)) < 1e-3, name
+    two_do_what_one_does(_ranks)
 
 
 def _bf16(place: Place) -> None:
