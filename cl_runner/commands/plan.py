@@ -35,7 +35,7 @@ def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bo
         from cl_runner.engine.process import here
         from cl_runner.training.resources import resources
 
-    copied = run.extended.bytes if run.extended else 0
+    copied = run.taken.bytes if run.taken else 0
     tell = _silent if as_json else say
     try:
         found = resources(run.plan, run.folder.path, here(), run.done, run.processes, began, tell, copied)

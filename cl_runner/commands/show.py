@@ -35,6 +35,7 @@ def show_method(name: str, *, as_json: bool) -> None:
         "task id at inference": {"yes": "needed", "no": "not needed"}.get(method.task_id, "as the settings have it"),
         **({"about": said} if (said := _said(method)) else {}),
         **({"sets": dict(beside)} if (beside := getattr(method.Config, "elsewhere", {})) else {}),
+        **({"first stage": f"does not read {unread}"} if (unread := ", ".join(method.since_second)) else {}),
         "options": {option.setting: option.title for option in make_options() if option.takes(method)},
         "settings": settings,
     }

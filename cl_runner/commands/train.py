@@ -29,7 +29,9 @@ from cl_runner.terminal.console import aligned, one_line, print_json, say
 from cl_runner.trackers.processes import refuse_missing
 from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
+from cl_runner.training.reuse import Reused
 from cl_runner.training.session import Session
+from cl_runner.training.taken_over import TakenOver
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Prepared:
     plan: Plan
     identity: Mapping[str, Any]
     folder: RunDir
-    extended: Extended | None
+    taken: TakenOver | None
     done: int
     step: int
     processes: int
@@ -71,10 +73,12 @@ class Prepared:
             **plan.identity(processes),
             **plugin_identity(),
         }
-        extended = None
+        taken: TakenOver | None = None
         if request.extends is not None and not folder.exists():
-            extended = Extended.of(request.extends, order.name, plan, config, identity)
-        done = len(extended.stages) if extended else 0
+            taken = Extended.of(request.extends, order.name, plan, config, identity)
+        elif config.output.reuse and not folder.exists() and not restart:
+            taken = Reused.find(folder.path.parent, config, identity)
+        done = len(taken.stages) if taken else 0
         if folder.exists():
             refuse_other_settings(folder, config, identity)
             folder.refuse_gaps(plan.names)
@@ -82,7 +86,7 @@ class Prepared:
         step = 0
         if folder.exists() and done < len(plan.stages) and not restart_stage:
             step = step_to_enter(folder, plan, done, processes)
-        return cls(resolved, located, plan, identity, folder, extended, done, step, processes, part)
+        return cls(resolved, located, plan, identity, folder, taken, done, step, processes, part)
 
 
 def train(
@@ -98,7 +102,7 @@ def train(
     if dry_run:
         print_plan(run, as_json)
         return 0
-    if run.done == len(run.plan.stages):
+    if run.done == len(run.plan.stages) and not run.taken:
         if part is None or part.rank == 0:
             finish(folder, run.plan)
             say_done(folder)
@@ -111,7 +115,7 @@ def train(
         from cl_runner.launch.local import launch
 
         return launch(run.processes, sys.argv[1:])
-    session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.extended, restart_stage)
+    session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.taken, restart_stage)
     code = session.run()
     if code == 0 and session.place.rank == 0:
         print_result(session.folder, as_json, page_of(session.folder) if run.resolved.config.output.html else None)

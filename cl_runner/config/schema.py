@@ -429,6 +429,11 @@ class OutputConfig(Section):
         description="Experiment trackers that are told what is logged and scored (cl-runner list trackers).",
         json_schema_extra=_trackers,
     )
+    reuse: bool = Field(
+        default=False,
+        description="A new run begins with the first stages that it has in common, to the bit, with one in the same "
+        "folder, instead of training them again.",
+    )
     keep_stages: int | Literal["all"] = Field(
         default="all",
         description="Full fine-tuning: how many of the last stages keep their model (those that answer always do).",

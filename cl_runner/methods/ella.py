@@ -44,6 +44,7 @@ class ELLA(Method):
     paper = "2601.02232 (ELLA)"
     carried = "past updates, folded into the weight"
     growth = "constant in a step"
+    since_second = ("lambda1",)
     any_rank = True
 
     @property

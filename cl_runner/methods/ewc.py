@@ -42,6 +42,7 @@ class EWC(Sequential):
     paper = "1612.00796 (Overcoming catastrophic forgetting); online: 1805.06370 (Progress & Compress)"
     carried = "A, B (full: the weights); the sum of F and the centre of the penalty"
     growth = "constant: two vectors of all parameters"
+    since_second = ("lambda1",)
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

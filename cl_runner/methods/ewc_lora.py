@@ -60,6 +60,7 @@ class EWCLoRA(Method):
     paper = "2602.17559 (EWC-LoRA)"
     carried = "past updates, folded into the weight; F"
     growth = "constant: one fp32 matrix a layer"
+    since_second = ("lambda1",)
     by_shape = True
     any_rank = True
 

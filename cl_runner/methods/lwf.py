@@ -36,6 +36,7 @@ class LwF(Sequential):
     paper = "1606.09282 (Learning without Forgetting)"
     carried = "A, B; while a stage trains, A, B as it began"
     growth = "constant"
+    since_second = ("lambda1",)
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)

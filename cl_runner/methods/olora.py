@@ -50,6 +50,7 @@ class OLoRA(Method):
     paper = "2310.14152 (Orthogonal Subspace Learning for Language Model Continual Learning)"
     carried = "past updates folded into the weight, and their factors for the penalty"
     growth = "r rows a task in the penalty; squared, never more than Σ A_iᵀ A_i"
+    since_second = ("lambda1",)
     any_rank = True
     forms = "reference (default): Σ |entry|, over all layers; paper: mean of squares"
 

@@ -359,6 +359,9 @@ class Method:
     forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
+    # Own settings that the first stage does not read, nor what it leaves: there is no past to penalise yet. Runs that
+    # differ in them alone have it in common (``training/reuse.py``; a test trains both).
+    since_second: ClassVar[tuple[str, ...]] = ()
     # What earlier stages left beside what trains: folded pairs, nothing, a folded matrix, what the method alone knows.
     past_as: ClassVar[Literal["pairs", "none", "matrix", "other"]] = "pairs"
     by_shape: ClassVar[bool] = False  # whether ``check`` or ``grows`` wants the layers' shapes

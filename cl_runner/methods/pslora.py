@@ -53,6 +53,7 @@ class PSLoRA(Method):
     paper = "2512.08960 (PS-LoRA)"
     carried = "M, in the weight; S (history=sum)"
     growth = "constant: one or two fp32 matrices a layer"
+    since_second = ("lambda1",)
     past_as = "matrix"
     dense = True
     by_shape = True

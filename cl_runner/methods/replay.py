@@ -36,6 +36,7 @@ class Replay(Remembering):
     paper = "2310.14152 (baseline of O-LoRA); defaults of 2310.06762 (TRACE)"
     carried = "A, B (full: the weights); examples of past tasks as token ids"
     growth = "memory_per_task examples a task"
+    since_second = ("replay_ratio",)
 
     def training_data(self, stage: Stage, own: Source) -> list[Source]:
         past = self.memory.source()

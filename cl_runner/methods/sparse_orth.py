@@ -47,6 +47,7 @@ class SparseOrth(Method):
     paper = "2410.10179 (N-LoRA) and 2310.14152 (O-LoRA) have the two terms; the schedule is ours"
     carried = "past updates folded into the weight, and their A for the penalty"
     growth = "r rows a task in the penalty, never more than Σ A_iᵀ A_i"
+    since_second = ("lambda2",)
     any_rank = True
 
     @property

@@ -37,8 +37,8 @@ from cl_runner.terminal.console import one_line
 from cl_runner.terminal.stopping import Stopped
 from cl_runner.trackers.processes import Trackers
 from cl_runner.training.environment import environment, record_environment
-from cl_runner.training.extend import Extended
 from cl_runner.training.plan import Plan
+from cl_runner.training.taken_over import TakenOver
 
 if TYPE_CHECKING:
     from cl_runner.engine.process import Place
@@ -57,7 +57,7 @@ class Session:
         identity: Mapping[str, Any],
         folder: RunDir,
         part: Assigned | None,
-        extended: Extended | None,
+        taken: TakenOver | None,
         restart_stage: bool = False,
     ) -> None:
         with light_imports():
@@ -70,7 +70,7 @@ class Session:
         self.identity = identity
         self.folder = folder
         self.part = part
-        self.extended = extended
+        self.taken = taken
         self.restart_stage = restart_stage
         self.entered: Checkpoint | None = None  # what the first stage to train goes on from
         self.channel = Channel.given()
@@ -95,18 +95,19 @@ class Session:
                 self.trackers = Trackers(self.resolved.config.output.trackers, screen.line)
                 run = Run(self.plan, self.folder, self.place, screen, self.trackers.hear)
                 new = not self.folder.exists()
+                self.taken = self._settle_taken(screen) if new and self.taken else None
                 if not new:
                     self._open(stack, screen)
-                if not new or self.extended:
-                    begun = self.extended.run if new and self.extended else self.folder
+                if not new or self.taken:
+                    begun = self.taken.run if new and self.taken else self.folder
                     self.plan.computes = computes(begun.about()["identity"])
                 embedded = self.located.kind == "embedded"
                 if not embedded:  # loading takes its time, and says what
                     self._introduce(screen)
                 room, _ = run.prepare()
                 if self.place.rank == 0:
-                    done = len(self.extended.stages) if self.extended else self.folder.committed(self.plan.names)
-                    copied = self.extended.bytes if self.extended else 0
+                    done = len(self.taken.stages) if self.taken else self.folder.committed(self.plan.names)
+                    copied = self.taken.bytes if self.taken else 0
                     if full := check_disk_space(self.folder.path, self.plan, room, done, copied):
                         screen.line(full)
                         run.keeps = False
@@ -134,8 +135,21 @@ class Session:
             engine.start(self.place)
         return str(engine.broadcast_object(self.place, path))
 
+    def _settle_taken(self, screen: Screen) -> TakenOver | None:
+        """What is taken over of another run, by rank 0's word, and only what this process would have trained alike."""
+        from cl_runner.engine import zero as engine
+
+        taken = self.taken
+        if taken and self.place.rank == 0 and (lines := taken.otherwise(environment(self.plan, self.place))):
+            screen.line(f"nothing is taken over of the run {taken.run.path}: {lines[0]}")
+            taken = None
+        settled: TakenOver | None = engine.broadcast_object(self.place, taken)
+        return settled
+
     def _introduce(self, screen: Screen) -> None:
         notes = [*self.resolved.notes, *self.plan.notes(), *([self.plan.grows] if self.plan.grows else [])]
+        if self.taken and self.taken.key == "reuses":
+            notes.append(f"{self.taken.said}: not trained again")
         for line in [self.located.note, *notes, *free_devices(self.place)]:
             screen.line(line)
 
@@ -169,14 +183,14 @@ class Session:
             ],
             "identity": dict(self.identity),
         }
-        if self.extended:
-            more = self.extended.about(config.eval.future)
+        if self.taken:
+            more = self.taken.about(config.eval.future)
             about |= {**more, "notes": [*notes, *more["notes"]]}
         return (
             dump_whole(config, order),
             dump_order(order.written()),
             about,
-            self.extended.fill if self.extended else None,
+            self.taken.fill if self.taken else None,
         )
 
     def _open(self, stack: ExitStack, screen: Screen) -> None:
@@ -227,8 +241,8 @@ class Session:
     def _begin(self, screen: Screen) -> None:
         now = environment(self.plan, self.place)
         before = record_environment(self.folder, now)
-        if not before and self.extended:
-            before = self.extended.run.environment()
+        if not before and self.taken:
+            before = self.taken.run.environment()
         done = self.folder.committed(self.plan.names)
         screen.log_to(self.folder.log_file)
         screen.line(f"run folder: {self.folder.path}")

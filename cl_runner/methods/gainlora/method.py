@@ -53,6 +53,7 @@ class GainLoRA(Routed):
     paper = "2505.15424 (GainLoRA: gated integration of low-rank adaptation for continual learning of LMs)"
     carried = "all pairs and gates; bases of what gates read (inflora: and of what layers read)"
     growth = "a pair and a gate of (2·hidden + 1)·d numbers a task, in every forward; bases up to half of d × d"
+    since_second = ("lambda1",)
     trains = "a LoRA pair (inflora: its B) and its gate"
     by_order = True
     of_all_tasks = ("hidden", "branch", "gate")

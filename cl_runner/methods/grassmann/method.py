@@ -47,6 +47,7 @@ class Grassmann(Method):
     paper = "2310.14152 (O-LoRA) has the setting; spans in place of factors are ours"
     carried = "past updates folded into the weight, and their A for the penalty"
     growth = "r rows a task in the penalty"
+    since_second = ("lambda1",)
     any_rank = True
     by_shape = True
 

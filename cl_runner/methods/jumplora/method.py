@@ -63,6 +63,7 @@ class JumpLoRA(Method):
     trains = "a LoRA pair, and z"
     carried = "past updates, folded into the weight"
     growth = "constant in a step"
+    since_second = ("lambda1",)
     past_as = "other"
     dense = True
     by_shape = True

@@ -48,6 +48,7 @@ class OAAdapter(Method):
     factors = "A = W1 W0 (r × n), B = W2 diag(γ) (m × r) on disk; no scale, adapter.alpha is not used"
     carried = "past updates, folded into the weight; W2 diag(γ) of past tasks"
     growth = "up to r columns a task for each target, in the penalty"
+    since_second = ("lambda1",)
     past_as = "other"
     by_shape = True
 

@@ -60,6 +60,7 @@ class OLieRA(Method):
     paper = "2509.06100 (OLieRA)"
     carried = "past updates, folded into the weight; all A_i, B_i"
     growth = "one pair a task, in the penalty and in each stage's files; one fp32 matrix a layer in memory"
+    since_second = ("lambda1",)
     past_as = "other"
     dense = True
     by_shape = True

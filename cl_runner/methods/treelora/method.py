@@ -52,6 +52,7 @@ class TreeLoRA(Sequential):
     paper = "2506.10355 (TreeLoRA: layer-wise LoRAs guided by a hierarchical gradient-similarity tree)"
     carried = "A, B; a_k of every task"
     growth = "one A a task for each target"
+    since_second = ("lambda1",)
     by_shape = True
 
     @property
