@@ -7,10 +7,11 @@ the same the stage is the same to the bit, whatever they do afterwards: other co
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +23,9 @@ from cl_runner.methods.protocol import StagePlan
 from cl_runner.runs import catalog
 from cl_runner.runs.drift import drift
 from cl_runner.runs.folder import RunDir, readable
-from cl_runner.runs.resume_guard import is_free, recorded
+from cl_runner.runs.resume_guard import is_free
 from cl_runner.settings import dotted, settings_of
+from cl_runner.settings.layers import SETTABLE
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.taken_over import TakenOver
 
@@ -31,63 +33,49 @@ _BY_STAGE = ("stages", "micro_batches", "penalty_times")  # of a run's identity:
 _BY_TASK = ("definitions", "scoring", "data")
 
 
-@dataclass(frozen=True)
-class Decided:
-    """What decides a run's numbers: its settings, and its identity as ``run.json`` has it."""
+def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
+    """Of each stage of a run a digest of all that decides its bits, on one machine and by the same code.
 
-    config: RunConfig
-    identity: Mapping[str, Any]
+    Two runs have as many first stages in common as these begin alike.
 
-    @classmethod
-    def by(cls, run: RunDir) -> Decided:
-        """Of a run in its folder. Raises UserError where its files are broken, or its method is not here."""
-        with readable(run):
-            return cls(recorded(run), run.about()["identity"])
-
-    @property
-    def stages(self) -> list[StagePlan]:
-        """The stages: names and tasks."""
-        return [StagePlan(name, tuple(tasks)) for name, *tasks in self.identity["stages"]]
-
-    def stage(self, index: int) -> dict[str, Any]:
-        """Everything that decides a stage (from 0), but for the state that it starts from."""
-        plan, since = self.stages[index], METHODS.get(self.config.method.name).since_second
-        unread = {f"method.{key}" for key in since} if index == 0 else set()
-        configs = {"run": self.config, "stage": stage_config(self.config, index, plan)}
+    Args:
+        config: the run's settings, the method's own ones filled in.
+        identity: as ``run.json`` has it. What a CPU was measured to compute in is not looked at: who takes stages over
+            computes in the same.
+    """
+    method = METHODS.get(config.method.name)
+    rest = {key: value for key, value in identity.items() if key not in (*_BY_STAGE, *_BY_TASK, "computes")}
+    whole = {**rest, "order": identity["stages"] if method.by_order else None}
+    stages = [StagePlan(name, tuple(tasks)) for name, *tasks in identity["stages"]]
+    digests, before = [], ""
+    for index, plan in enumerate(stages):
+        # Of a run's settings the whole ones too: a method may look at them beside the stage's own.
+        configs = {"run": config, "stage": stage_config(config, index, plan)}
+        unread = {f"method.{key}" for key in method.since_second} if index == 0 else set()
         settings = {
-            (where, dotted(path)): value
-            for where, config in configs.items()
-            for path, value in settings_of(config)
-            if path[0] not in ("tasks", "stages") and not is_free(path) and dotted(path) not in unread
+            f"{where} {dotted(path)}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
+            for where, of in configs.items()
+            for path, value in settings_of(of)
+            if path[0] not in SETTABLE and not is_free(path) and dotted(path) not in unread
         }
         # With eval.future all tasks are scored after every stage.
-        seen = [task for stage in self.stages[: index + 1] for task in stage.tasks]
-        of = list(self.identity["definitions"]) if self.config.eval.future else seen
-        parts = {key: self.identity[key][index] for key in _BY_STAGE if key in self.identity}
-        return {
+        seen = [task for stage in stages[: index + 1] for task in stage.tasks]
+        tasks = list(identity["definitions"]) if config.eval.future else seen
+        about = {
+            "before": before,
+            "whole": whole,
             "settings": settings,
-            "tasks": of,
-            **parts,
-            **{key: [_fingerprint(self.identity.get(key, {}).get(task)) for task in of] for key in _BY_TASK},
+            "tasks": {task: [_compared(identity[key].get(task)) for key in _BY_TASK] for task in tasks},
+            **{key: identity[key][index] for key in _BY_STAGE if key in identity},
         }
-
-    def whole(self) -> dict[str, Any]:
-        """What decides every stage: the base model, plugins, the method's revision; its order where that counts."""
-        rest = {key: value for key, value in self.identity.items() if key not in (*_BY_STAGE, *_BY_TASK, "computes")}
-        by_order = METHODS.get(self.config.method.name).by_order
-        return {**rest, "order": self.identity["stages"] if by_order else None}
+        before = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        digests.append(before)
+    return digests
 
 
-def common(one: Decided, other: Decided) -> int:
-    """How many first stages of two runs are the same to the bit, on one machine and by the same code."""
-    if one.config.method.name != other.config.method.name or one.whole() != other.whole():
-        return 0
-    found = 0
-    for index in range(min(len(one.stages), len(other.stages))):
-        if one.stage(index) != other.stage(index):
-            break
-        found += 1
-    return found
+def common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many first stages two runs have in common, by their digests."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class Reused(TakenOver):
@@ -98,17 +86,16 @@ class Reused(TakenOver):
     @classmethod
     def find(cls, root: Path, config: RunConfig, identity: Mapping[str, Any]) -> Reused | None:
         """The run under ``root`` that has committed most of the first stages of a run with these settings."""
-        wanted, best = Decided(config, json.loads(json.dumps(identity))), None
+        wanted, best = decided(config, identity), None
         for run in catalog.all_runs(root):
             # A run that cannot be read has nothing to give, which is no fault of this one.
-            with suppress(UserError):
-                about = run.about()
-                if about["method"] != config.method.name or about["seed"] != config.seed:
-                    continue  # run.json is read sooner than settings are
-                names = [stage.name for stage in wanted.stages]
-                count = min(run.committed(names), common(wanted, Decided.by(run)))
-                if count > (len(best.stages) if best else 0) and _is_whole(run, names[:count]):
-                    best = cls(run, tuple(names[:count]))
+            with suppress(UserError), readable(run):
+                stages = run.about()["stages"]
+                count = common(wanted, [stage.get("decided") for stage in stages])
+                names = [str(stage["name"]) for stage in stages[:count]]
+                names = names[: run.committed(names)]
+                if len(names) > (len(best.stages) if best else 0) and _is_whole(run, names):
+                    best = cls(run, tuple(names))
         return best
 
     def otherwise(self, now: Mapping[str, Any]) -> list[str]:
@@ -124,10 +111,8 @@ def _is_whole(run: RunDir, names: list[str]) -> bool:
     return not any(read_json(run.stage_dir(index, name) / "DONE").get("removed") for index, name in enumerate(names))
 
 
-def _fingerprint(value: Any) -> Any:
+def _compared(value: Any) -> Any:
     """Of a task's data what is compared: the fingerprint of each split."""
-    if isinstance(value, Mapping) and all(
-        isinstance(split, Mapping) and "fingerprint" in split for split in value.values()
-    ):
-        return {split: data["fingerprint"] for split, data in value.items()}
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    return {key: part.get("fingerprint", part) if isinstance(part, Mapping) else part for key, part in value.items()}

@@ -38,6 +38,7 @@ from cl_runner.terminal.stopping import Stopped
 from cl_runner.trackers.processes import Trackers
 from cl_runner.training.environment import environment, record_environment
 from cl_runner.training.plan import Plan
+from cl_runner.training.reuse import decided
 from cl_runner.training.taken_over import TakenOver
 
 if TYPE_CHECKING:
@@ -178,8 +179,14 @@ class Session:
             "tasks": list(plan.data.tasks),
             "metrics": {name: task.metric for name, task in plan.data.tasks.items()},
             "stages": [
-                {"name": stage.name, "tasks": list(stage.tasks), "steps": shown.steps, "test_rows": shown.rows}
-                for stage, shown in zip(plan.stages, plan.shown(), strict=True)
+                {
+                    "name": stage.name,
+                    "tasks": list(stage.tasks),
+                    "steps": shown.steps,
+                    "test_rows": shown.rows,
+                    "decided": by,
+                }
+                for stage, shown, by in zip(plan.stages, plan.shown(), decided(config, self.identity), strict=True)
             ],
             "identity": dict(self.identity),
         }
