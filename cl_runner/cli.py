@@ -186,6 +186,25 @@ def plan(
     command.plan(request, gpus=gpus, restart=restart, restart_stage=restart_stage, as_json=as_json)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="base, grid, list, seeds, when (docs/sweeps.md).")],
+    engine: Annotated[str | None, typer.Option("--engine", help="local, slurm or ray; default: the file's.")] = None,
+    slots: Annotated[int | None, typer.Option("--slots", help="Runs at a time; default: GPUs, or cores.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", help="Default runs/NAME of the sweep.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they share, and stop.")] = False,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print a shell line a run, for any other scheduler, and stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train many runs from one file, what they share once; go on where it stopped; compare them."""
+    from cl_runner.commands import sweep as command
+
+    form = _form(**{"dry-run": dry_run, "print-commands": print_commands})
+    raise typer.Exit(command.sweep(file, engine=engine, slots=slots, output_dir=output_dir, form=form, as_json=as_json))
+
+
 @app.command(name="eval")
 def evaluate(
     run: RunName = None,

@@ -23,6 +23,7 @@ from cl_runner.plain_files import LARGEST_JSON, content
 if TYPE_CHECKING:
     from cl_runner.adapters.kind import Kind
     from cl_runner.methods.protocol import Method
+    from cl_runner.sweeps.engines.protocol import Engine
     from cl_runner.tasks.sources import RowSource
     from cl_runner.trackers.protocol import Tracker
     from cl_runner.training.options.protocol import Option
@@ -352,4 +353,13 @@ TRACKERS: Registry[Tracker] = Registry(
     },
 )
 
-REGISTRIES: tuple[Registry[Any], ...] = (METHODS, KINDS, OPTIONS, SOURCES, TRACKERS)
+ENGINES: Registry[Engine] = Registry(
+    "engine",
+    "cl_runner.engines",
+    "cl_runner.sweeps.engines.protocol:Engine",
+    {
+        "local": "cl_runner.sweeps.engines.local:Local",
+    },
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, KINDS, OPTIONS, SOURCES, TRACKERS, ENGINES)

@@ -1,0 +1,228 @@
+"""``cl-runner sweep``: many runs from one file, planned first, what they share trained once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_runner.commands.compare import compare
+from cl_runner.commands.request import Request
+from cl_runner.commands.train import Prepared, check_platform
+from cl_runner.errors import UserError
+from cl_runner.registry import ENGINES
+from cl_runner.runs import lock
+from cl_runner.runs.shapes import read_metrics
+from cl_runner.settings import load_plugins
+from cl_runner.sweeps.cells import Cell, cells
+from cl_runner.sweeps.engines.protocol import Engine
+from cl_runner.sweeps.file import Sweep
+from cl_runner.sweeps.planned import PlannedRun, share
+from cl_runner.sweeps.queue import Queue, Standing
+from cl_runner.sweeps.record import Record
+from cl_runner.terminal.console import aligned, print_json, say
+from cl_runner.terminal.progress import duration
+from cl_runner.terminal.stopping import Stopped
+from cl_runner.training.reuse import decided
+
+
+def sweep(
+    file: Path, *, engine: str | None, slots: int | None, output_dir: str | None, form: str, as_json: bool
+) -> int:
+    """``cl-runner sweep FILE``; returns the exit code: 1 where a run failed.
+
+    form: ``table`` to run it, ``dry-run`` or ``print-commands``. Raises UserError for all that is
+    wrong with the file, the engine or one of the runs, before any is started.
+    """
+    asked = Sweep(file)
+    if form == "print-commands":
+        for cell in cells(asked, output_dir):
+            print(shlex.join(["cl-runner", "train", *cell.words]))
+        return 0
+    check_platform()
+    runs = [_planned(file, cell) for cell in cells(asked, output_dir)]
+    share(runs)
+    if form == "dry-run":
+        print_json(_about(asked, runs)) if as_json else print(_plan_text(asked, runs))
+        return 0
+    folders = {run.folder.path.parent for run in runs}
+    folder = next(iter(folders))
+    if len(folders) > 1:
+        raise UserError(f"{file}: the runs of a sweep go to one folder, and output.dir differs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    name, started = _engine(asked, engine, slots, folder)
+    with lock.held(folder):
+        queue = Queue(runs, started, Record(folder, asked.name, name), asked.file.retries, say)
+        say(_plan_line(runs))
+        try:
+            queue.run()
+        except Stopped:
+            say(_left(queue.standing, started, file))
+            raise
+    return _tell(queue.standing, folder, as_json)
+
+
+def _planned(file: Path, cell: Cell) -> PlannedRun:
+    """A run as ``train`` would prepare it. Raises UserError where it would be refused."""
+    settings = dict(cell.settings)
+    reuses = bool(settings.pop("output.reuse", False))
+    try:
+        request = _request(Cell(cell.label, settings))
+        run = Prepared.of(request, None, restart=False)
+    except UserError as error:
+        raise UserError(f"{file}: {cell.label or 'the run'}: {error}") from None
+    return PlannedRun(
+        label=cell.label or run.folder.name,
+        words=cell.words,
+        folder=run.folder,
+        stages=run.plan.names,
+        steps=[batch.steps for batch in run.plan.batches(1)],
+        decided=decided(run.resolved.config, json.loads(json.dumps(run.identity))),
+        done=run.done,
+        begun=run.folder.exists(),
+        reuses=reuses,
+    )
+
+
+def _request(cell: Cell) -> Request:
+    """What ``cl-runner train`` makes of the run's words. Raises UserError."""
+    settings = dict(cell.settings)
+    presets, plugins = (_list(settings.pop(key, [])) for key in ("presets", "plugins"))
+    load_plugins(plugins)
+    order = settings.pop("order", None)
+    words = cell.words
+    sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+    flagged = ("method.name", "model.name", "seed", "data.dir", "data.source", "output.dir", "output.name")
+    flags = {key: settings[key] for key in flagged if settings.get(key) is not None}
+    return Request(None if order is None else str(order), presets, None, flags, sets, plugins)
+
+
+def _list(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
+def _engine(asked: Sweep, engine: str | None, slots: int | None, folder: Path) -> tuple[str, Engine]:
+    """The engine by name: the flag's, or the file's. Raises UserError."""
+    settings = dict(asked.file.engine)
+    in_file = str(settings.pop("name", "local"))
+    name = engine or in_file
+    if name != in_file:
+        settings = {}  # which are those of another
+    if slots is not None:
+        settings["slots"] = slots
+    found = ENGINES.get(name)
+    config, at, problem = _checked(found, settings)
+    if config is None:
+        where = (
+            f"--slots {slots}" if at == ("slots",) and slots is not None else asked.document.position(("engine", *at))
+        )
+        raise UserError(f"{where}: engine.{'.'.join(map(str, at))}: {problem}")
+    return name, found(config, folder / "sweep")
+
+
+def _checked(found: type[Engine], settings: dict[str, Any]) -> Any:
+    from cl_runner.config.validation import first_fault
+
+    return first_fault(found.Config, settings)
+
+
+def _plan_line(runs: Sequence[PlannedRun]) -> str:
+    done = sum(run.finished for run in runs)
+    stages, shared = _stages(runs)
+    more = f", {shared} of them shared and trained once" if shared else ""
+    return f"sweep: {len(runs)} runs{f', {done} of them done' if done else ''}; {stages} stages{more}"
+
+
+def _stages(runs: Sequence[PlannedRun]) -> tuple[int, int]:
+    """How many stages the runs have, and how many of them an earlier run has as well."""
+    return sum(len(run.stages) for run in runs), sum(run.shared for run in runs)
+
+
+def _about(asked: Sweep, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    stages, shared = _stages(runs)
+    return {
+        "sweep": asked.name,
+        "stages": stages,
+        "shared": shared,
+        "steps": sum(sum(run.steps) for run in runs),
+        "steps_shared": sum(sum(run.steps[: run.shared]) for run in runs),
+        "runs": [
+            {
+                "label": run.label,
+                "folder": str(run.folder.path),
+                "command": ["cl-runner", "train", *run.words],
+                "stages": run.stages,
+                "steps": sum(run.steps),
+                "done": run.done,
+                "shared": run.shared,
+                "with": run.donor.folder.name if run.donor else None,
+            }
+            for run in runs
+        ],
+    }
+
+
+def _plan_text(asked: Sweep, runs: Sequence[PlannedRun]) -> str:
+    """A row a run, and below it the sums: what is trained, and what is not trained twice."""
+    rows = []
+    for run in runs:
+        state = "done" if run.finished else f"goes on after stage {run.done}" if run.begun else "new"
+        with_ = f"{run.shared} of {run.donor.label}" if run.donor else ""
+        rows.append([run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
+    about = _about(asked, runs)
+    numbers = [
+        f"{len(runs)} runs, {about['stages']} stages, {about['steps']} optimizer steps",
+        f"{about['shared']} stages and {about['steps_shared']} steps of them are shared and trained once"
+        if about["shared"]
+        else "no two runs begin with the same stage",
+    ]
+    table = aligned(["run", "stages", "steps", "shared", "state"], rows, right=["stages", "steps"])
+    return "\n".join([table, *numbers, "nothing was started; cl-runner plan measures what a run takes"])
+
+
+def _left(standing: Sequence[Standing], engine: Engine, file: Path) -> str:
+    done = sum(one.state == "done" for one in standing)
+    stays = "; jobs that were started go on" if engine.stays else ""
+    return f"sweep: stopped with {done} of {len(standing)} runs done{stays}; go on: cl-runner sweep {file}"
+
+
+def _tell(standing: Sequence[Standing], folder: Path, as_json: bool) -> int:
+    """What came of it: sums, what failed, and the runs beside each other."""
+    done = [one.run for one in standing if one.state == "done"]
+    failed = [one for one in standing if one.state != "done"]
+    taken, seconds = _taken_over(done)
+    trained = sum(len(run.stages) for run in done) - taken
+    more = f", {taken} taken over, which took {duration(seconds)} to train" if taken else ""
+    say(f"sweep: {len(done)} of {len(standing)} runs done; {trained} stages trained{more}")
+    for one in failed:
+        say(f"{one.state}: {one.run.label}: {one.said}")
+    paths = [str(run.folder.path) for run in done]
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "trained": trained,
+                "taken_over": taken,
+                "seconds_taken_over": round(seconds, 3),
+                "runs": {one.run.folder.name: {"state": one.state, "said": one.said} for one in standing},
+            }
+        )
+    elif paths:
+        compare(paths, root=folder, against="", form="table")
+    return 1 if failed else 0
+
+
+def _taken_over(runs: Sequence[PlannedRun]) -> tuple[int, float]:
+    """How many stages of finished runs were another's, and the seconds that they took there."""
+    count, seconds = 0, 0.0
+    for run in runs:
+        names = run.folder.about().get("reuses", {}).get("stages", [])
+        count += len(names)
+        for index, name in enumerate(names):
+            seconds += sum(read_metrics(run.folder.stage_dir(index, name))["seconds"].values())
+    return count, seconds

@@ -1,0 +1,102 @@
+"""The runs that a sweep is of: every combination, under its conditions, each once, as words of ``cl-runner train``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from cl_runner.config.yamlfile import as_yaml
+from cl_runner.errors import UserError
+from cl_runner.sweeps.file import Settings, Sweep
+
+FLAGS = {
+    "order": "--order", "presets": "--preset", "plugins": "--plugin", "method.name": "--method",
+    "model.name": "--model", "seed": "--seed", "data.dir": "--data-dir", "data.source": "--data",
+    "output.dir": "--output-dir", "output.name": "--name",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: what it is called on the screen, and its settings."""
+
+    label: str
+    settings: Settings
+
+    @property
+    def words(self) -> list[str]:
+        """What goes behind ``cl-runner train``."""
+        words: list[str] = []
+        for key, flag in FLAGS.items():
+            if (value := self.settings.get(key)) is not None:
+                for each in value if isinstance(value, list) else [value]:
+                    words += [flag, str(each)]
+        for key, value in self.settings.items():
+            if key not in FLAGS:
+                words += ["--set", f"{key}={as_yaml(value)}"]
+        return words
+
+
+def cells(sweep: Sweep, output_dir: str | None = None) -> list[Cell]:
+    """The runs, in the order of the file: ``list``, then ``grid``, then ``seeds``.
+
+    Where ``when`` takes away in what two of them differ they are one. Raises UserError where none is left.
+    """
+    always: Settings = {"output.reuse": True, "output.dir": str(Path("runs") / sweep.name), **sweep.fixed}
+    if output_dir is not None:
+        always["output.dir"] = output_dir
+    found: dict[str, Cell] = {}
+    for own in _combinations(sweep):
+        settings = _under_conditions(sweep, {**always, **own})
+        if settings is not None:
+            cell = Cell(_label(settings, sweep), settings)
+            found.setdefault(repr(cell.words), cell)
+    if not found:
+        raise UserError(f"{sweep.document.file}: when skips every run")
+    return list(found.values())
+
+
+def _combinations(sweep: Sweep) -> Iterator[Settings]:
+    dimensions: Sequence[Sequence[tuple[Any, ...]]] = list(sweep.grid.values())
+    seeds: Sequence[Settings] = [{"seed": seed} for seed in sweep.file.seeds] if sweep.file.seeds else [{}]
+    for entry in sweep.entries:
+        for values in product(*dimensions):
+            varied = {
+                key: value
+                for keys, each in zip(sweep.grid, values, strict=True)
+                for key, value in zip(keys, each, strict=True)
+            }
+            for seed in seeds:
+                yield {**entry, **varied, **seed}
+
+
+def _under_conditions(sweep: Sweep, settings: Settings) -> Settings | None:
+    """What the conditions make of a run's settings, one after the other; None where one skips it."""
+    for wanted, changed, dropped, skip in sweep.conditions:
+        if all(_fits(settings.get(key), value) for key, value in wanted.items()):
+            if skip:
+                return None
+            settings = {key: value for key, value in {**settings, **changed}.items() if key not in dropped}
+    return settings
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a setting is what a condition wants, or one of several."""
+    return any(as_yaml(value) == as_yaml(each) for each in (wanted if isinstance(wanted, list) else [wanted]))
+
+
+def _label(settings: Settings, sweep: Sweep) -> str:
+    """Order and method, what is varied beside them, the seed."""
+    varied = [key for keys in sweep.grid for key in keys] + [key for entry in sweep.entries for key in entry]
+    varied += [key for _, changed, _, _ in sweep.conditions for key in changed]
+    parts = [Path(str(settings["order"])).stem] if "order" in settings else []
+    parts += [str(settings["method.name"])] if "method.name" in settings else []
+    for key in dict.fromkeys(varied):
+        if key in settings and key not in ("order", "method.name"):
+            parts.append(f"{key}={as_yaml(settings[key])}")
+    if "seed" in settings:
+        parts.append(f"seed {settings['seed']}")
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""What runs a sweep's runs: slots of this box, Slurm, Ray."""

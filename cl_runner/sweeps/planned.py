@@ -1,0 +1,67 @@
+"""A sweep's runs as they are planned: their stages, what is done of them, and for whose stages one has to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cl_runner.errors import UserError
+from cl_runner.runs.folder import RunDir
+from cl_runner.training.reuse import common
+
+
+@dataclass
+class PlannedRun:
+    """A run of a sweep.
+
+    words: behind ``cl-runner train``. decided: of each stage a digest of what decides it (``training/reuse.py``).
+    done: stages that are committed. begun: whether its folder is there. reuses: whether it takes stages over.
+    """
+
+    label: str
+    words: list[str]
+    folder: RunDir
+    stages: list[str]
+    steps: list[int]
+    decided: list[str]
+    done: int
+    begun: bool
+    reuses: bool
+    donor: PlannedRun | None = field(default=None, repr=False)
+    shared: int = 0  # first stages that are the donor's
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained to its end."""
+        return self.begun and self.folder.status().get("state") == "done"
+
+    @property
+    def trains(self) -> int:
+        """Stages that are still to be trained, once those that are shared are there."""
+        return len(self.stages) - max(self.done, self.shared)
+
+    def waits(self) -> bool:
+        """Whether stages that it shares are not there yet, and somebody is to train them."""
+        donor = self.donor
+        return donor is not None and donor.folder.committed(donor.stages) < self.shared
+
+
+def share(runs: Sequence[PlannedRun]) -> None:
+    """Let each run that is not begun wait for the earlier one that it has most first stages in common with.
+
+    So every stage that several have is trained once, by the first of them. Raises UserError where two are one folder.
+    """
+    folders: dict[str, PlannedRun] = {}
+    for run in runs:
+        if (other := folders.setdefault(str(run.folder.path), run)) is not run:
+            raise UserError(
+                f"two runs of the sweep are one folder, {run.folder.path}: '{other.label}' and '{run.label}' differ in "
+                "nothing that changes a number; leave one out, or give each its output.name"
+            )
+    for index, run in enumerate(runs):
+        if run.begun or not run.reuses:
+            continue
+        for other in runs[:index]:
+            count = common(run.decided, other.decided)
+            if count > run.shared:
+                run.donor, run.shared = other, count
