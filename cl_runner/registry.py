@@ -359,6 +359,8 @@ ENGINES: Registry[Engine] = Registry(
     "cl_runner.sweeps.engines.protocol:Engine",
     {
         "local": "cl_runner.sweeps.engines.local:Local",
+        "slurm": "cl_runner.sweeps.engines.slurm:Slurm",
+        "ray": "cl_runner.sweeps.engines.ray:Ray",
     },
 )
 

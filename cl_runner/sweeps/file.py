@@ -57,6 +57,9 @@ class Sweep:
     def __init__(self, path: Path) -> None:
         """Read a file. Raises UserError, with the place in it, for what is wrong there."""
         self.document = load(path)
+        for key in self.document.data:
+            if key not in (known := [field.alias or name for name, field in SweepFile.model_fields.items()]):
+                raise self._wrong((key,), f"is not a key of a sweep{did_you_mean(str(key), known)}", key=True)
         found, at, problem = first_fault(SweepFile, self.document.data)
         if found is None:
             raise self._wrong(at, problem)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from cl_runner.sweeps.engines.protocol import Ended, Engine, Job
 from cl_runner.sweeps.planned import PlannedRun
@@ -106,19 +107,30 @@ class Queue:
                 self.record.write()
 
     def _start(self) -> None:
-        for one in self.standing:
-            if one.state != "waiting" or not self._ready(one):
-                continue
-            if not self.engine.room():
-                return
-            donor = self._of[id(one.run.donor)] if one.run.donor else None
-            after = (donor.job,) if donor and donor.job and self.engine.holds and one.run.waits() else ()
-            job = Job(one.run.folder.name, ("train", *one.run.words), after)
-            one.attempts += 1
-            (one.job,) = self.engine.start([job])
-            self._set(one, "running")
+        """Start all that may be: an engine that holds jobs back is handed those that wait for others, too."""
+        while batch := self._startable():
+            for one in batch:
+                one.attempts += 1
+            ids = self.engine.start(
+                [Job(one.run.folder.name, ("train", *one.run.words), self._after(one)) for one in batch]
+            )
+            for one, job in zip(batch, ids, strict=True):
+                one.job = job
+                self._set(one, "running")
+                self.tell(f"start  {one.run.label}{self._beside(one)}")
             self.record.write()
-            self.tell(f"start  {one.run.label}{self._beside(one)}")
+
+    def _startable(self) -> list[Standing]:
+        ready = (one for one in self.standing if one.state == "waiting" and self._ready(one))
+        return list(islice(ready, self.engine.room()))
+
+    def _after(self, one: Standing) -> tuple[str, ...]:
+        """The job that has to end first, where the engine sees to that."""
+        if not (self.engine.holds and one.run.waits()):
+            return ()
+        assert one.run.donor is not None
+        donor = self._of[id(one.run.donor)]
+        return () if donor.over else (donor.job,)
 
     def _ready(self, one: Standing) -> bool:
         """Whether the stages that it shares are there, or nobody will train them any more."""

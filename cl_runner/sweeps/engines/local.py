@@ -57,8 +57,8 @@ class Local(Engine):
         self.threads = max(1, cores // self.slots)
         self.running: list[_Running] = []
 
-    def room(self) -> bool:
-        return len(self.running) < self.slots
+    def room(self) -> int:
+        return self.slots - len(self.running)
 
     def start(self, jobs: Sequence[Job]) -> list[str]:
         for job in jobs:

@@ -52,12 +52,12 @@ class Engine:
         self.config: Any = config
         self.logs = logs
 
-    def room(self) -> bool:
-        """Whether one more job may be started now."""
-        return True
+    def room(self) -> int:
+        """How many more jobs may be started now."""
+        return 10_000
 
     def start(self, jobs: Sequence[Job]) -> list[str]:
-        """Start jobs; returns an id of each, by which ``attach`` finds it again. Raises UserError."""
+        """Start jobs that may run at once; returns an id of each, for ``attach``. Raises UserError."""
         raise NotImplementedError
 
     def attach(self, name: str, job: str) -> bool:
