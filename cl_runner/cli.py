@@ -193,6 +193,9 @@ def sweep(
     slots: Annotated[int | None, typer.Option("--slots", help="Runs at a time; default: GPUs, or cores.")] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", help="Default runs/NAME of the sweep.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they share, and stop.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: time, memory, disk, by a rehearsal of each method.")
+    ] = False,
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Print a shell line a run, for any other scheduler, and stop.")
     ] = False,
@@ -202,7 +205,11 @@ def sweep(
     from cl_runner.commands import sweep as command
 
     form = _form(**{"dry-run": dry_run, "print-commands": print_commands})
-    raise typer.Exit(command.sweep(file, engine=engine, slots=slots, output_dir=output_dir, form=form, as_json=as_json))
+    raise typer.Exit(
+        command.sweep(
+            file, engine=engine, slots=slots, output_dir=output_dir, form=form, measure=measure, as_json=as_json
+        )
+    )
 
 
 @app.command(name="eval")
@@ -423,7 +430,7 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="orders, tasks, methods, adapters, compatibility, sources, models, presets, trackers or runs."
+            help="orders, tasks, methods, adapters, compatibility, sources, models, presets, trackers, engines or runs."
         ),
     ],
     output_dir: OutputDir = None,

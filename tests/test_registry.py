@@ -23,6 +23,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.olora import OLoRA
 from cl_runner.methods.protocol import Method
 from cl_runner.registry import KINDS, METHODS, OPTIONS, REGISTRIES, SOURCES, TRACKERS, load_plugin
+from cl_runner.sweeps.engines.protocol import Engine
 from cl_runner.tasks import benchmark
 from cl_runner.tasks.rows import load_rows
 from cl_runner.tasks.sources import RowSource
@@ -37,7 +38,7 @@ class {cls}(SeqLoRA):
     name = "{name}"
     title = "{name}: a test's"
 """
-BASES = (Method, Kind, Option, RowSource, Tracker)
+BASES = (Method, Kind, Option, RowSource, Tracker, Engine)
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +210,9 @@ def test_a_plugin_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert refused(str(tmp_path / "no.py")) == f"{tmp_path / 'no.py'}: cannot be read: No such file or directory"
     assert "a plugin is a Python file" in refused(plugin(tmp_path / "x.txt", ""))
     nothing = refused(plugin(tmp_path / "empty.py", "from cl_runner.methods.olora import OLoRA\n"))
-    assert nothing.endswith("empty.py: defines no method, adapter kind, option, task source, tracker with a name")
+    assert nothing.endswith(
+        "empty.py: defines no method, adapter kind, option, task source, tracker, engine with a name"
+    )
     raises = plugin(tmp_path / "raises.py", "def f():\n    1 / 0\n\nf()\n")
     assert refused(raises) == f"{raises}: cannot be imported: line 2: ZeroDivisionError: division by zero"
     broken = plugin(tmp_path / "broken.py", "x = 1\ny = = 2\n")

@@ -8,10 +8,13 @@ from typing import Any
 
 from cl_runner.commands.given import several
 from cl_runner.errors import UserError, did_you_mean
-from cl_runner.registry import KINDS, METHODS, SOURCES, TRACKERS, Registry
+from cl_runner.registry import ENGINES, KINDS, METHODS, SOURCES, TRACKERS, Registry
 from cl_runner.terminal.console import aligned, print_json
 
-LISTS = ("orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "trackers", "runs")
+LISTS = (
+    "orders", "tasks", "methods", "adapters", "compatibility", "sources", "models", "presets", "trackers", "engines",
+    "runs",
+)  # fmt: skip
 
 
 def show_list(what: str, *, as_json: bool) -> None:
@@ -29,6 +32,7 @@ def show_list(what: str, *, as_json: bool) -> None:
         "models": _models,
         "presets": _presets,
         "trackers": _trackers,
+        "engines": _engines,
     }
     rows = lists[what]()
     if as_json:
@@ -97,6 +101,10 @@ def _sources() -> list[dict[str, Any]]:
 
 def _trackers() -> list[dict[str, Any]]:
     return [_registered(TRACKERS, "tracker", name, {"needs": "package"}) for name in TRACKERS]
+
+
+def _engines() -> list[dict[str, Any]]:
+    return [_registered(ENGINES, "engine", name, {}) for name in ENGINES]
 
 
 def _shown(fact: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,32 @@ from cl_runner.runs import lock
 from cl_runner.runs.shapes import read_metrics
 from cl_runner.settings import load_plugins
 from cl_runner.sweeps.cells import Cell, cells
+from cl_runner.sweeps.cost import Cost, cost
 from cl_runner.sweeps.engines.protocol import Engine
 from cl_runner.sweeps.file import Sweep
 from cl_runner.sweeps.planned import PlannedRun, share
 from cl_runner.sweeps.queue import Queue, Standing
 from cl_runner.sweeps.record import Record
-from cl_runner.terminal.console import aligned, print_json, say
+from cl_runner.terminal.console import aligned, print_json, say, size
 from cl_runner.terminal.progress import duration
 from cl_runner.terminal.stopping import Stopped
 from cl_runner.training.reuse import decided
 
 
 def sweep(
-    file: Path, *, engine: str | None, slots: int | None, output_dir: str | None, form: str, as_json: bool
+    file: Path,
+    *,
+    engine: str | None,
+    slots: int | None,
+    output_dir: str | None,
+    form: str,
+    measure: bool,
+    as_json: bool,
 ) -> int:
     """``cl-runner sweep FILE``; returns the exit code: 1 where a run failed.
 
-    form: ``table`` to run it, ``dry-run`` or ``print-commands``. Raises UserError for all that is
-    wrong with the file, the engine or one of the runs, before any is started.
+    form: ``table`` to run it, ``dry-run`` or ``print-commands``. measure: with ``dry-run``, what it takes too. Raises
+    UserError for all that is wrong with the file, the engine or one of the runs, before any is started.
     """
     asked = Sweep(file)
     if form == "print-commands":
@@ -45,8 +54,11 @@ def sweep(
     runs = [_planned(file, cell) for cell in cells(asked, output_dir)]
     share(runs)
     if form == "dry-run":
-        print_json(_about(asked, runs)) if as_json else print(_plan_text(asked, runs))
+        found = cost(runs, _silent if as_json else say) if measure else None
+        print_json(_about(asked, runs, found)) if as_json else print(_plan_text(asked, runs, found))
         return 0
+    if measure:
+        raise UserError("--measure: goes with --dry-run")
     folders = {run.folder.path.parent for run in runs}
     folder = next(iter(folders))
     if len(folders) > 1:
@@ -76,13 +88,17 @@ def _planned(file: Path, cell: Cell) -> PlannedRun:
         run = Prepared.of(request, None, restart=False)
     except UserError as error:
         raise UserError(f"{file}: {cell.label or 'the run'}: {error}") from None
+    config, shown = run.resolved.config, run.plan.shown()
+    batch = (str(config.training.micro_batch), str(config.training.global_batch))
     return PlannedRun(
         label=cell.label or run.folder.name,
+        sort=(config.method.name, run.plan.kind.name, config.model.name, *batch),
         words=cell.words,
         folder=run.folder,
         stages=run.plan.names,
-        steps=[batch.steps for batch in run.plan.batches(1)],
-        decided=decided(run.resolved.config, json.loads(json.dumps(run.identity))),
+        steps=[stage.steps for stage in shown],
+        rows=[stage.rows for stage in shown],
+        decided=decided(config, json.loads(json.dumps(run.identity))),
         done=run.done,
         begun=run.folder.exists(),
         reuses=reuses,
@@ -143,7 +159,11 @@ def _stages(runs: Sequence[PlannedRun]) -> tuple[int, int]:
     return sum(len(run.stages) for run in runs), sum(run.shared for run in runs)
 
 
-def _about(asked: Sweep, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+def _silent(_: str) -> None:
+    pass
+
+
+def _about(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> dict[str, Any]:
     stages, shared = _stages(runs)
     return {
         "sweep": asked.name,
@@ -151,6 +171,7 @@ def _about(asked: Sweep, runs: Sequence[PlannedRun]) -> dict[str, Any]:
         "shared": shared,
         "steps": sum(sum(run.steps) for run in runs),
         "steps_shared": sum(sum(run.steps[: run.shared]) for run in runs),
+        **({"cost": asdict(found)} if found else {}),
         "runs": [
             {
                 "label": run.label,
@@ -167,22 +188,27 @@ def _about(asked: Sweep, runs: Sequence[PlannedRun]) -> dict[str, Any]:
     }
 
 
-def _plan_text(asked: Sweep, runs: Sequence[PlannedRun]) -> str:
+def _plan_text(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> str:
     """A row a run, and below it the sums: what is trained, and what is not trained twice."""
-    rows = []
+    rows, number = [], {id(run): at for at, run in enumerate(runs, 1)}
     for run in runs:
         state = "done" if run.finished else f"goes on after stage {run.done}" if run.begun else "new"
-        with_ = f"{run.shared} of {run.donor.label}" if run.donor else ""
-        rows.append([run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
-    about = _about(asked, runs)
+        with_ = f"{run.shared} with {number[id(run.donor)]}" if run.donor else ""
+        rows.append([str(number[id(run)]), run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
+    about = _about(asked, runs, None)
     numbers = [
         f"{len(runs)} runs, {about['stages']} stages, {about['steps']} optimizer steps",
         f"{about['shared']} stages and {about['steps_shared']} steps of them are shared and trained once"
         if about["shared"]
         else "no two runs begin with the same stage",
     ]
-    table = aligned(["run", "stages", "steps", "shared", "state"], rows, right=["stages", "steps"])
-    return "\n".join([table, *numbers, "nothing was started; cl-runner plan measures what a run takes"])
+    if found:
+        taken = f"about {duration(found.seconds)} on this machine, one run after the other (measured: "
+        numbers.append(f"{taken}{', '.join(dict.fromkeys(found.measured))})")
+        numbers.append(f"memory: {size(found.memory)} a run at most; disk: {size(found.disk)}")
+    table = aligned(["", "run", "stages", "steps", "shared", "state"], rows, right=["", "stages", "steps"])
+    hint = "nothing was started" if found else "nothing was started; --measure says how long it takes"
+    return "\n".join([table, *numbers, hint])
 
 
 def _left(standing: Sequence[Standing], engine: Engine, file: Path) -> str:

@@ -14,15 +14,19 @@ from cl_runner.training.reuse import common
 class PlannedRun:
     """A run of a sweep.
 
-    words: behind ``cl-runner train``. decided: of each stage a digest of what decides it (``training/reuse.py``).
-    done: stages that are committed. begun: whether its folder is there. reuses: whether it takes stages over.
+    sort: what the cost of a step depends on, the method first. words: behind ``cl-runner train``. steps, rows: of each
+    stage the optimizer steps, and the test rows that are asked after it. decided: of each a digest of what decides it
+    (``training/reuse.py``). done: stages that are committed. begun: whether its folder is there. reuses: whether it
+    takes stages over.
     """
 
     label: str
+    sort: tuple[str, ...]
     words: list[str]
     folder: RunDir
     stages: list[str]
     steps: list[int]
+    rows: list[int]
     decided: list[str]
     done: int
     begun: bool
@@ -34,11 +38,6 @@ class PlannedRun:
     def finished(self) -> bool:
         """Whether it is trained to its end."""
         return self.begun and self.folder.status().get("state") == "done"
-
-    @property
-    def trains(self) -> int:
-        """Stages that are still to be trained, once those that are shared are there."""
-        return len(self.stages) - max(self.done, self.shared)
 
     def waits(self) -> bool:
         """Whether stages that it shares are not there yet, and somebody is to train them."""

@@ -88,8 +88,8 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
             ["slurmctld", "-D", "-c", "-f", str(config)],
             ["slurmd", "-D", "-c", "-f", str(config)],
         ):
-            log = (folder / f"{command[0]}.out").open("wb")
-            running.append(subprocess.Popen(command, env=full, stdout=log, stderr=log))
+            with (folder / f"{command[0]}.out").open("wb") as log:
+                running.append(subprocess.Popen(command, env=full, stdout=log, stderr=log))
             time.sleep(0.5)
         until = time.monotonic() + 60
         while (

@@ -11,6 +11,7 @@ import pytest
 
 from cl_runner.registry import ENGINES
 from cl_runner.sweeps.engines.protocol import Ended
+from cl_runner.sweeps.planned import PlannedRun
 from cl_runner.sweeps.record import FILE
 from tests.command_line import SMALL, Result, call
 from tests.nano import nano_t5
@@ -148,3 +149,31 @@ def test_planning_changes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
     both = call("sweep", "trial.yaml", "--dry-run", "--print-commands", cwd=tmp_path)
     assert both.code == 2 and "one form at a time" in both.line
+
+
+def test_the_cost_is_reckoned_from_one_run_of_each_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, list=[{"method": "olora"}, {"method": "inclora"}], grid={"order": ["one.yaml", "three.yaml"]})
+    step, row, rest, loading = {"olora": 3.0, "inclora": 2.0}, 0.25, 1.5, 11.0
+    rehearsed = []
+
+    def rehearse(run: PlannedRun) -> dict[str, Any]:
+        rehearsed.append(run.label)
+        seconds = [
+            {"train": step[run.sort[0]] * n, "evaluate": row * m, "rest": rest}
+            for n, m in zip(run.steps, run.rows, strict=True)
+        ]
+        stages = [
+            {"steps": n, "test_rows": m, "seconds": s} for n, m, s in zip(run.steps, run.rows, seconds, strict=True)
+        ]
+        return {"stages": stages, "seconds": {"loading": loading}, "memory": {"peak": 7}, "disk": {"bytes": 300}}
+
+    monkeypatch.setattr("cl_runner.sweeps.cost._rehearsed", rehearse)
+    found = call("sweep", "trial.yaml", "--dry-run", "--measure", "--json", cwd=tmp_path).json
+    assert rehearsed == ["one olora seed 1", "one inclora seed 1"], "the longest of each"
+    # Steps of a stage: 2. Rows after it: 4, 8, 12. Order three has its first stage in common with order one.
+    naive = sum(loading + 3 * (2 * step[m] + rest) + (4 + 8 + 12) * row for m in step)
+    naive += sum(loading + 1 * (2 * step[m] + rest) + 8 * row for m in step)
+    assert found["cost"]["seconds"] == pytest.approx(naive)
+    assert found["cost"] == {**found["cost"], "memory": 7, "disk": 2 * (300 + 100), "measured": ["olora", "inclora"]}
+    refused = call("sweep", "trial.yaml", "--measure", cwd=tmp_path)
+    assert refused.code == 2 and "--measure: goes with --dry-run" in refused.line
