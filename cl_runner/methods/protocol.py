@@ -378,7 +378,9 @@ class Method:
     def __init__(self, config: Section) -> None:
         self.config: Any = config
         self.stages = 1  # of the plan, once ``plan`` has made it
-        self.trained: int | None = None  # how many numbers train, in ``check`` and ``grows``, once the layers are known
+        # In ``check`` and ``grows``, once the layers are known: how many numbers train, and what the layers are called.
+        self.trained: int | None = None
+        self.targets: Sequence[str] | None = None
 
     @property
     def full(self) -> bool:

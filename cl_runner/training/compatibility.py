@@ -105,17 +105,18 @@ def check_method(
     stages: Sequence[StagePlan],
     shapes: Sequence[tuple[int, int]] | None = None,
     trained: int | None = None,
+    targets: Sequence[str] | None = None,
 ) -> None:
     """Let method and options, as each stage sets them, refuse what cannot work. Raises UserError.
 
-    shapes, trained: of the layers, and how many numbers train, once they are known.
+    shapes, trained, targets: of the layers, how many numbers train, and the layers' names, once they are known.
     """
     order = list(dict.fromkeys(task for plan in stages for task in plan.tasks))
     for index, plan in enumerate(stages):
         of_stage = stage_config(config, index, plan)
         method = make_method(of_stage)
         method.plan(order)
-        method.trained = trained
+        method.trained, method.targets = trained, targets
         check_options(of_stage, method, shapes)
         _check_patterns(of_stage, method)
         _check_probe(of_stage, method)

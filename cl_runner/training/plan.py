@@ -95,8 +95,9 @@ class Plan:
         model = outline(self.config.model)
         if model is not None:
             shapes = self.kind.shapes(model)
-            self.method.trained = self.kind.trained_count(self.kind.layers(model))
-            check_method(self.config, self.stages, shapes, self.method.trained)
+            layers = self.kind.layers(model)
+            self.method.trained = self.kind.trained_count(layers)
+            check_method(self.config, self.stages, shapes, self.method.trained, list(layers))
             self.grows = self.method.grows(self.config, shapes)
 
     def notes(self) -> list[str]:

@@ -177,7 +177,8 @@ def in_4_bits(plan: Plan, room: Room) -> str:
 
 def _check_training(plan: Plan, base: Base, adapters: Adapters) -> None:
     """Refuse what this model cannot be trained with. Raises UserError."""
-    check_method(plan.config, plan.stages, adapters.shapes(), plan.kind.trained_count(adapters.counted()))
+    trained = plan.kind.trained_count(adapters.counted())
+    check_method(plan.config, plan.stages, adapters.shapes(), trained, list(adapters.targets()))
     for index, stage in enumerate(plan.stages):
         of_stage = stage_config(plan.config, index, stage)
         if of_stage.training.activation_checkpointing and not base.model.supports_gradient_checkpointing:

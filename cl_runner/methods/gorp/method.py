@@ -66,6 +66,8 @@ class GORP(Method):
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_by_task(config, "frame", "k")  # past bases lie in the frame
         refuse_falling(self.config.threshold, self.config.last_threshold)
+        if self.targets is not None:
+            in_full(self.targets, self.config.full)
         if shapes is not None:
             gigabytes = self._floats(config, shapes, self.stages) * 4e-9
             of = f"adapter.target_modules: past bases of {len(shapes)} layers over {self.stages} tasks"

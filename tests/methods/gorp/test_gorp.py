@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cl_runner.methods.gorp.settings import in_full
 from cl_runner.methods.shared import limits
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
+from tests.command_line import NANO, call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, Step, off, opposed, watch
@@ -233,6 +235,12 @@ def test_what_trains_in_full_is_named() -> None:
         in_full(names[:1], None)
     with pytest.raises(UserError, match=r"^method.full: 'v' is no target layer, nor around one; there are q, "):
         in_full(names, ["q", "v"])
+
+
+def test_a_layer_that_is_none_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
+    asked = ("--order", "order1", "--method", "gorp", *NANO, "--set", "method.full=[nope]", "--dry-run")
+    refused = call("train", *asked, cwd=tmp_path)
+    assert refused.code == 2 and "'nope' is no target layer" in refused.line
 
 
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
