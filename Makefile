@@ -5,15 +5,19 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo demo-real test test-wide test-faults lint bench fuzz clean
+.PHONY: setup demo demo-real test test-wide test-faults lint docs dist bench fuzz clean
 
 setup: $(STAMP)
 
 # torch first and pinned: an open range would fetch a CUDA build of several gigabytes where the CPU one will do.
+# PINNED= installs the newest of everything: constraints.txt wants Python 3.11.
+PINNED := --constraint constraints.txt
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PINNED)
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,metrics,gguf,qlora]"
+	$(INSTALL) torch
+	DS_BUILD_OPS=0 $(INSTALL) --editable ".[dev,metrics,gguf,qlora]"
 	touch $(STAMP)
 
 # Order 1 on the embedded tiny model and synthetic data: what SeqLoRA forgets and O-LoRA keeps.
@@ -59,6 +63,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The site, in build/site; a link that leads nowhere is an error.
+docs: setup
+	$(INSTALL) --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# Source archive and wheel, in dist/.
+dist: setup
+	$(BIN)/python -m hatchling build -d dist
 
 # Kills, signals, full disks, damaged files, … (docs/reliability.md): a few of each, some minutes on two cores. LONG=1 has
 # every place, and hundreds of kills of every method, kind and option, for an hour or so; it goes on where it was left.

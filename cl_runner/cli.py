@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cl_runner import __version__
+from cl_runner.commands import complete
 from cl_runner.errors import TrainingError, UserError, no_memory, out_of_memory
 from cl_runner.offline import cache_alone
 from cl_runner.terminal import console
@@ -35,25 +36,40 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(new_app, name="new")
 
-Order = Annotated[str | None, typer.Option("--order", help="Task order: a name or a YAML file.")]
+Order = Annotated[
+    str | None, typer.Option("--order", help="Task order: a name or a YAML file.", autocompletion=complete.orders)
+]
 Text = Annotated[str | None, typer.Option()]
-Presets = Annotated[list[str] | None, typer.Option("--preset", help="Preset; may be given again.")]
+Presets = Annotated[
+    list[str] | None, typer.Option("--preset", help="Preset; may be given again.", autocompletion=complete.presets)
+]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="section.key=value, tasks.NAME.section.key=value, stages.K.section.key=value."),
+    typer.Option(
+        "--set",
+        help="section.key=value, tasks.NAME.section.key=value, stages.K.section.key=value.",
+        autocompletion=complete.settings,
+    ),
 ]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE", help="Python file with methods, … of your own; may be given again."),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML of settings, or a run's run.yaml.")]
-Method = Annotated[str | None, typer.Option("--method", help="Continual-learning method.")]
-Model = Annotated[str | None, typer.Option("--model", help="Embedded model, folder, or hub id.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="Continual-learning method.", autocompletion=complete.methods)
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Embedded model, folder, or hub id.", autocompletion=complete.models)
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the run's base model brings, if you trust it.")
 ]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmark folder (default $CL_RUNNER_DATA).")]
-DataSource = Annotated[str | None, typer.Option("--data", help="folder, hub, synthetic, or another source.")]
+DataSource = Annotated[
+    str | None,
+    typer.Option("--data", help="folder, hub, synthetic, or another source.", autocompletion=complete.sources),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder of the run folders (default runs).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -62,12 +78,18 @@ FiguresIn = Annotated[
     Path | None, typer.Option("--figures", metavar="DIR", help="With --html: its figures too, as SVG and PNG.")
 ]
 RunName = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.")
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="Name, unique prefix or folder; default: the newest.", autocompletion=complete.runs
+    ),
 ]
 FolderName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")]
 Extend = Annotated[
-    str | None, typer.Option("--extend", help="A finished run that the order begins with: go on from its end.")
+    str | None,
+    typer.Option(
+        "--extend", help="A finished run that the order begins with: go on from its end.", autocompletion=complete.runs
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, beside the old run.")]
 RestartStage = Annotated[
@@ -189,7 +211,10 @@ def plan(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="base, grid, list, seeds, when (docs/sweeps.md).")],
-    engine: Annotated[str | None, typer.Option("--engine", help="local, slurm or ray; default: the file's.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="local, slurm or ray; default: the file's.", autocompletion=complete.engines),
+    ] = None,
     slots: Annotated[int | None, typer.Option("--slots", help="Runs at a time; default: GPUs, or cores.")] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", help="Default runs/NAME of the sweep.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they share, and stop.")] = False,
@@ -252,6 +277,7 @@ def rescore(
             "--metric",
             metavar="[TASK=]NAME",
             help=f"exact, normalised, f1, … (docs/data.md), of all tasks or of one; default: each task's own; {AGAIN}",
+            autocompletion=complete.metrics,
         ),
     ] = None,
     output_dir: OutputDir = None,
@@ -298,7 +324,8 @@ def verify(
 @app.command()
 def report(
     run: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]", help="As for eval; several: cl-runner compare.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN]", help="As for eval; several: cl-runner compare.", autocompletion=complete.runs),
     ] = None,
     output_dir: OutputDir = None,
     csv: Annotated[bool, typer.Option("--csv", help="The matrix as CSV.")] = False,
@@ -318,11 +345,21 @@ def report(
 def compare(
     run: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RUN", help="Names, unique prefixes, patterns ('order1-*'), folders that hold runs."),
+        typer.Argument(
+            metavar="RUN",
+            help="Names, unique prefixes, patterns ('order1-*'), folders that hold runs.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     output_dir: OutputDir = None,
     against: Annotated[
-        str, typer.Option("--against", metavar="METHOD", help="Hold all others against it alone; default: every pair.")
+        str,
+        typer.Option(
+            "--against",
+            metavar="METHOD",
+            help="Hold all others against it alone; default: every pair.",
+            autocompletion=complete.methods,
+        ),
     ] = "",
     csv: Annotated[bool, typer.Option("--csv", help="A row for each method and order.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown tables.")] = False,
@@ -359,10 +396,16 @@ def watch(
 @app.command()
 def forgotten(
     run: RunName = None,
-    task: Annotated[str | None, typer.Option("--task", help="One task; default: all that the run has learned.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="One task; default: all that the run has learned.", autocompletion=complete.tasks),
+    ] = None,
     stage: Annotated[int | None, typer.Option("--stage", help="As it was after it, from 1; default: the last.")] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="RUN", help="Only rows that one of the two runs keeps.")
+        str | None,
+        typer.Option(
+            "--against", metavar="RUN", help="Only rows that one of the two runs keeps.", autocompletion=complete.runs
+        ),
     ] = None,
     output_dir: OutputDir = None,
     as_json: Json = False,
@@ -377,7 +420,11 @@ def forgotten(
 def analyze(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN|FOLDER]...", help="A run, as for eval, or folders of PEFT LoRA adapters."),
+        typer.Argument(
+            metavar="[RUN|FOLDER]...",
+            help="A run, as for eval, or folders of PEFT LoRA adapters.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     output_dir: OutputDir = None,
     layers: Annotated[
@@ -430,15 +477,26 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="orders, tasks, methods, adapters, compatibility, sources, models, presets, trackers, engines or runs."
+            help="orders, tasks, methods, adapters, compatibility, sources, models, presets, trackers, engines, runs.",
+            autocompletion=complete.lists,
         ),
     ],
     output_dir: OutputDir = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help=f"Runs: of these methods alone; {AGAIN}")] = None,
-    order: Annotated[list[str] | None, typer.Option("--order", help=f"Runs: of these orders alone; {AGAIN}")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help=f"Runs: of these methods alone; {AGAIN}", autocompletion=complete.methods),
+    ] = None,
+    order: Annotated[
+        list[str] | None,
+        typer.Option("--order", help=f"Runs: of these orders alone; {AGAIN}", autocompletion=complete.orders),
+    ] = None,
     state: Annotated[
         list[str] | None,
-        typer.Option("--state", help=f"Runs: done, running, stopped, failed, broken or unfinished ones alone; {AGAIN}"),
+        typer.Option(
+            "--state",
+            help=f"Runs: done, running, stopped, failed, broken or unfinished ones alone; {AGAIN}",
+            autocompletion=complete.states,
+        ),
     ] = None,
     sort: Annotated[
         list[str] | None,
@@ -446,6 +504,7 @@ def list_(
             "--sort",
             help="Runs: by name, AA, forgetting, time (default, newest first), method, order, model, seed, state, or "
             f"a setting; {AGAIN}",
+            autocompletion=complete.sorts,
         ),
     ] = None,
     plugin: Plugins = None,
@@ -475,7 +534,9 @@ def list_(
 
 @app.command()
 def show(
-    method: Annotated[str, typer.Argument(help="A method's name.")], plugin: Plugins = None, as_json: Json = False
+    method: Annotated[str, typer.Argument(help="A method's name.", autocompletion=complete.methods)],
+    plugin: Plugins = None,
+    as_json: Json = False,
 ) -> None:
     """A method: equation, paper, settings, what it carries."""
     from cl_runner.commands.show import show_method
@@ -483,6 +544,14 @@ def show(
 
     load_plugins(plugin or [])
     show_method(method, as_json=as_json)
+
+
+@app.command()
+def doctor(output_dir: OutputDir = None, as_json: Json = False) -> None:
+    """What this machine has and lacks: packages, GPUs, disk, hub. Exit code 2 where nothing would train."""
+    from cl_runner.commands import doctor as command
+
+    raise typer.Exit(command.doctor(root=Path(output_dir or "runs"), as_json=as_json))
 
 
 @config_app.command("show")
@@ -544,7 +613,7 @@ def data_check(
 
 @data_app.command("show")
 def data_show(
-    task: Annotated[str, typer.Option("--task", help="A task of the order.")],
+    task: Annotated[str, typer.Option("--task", help="A task of the order.", autocompletion=complete.tasks)],
     order: Order = None,
     n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
     model: Model = None,
@@ -619,9 +688,11 @@ def outcome(arguments: list[str]) -> int:
     if registry := sys.modules.get("cl_runner.registry"):
         registry.forget_plugins()  # of an earlier command in this process
     try:
-        with stdout_kept_for_results(), signals_stop():
-            code = app(arguments, standalone_mode=False)
+        with stdout_kept_for_results(), signals_stop(), complete.words_of_bash():
+            code = app(arguments, prog_name="cl-runner", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except SystemExit as end:  # of completions, whose exit code the shell reads
+        return end.code if isinstance(end.code, int) else 0
     except UserError as error:
         return _told(error, 2)
     except (Stopped, KeyboardInterrupt, typer.Abort) as error:
@@ -634,6 +705,8 @@ def outcome(arguments: list[str]) -> int:
             return _told(error, 2, usage_line(error))
         if out_of_memory(error):
             return _told(error, 2, no_memory(error))
+        if isinstance(error, ImportError):
+            return _told(error, 2, f"{one_line(str(error))} (cl-runner doctor says what is missing here)")
         return _told(error, 1, unforeseen(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,11 +39,23 @@ def install(
 
 def built(project: Path, out: Path) -> Path:
     """A project's wheel, unpacked as it would be installed."""
-    pytest.importorskip("hatchling", reason="building a wheel needs hatchling (pip install '.[dev]')")
+    zipfile.ZipFile(_build(project, out, "wheel", "*.whl")).extractall(out / "site")
+    return out / "site"
+
+
+def archived(project: Path, out: Path) -> Path:
+    """A project's source archive, unpacked."""
+    with tarfile.open(_build(project, out, "sdist", "*.tar.gz")) as archive:
+        archive.extractall(out / "source", filter="data")
+    [folder] = (out / "source").iterdir()
+    return folder
+
+
+def _build(project: Path, out: Path, target: str, pattern: str) -> Path:
+    pytest.importorskip("hatchling", reason="building a package needs hatchling (pip install '.[dev]')")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)],
         cwd=project, check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    [wheel] = out.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(out / "site")
-    return out / "site"
+    [made] = out.glob(pattern)
+    return made

@@ -15,12 +15,31 @@ from cl_runner.training.options import make_options
 
 def show_method(name: str, *, as_json: bool) -> None:
     """``cl-runner show METHOD``. Raises UserError for a method there is not."""
+    about = about_method(name)
+    if as_json:
+        print_json(about)
+        return
+    for key, value in about.items():
+        if key not in ("sets", "options", "settings"):
+            print(f"{key + ':':<22}{value}")
+    for key, value in about.get("sets", {}).items():
+        print(f"{'sets:':<22}{key}={as_yaml(value)}, unless it is given")
+    print("options:" if about["options"] else "options: none")
+    for setting, title in about["options"].items():
+        print(f"  {setting}\n      {title}")
+    print("settings:" if about["settings"] else "settings: none of its own")
+    for key, setting in about["settings"].items():
+        print(f"  method.{key} = {as_yaml(setting['default'])}\n      {setting['what']}")
+
+
+def about_method(name: str) -> dict[str, Any]:
+    """All that a method says of itself, by what it is. Raises UserError for a method there is not."""
     method, origin = METHODS.get(name), METHODS.origin(name)
     settings = {
         key: {"default": _plain(field.get_default(call_default_factory=True)), "what": field.description or ""}
         for key, field in method.Config.model_fields.items()
     }
-    about: dict[str, Any] = {
+    return {
         "name": method.name,
         **({"from": origin} if origin != OURS else {}),
         "title": method.title,
@@ -39,20 +58,6 @@ def show_method(name: str, *, as_json: bool) -> None:
         "options": {option.setting: option.title for option in make_options() if option.takes(method)},
         "settings": settings,
     }
-    if as_json:
-        print_json(about)
-        return
-    for key, value in about.items():
-        if key not in ("sets", "options", "settings"):
-            print(f"{key + ':':<22}{value}")
-    for key, value in about.get("sets", {}).items():
-        print(f"{'sets:':<22}{key}={as_yaml(value)}, unless it is given")
-    print("options:" if about["options"] else "options: none")
-    for setting, title in about["options"].items():
-        print(f"  {setting}\n      {title}")
-    print("settings:" if settings else "settings: none of its own")
-    for key, setting in settings.items():
-        print(f"  method.{key} = {as_yaml(setting['default'])}\n      {setting['what']}")
 
 
 def _said(method: type[Method]) -> str:

@@ -11,7 +11,7 @@ from cl_runner.methods import METHODS, method_class
 from cl_runner.registry import KINDS
 from cl_runner.training.compatibility import compatibility
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "methods.md").read_text()
 TABLE = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
 ROWS = {name: row for row in TABLE for name in re.findall(r"`([\w-]+)`", row[0])}
