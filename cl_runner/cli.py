@@ -240,8 +240,20 @@ def sweep(
 @app.command(name="eval")
 def evaluate(
     run: RunName = None,
-    stage: Annotated[int | None, typer.Option("--stage", help="Stage, from 1; default: the last.")] = None,
+    stage: Annotated[
+        int | None, typer.Option("--stage", help="Stage, from 1; default: the last; 0 with --lm-eval: the base.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated; default: those scored then.")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness instead, comma-separated."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="With --lm-eval: the first so many rows of each task.", min=1)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="With --lm-eval: a folder of more task files.")
+    ] = None,
     output_dir: OutputDir = None,
     data_dir: DataDir = None,
     model: Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")] = None,
@@ -250,10 +262,11 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Score a finished stage again; compare with what was committed. Writes nothing into the run."""
+    """Score a finished stage again; compare with what was committed. Writes nothing into the run but with --lm-eval."""
     from cl_runner.commands import eval as command
 
-    with cache_alone():  # what a run's folder names is not fetched
+    harness = command.Harness.given(lm_eval, limit, include_path)
+    with cache_alone(harness is None):  # what a run's folder names is not fetched
         command.evaluate(
             run,
             root=Path(output_dir or "runs"),
@@ -265,6 +278,7 @@ def evaluate(
             sets=set_ or [],
             trust=trust_remote_code,
             as_json=as_json,
+            harness=harness,
         )
 
 

@@ -338,6 +338,7 @@ SOURCES: Registry[RowSource] = Registry(
         "folder": "cl_runner.tasks.sources:Folder",
         "hub": "cl_runner.tasks.sources:FromHub",
         "synthetic": "cl_runner.tasks.sources:Synthetic",
+        "trace": "cl_runner.tasks.sources:Trace",
     },
 )
 

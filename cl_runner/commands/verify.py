@@ -118,6 +118,11 @@ def _compare(asked: AskedAgain, counts: dict[str, int], check: Check) -> None:
             check.differs.append(f"{task}: {len(ids)} of {counts[task]} answers differ ({few}); {scores}")
         elif now != then:
             check.differs.append(f"{task}: the same answers, and the score {then!r} → {now!r}")
+    for extra in asked.extra:
+        check.checked += extra.rows
+        check.wrong += len(extra.differing or [])
+        if extra.differing or extra.differing is None:
+            check.differs.append(f"extra set {extra.name}: {extra.text}")
 
 
 def _devices(run: RunDir, place: Place) -> list[str]:

@@ -26,6 +26,7 @@ from pydantic import (
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.registry import KINDS, SOURCES, TRACKERS
 
+_EXTRA = re.compile(r"\w[\w.+-]{0,79}")  # what an extra set may be called
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
 # Names that stand for layers in ``adapter.target_modules``.
 TARGET_SETS = ("qv", "attention", "mlp", "all-linear", "outputs")
@@ -65,6 +66,12 @@ def _kinds(schema: dict[str, Any]) -> None:
 
 
 Init = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "loftq"]
+
+
+def _files_too(schema: dict[str, Any]) -> None:
+    """The JSON Schema of ``eval.extra``: a file's name is a set, and one set is a list of one."""
+    each = {"anyOf": [schema.pop("items"), {"type": "string"}]}
+    schema["anyOf"] = [{"type": schema.pop("type"), "items": each}, *each["anyOf"]]
 
 
 def _one_or_many(schema: dict[str, Any]) -> None:
@@ -262,10 +269,11 @@ class DataConfig(Section):
         default=False,
         description="The input is what the user says in the model's own chat template, and the label the model's turn.",
     )
-    truncate: Literal["text", "tail", "reference"] = Field(
+    truncate: Literal["text", "tail", "head", "reference"] = Field(
         default="text",
-        description="Too long an input loses the end of its text (text), or of the whole (tail); reference: of the "
-        "whole, read back as text and tokenised again, as the reference code of encoder-decoder models has it.",
+        description="Too long an input loses the end of its text (text), the end of the whole (tail), or the beginning "
+        "of the whole (head); reference: the end of the whole, read back as text and tokenised again, as the reference "
+        "code of encoder-decoder models has it.",
     )
     max_source: int = Field(default=512, ge=8, description="Longest input in tokens.")
     max_target: int = Field(default=50, ge=2, description="Longest target in tokens, the end token included.")
@@ -362,6 +370,50 @@ class TrainingConfig(Section):
         return value
 
 
+class ExtraConfig(Section):
+    """A set of multiple-choice questions that no task trains."""
+
+    name: str | None = Field(default=None, description="What it is called; default: its file's or data set's name.")
+    file: str | None = Field(default=None, description="Rows of question, choices, answer, subject: JSON, CSV, …")
+    hub: str | None = Field(default=None, description="The same on the hub: the data set's id.")
+    config: str | None = Field(default=None, description="Configuration of the hub's data set.")
+    split: str = Field(default="test", description="The hub's split.")
+    revision: str | None = Field(default=None, description="The hub's commit.")
+    by: Literal["letter", "text", "text_norm"] = Field(
+        default="letter",
+        description="What is asked for: letter (choices are listed, as MMLU does), text (the choice itself), text_norm "
+        "(its log-likelihood by character).",
+    )
+    shots: int = Field(default=0, ge=0, description="Answered questions of dev before each, of its subject.")
+    dev: str | None = Field(default=None, description="Where these are: a file, or a split of the hub's.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExtraConfig:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError(
+                "names a file or a data set of the hub, and not both: {file: mmlu.jsonl}, {hub: cais/mmlu}"
+            )
+        given = [name for name in ("config", "split", "revision") if name in self.model_fields_set]
+        if self.file is not None and given:
+            raise ValueError(f"{given[0]} is of a hub's data set, and this is a file")
+        if (self.shots > 0) != (self.dev is not None):
+            raise ValueError("shots are taken from dev: give both, or neither")
+        if not _EXTRA.fullmatch(self.called):
+            raise ValueError(f"name '{self.called}' must be of letters, digits and - _ . +")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is as by default."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in whole(self).items() if value != defaults[name]}
+
+    @property
+    def called(self) -> str:
+        """Its name: the given one, or that of its file or data set."""
+        return self.name or (self.file or self.hub or "").rstrip("/").rpartition("/")[2].partition(".")[0]
+
+
 class EvalConfig(Section):
     """Scoring."""
 
@@ -379,6 +431,12 @@ class EvalConfig(Section):
     )
     max_new_tokens: int = Field(default=50, ge=1, description="Longest generated answer.")
     future: bool = Field(default=False, description="Also score the untouched base (a0) and tasks not yet seen.")
+    extra: list[ExtraConfig] = Field(
+        default_factory=list,
+        description="Multiple-choice sets (MMLU, …) scored by likelihood before stage 1 and after every stage: a file, "
+        "{file or hub, by, shots, dev, …}, or a list of them. Changes no other number.",
+        json_schema_extra=_files_too,
+    )
     probe_every: int | None = Field(
         default=None,
         ge=1,
@@ -392,6 +450,21 @@ class EvalConfig(Section):
         description="Warn where an old task's probe is by more points under what it was as the task was learned.",
     )
     probe_stop: float | None = Field(default=None, ge=0, description="Stop the run there; the stage is not committed.")
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        """A file's name alone is a set, and one set a list of one."""
+        sets = value if isinstance(value, list) else [] if value is None else [value]
+        return [{"file": each} if isinstance(each, str) else each for each in sets]
+
+    @field_validator("extra")
+    @classmethod
+    def _different(cls, value: list[ExtraConfig]) -> list[ExtraConfig]:
+        names = [each.called for each in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"'{twice[0]}' is there twice; give one of them a name")
+        return value
 
 
 def _trackers(schema: dict[str, Any]) -> None:

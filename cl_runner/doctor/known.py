@@ -59,6 +59,7 @@ EXTRAS = (
     Extra("qlora", (Package("bitsandbytes", "bitsandbytes", on_torch=True),), "model.quantize=nf4 is refused"),
     Extra("slurm", (Package("submitit", "submitit"),), "cl-runner sweep --engine slurm is refused"),
     Extra("ray", (Package("ray", "ray"),), "cl-runner sweep --engine ray is refused"),
+    Extra("lm-eval", (Package("lm_eval", "lm_eval", on_torch=True),), "cl-runner eval --lm-eval is refused"),
     Extra("gguf", (Package("gguf", "gguf"),), "GGUF files are not read, and scripts/get_smollm2.sh makes no model"),
     *(
         Extra(name, (Package(name, name),), f"output.trackers={name} is refused")

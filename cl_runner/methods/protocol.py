@@ -612,7 +612,7 @@ class Method:
     def answering(self, task: str | None) -> str | None:
         """Runs at evaluation: the stage whose kept pair answers; None is the model as it is.
 
-        ``task`` is None unless the method may know it (``knows_task``).
+        ``task`` is None unless the method may know it (``knows_task``); it may be one that no stage trains.
         """
         return None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, InvalidOperation
 from typing import Literal, cast
 
-Rule = Literal["normalised", "label", "text", "number", "set"]
+Rule = Literal["normalised", "label", "text", "number", "set", "letter"]
 
 WORDS: dict[Rule, str] = {
     "normalised": "case, punctuation and white space do not count",
@@ -19,6 +19,7 @@ WORDS: dict[Rule, str] = {
     "text": "the answer is the text, but for white space around it and Unicode form",
     "number": "as numbers",
     "set": "sets of labels, in any order",
+    "letter": "the character behind 'Answer: ' is the gold's",
 }
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -37,6 +38,8 @@ class Comparison:
         """Whether the answer is right."""
         if self.rule == "number":
             return _near(number(answer), number(gold), self.tolerance)
+        if self.rule == "letter" and not letter(answer):
+            return False
         return self.key(answer) == self.key(gold)
 
     def key(self, text: str) -> Hashable:
@@ -49,6 +52,8 @@ class Comparison:
             return parts(text)
         if self.rule == "number":
             return number(text)
+        if self.rule == "letter":
+            return letter(text)
         return folded(text)
 
     def classes(self, answers: Sequence[str], labels: Sequence[str]) -> list[int]:
@@ -97,6 +102,8 @@ def comparison_of(metric: str, labels: Sequence[str] | None, tolerance: float = 
         return Comparison("number", tolerance)
     if metric == "labels-f1":
         return Comparison("set")
+    if metric == "answer-letter":
+        return Comparison("letter")
     if metric == "normalised" or (metric == "f1" and not labels):
         return Comparison("normalised")
     return Comparison("label" if labels else "text")
@@ -115,6 +122,11 @@ def folded(text: str) -> str:
 def parts(text: str) -> frozenset[str]:
     """The labels of ``b, a`` as a set."""
     return frozenset(filter(None, (folded(part) for part in text.split(","))))
+
+
+def letter(text: str) -> str:
+    """The character behind the first ``Answer: ``, as TRACE reads ScienceQA; empty where there is none."""
+    return text.partition("Answer: ")[2][:1]
 
 
 def number(text: str) -> Decimal | None:

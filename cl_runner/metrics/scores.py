@@ -13,10 +13,12 @@ from statistics import fmean
 from typing import Any
 
 from cl_runner.errors import UserError
+from cl_runner.metrics import texts
 from cl_runner.metrics.exact_match import Comparison, comparison_of, folded, normalise, number, parts
 
-MATCHES = ("exact", "accuracy", "normalised", "numeric")  # the share of right answers
-METRICS = (*MATCHES, "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson")
+MATCHES = ("exact", "accuracy", "normalised", "numeric", "answer-letter")  # the share of right answers
+TEXTS = ("rouge-l", "rouge-l-summary", "bleu", "sari", "edit-similarity")  # of written answers
+METRICS = (*MATCHES, "f1", "labels-f1", *TEXTS, "matthews", "pearson")
 
 
 class Undefined(Exception):
@@ -29,15 +31,17 @@ def score(
     golds: Sequence[str],
     labels: Sequence[str] | None = None,
     comparison: Comparison | None = None,
+    sources: Sequence[str] | None = None,
 ) -> float:
-    """The metric in percent over one task's answers.
+    """The metric in percent over one task's answers; ``sources``: the texts that they are of, where it reads these.
 
-    - ``exact``, ``accuracy``, ``normalised``, ``numeric``: share of answers that are right by ``comparison``, which is
-      the metric's own where none is given.
+    - ``exact``, ``accuracy``, ``normalised``, ``numeric``, ``answer-letter``: share of answers that are right by
+      ``comparison``, which is the metric's own where none is given.
     - ``f1``: with labels, the mean over the labels that occur in gold or answers of their F1 (macro); an answer
       outside the set is wrong for its gold label. Without labels, the mean F1 of answer's and gold's words.
     - ``labels-f1``: the mean F1 of answer's and gold's sets of labels.
     - ``rouge-l``: mean F of ROUGE-L (rouge-score, no stemming). ``bleu``: corpus BLEU (sacrebleu's defaults).
+    - ``rouge-l-summary``, ``sari``, ``edit-similarity``: means over the rows, see ``texts.py``; an empty answer is 0.
     - ``matthews``: Matthews' correlation over the labels; all answers outside the set are one more class.
     - ``pearson``: correlation of the numbers; an answer that is no number counts as the mean of those that are.
 
@@ -60,10 +64,18 @@ def score(
         "labels-f1": lambda: _mean_f1(predictions, golds, lambda text: Counter(parts(text))),
         "rouge-l": lambda: _rouge(predictions, golds),
         "bleu": lambda: _bleu(predictions, golds),
+        "rouge-l-summary": lambda: 100 * fmean(map(texts.rouge_l_summary, predictions, golds)),
+        "sari": lambda: _sari(predictions, golds, sources),
+        "edit-similarity": lambda: fmean(map(texts.edit_similarity, predictions, golds)),
         "matthews": lambda: _matthews(predictions, golds, labels, by),
         "pearson": lambda: _pearson(predictions, golds),
     }
     return other[metric]()
+
+
+def reads_sources(metric: str) -> bool:
+    """Whether the metric reads the texts that answers are of too."""
+    return metric == "sari"
 
 
 def judges(metric: str, labels: Sequence[str] | None) -> bool:
@@ -93,6 +105,7 @@ _EXTRA = {
     "matthews": ("sklearn.metrics", "scikit-learn"),
     "rouge-l": ("rouge_score.rouge_scorer", "rouge-score"),
     "bleu": ("sacrebleu", "sacrebleu"),
+    "sari": ("sacrebleu.tokenizers.tokenizer_13a", "sacrebleu"),
 }
 
 
@@ -151,6 +164,14 @@ def _rouge(predictions: Sequence[str], golds: Sequence[str]) -> float:
 
 def _bleu(predictions: Sequence[str], golds: Sequence[str]) -> float:
     return float(_library("sacrebleu", "bleu").corpus_bleu(list(predictions), [list(golds)]).score)
+
+
+def _sari(predictions: Sequence[str], golds: Sequence[str], sources: Sequence[str] | None) -> float:
+    if sources is None:
+        raise UserError("metric sari reads the texts that answers are of, and these were not kept")
+    tokenise = _library("sacrebleu.tokenizers.tokenizer_13a", "sari").Tokenizer13a()
+    rows = zip(sources, predictions, golds, strict=True)
+    return fmean(texts.sari(source, answer, [gold], tokenise) for source, answer, gold in rows)
 
 
 def _matthews(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None, by: Comparison) -> float:

@@ -27,6 +27,13 @@ class Example(NamedTuple):
     weight: float = 1.0
 
 
+class Question(NamedTuple):
+    """A prompt (an example without a target) and what may be said behind it, as token ids, none of it empty."""
+
+    prompt: Example
+    continuations: Sequence[Sequence[int]]
+
+
 def filler(example: Example) -> Example:
     """A row of weight 0, as short as can be, to fill up a batch without adding to its loss."""
     return Example(example.source[:1], example.target[-1:], weight=0.0)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cl_runner.errors import UserError
 from cl_runner.models.base import Layout
-from cl_runner.models.batch import Example
+from cl_runner.models.batch import Example, Question
 from cl_runner.models.chat import ChatTemplate
 from cl_runner.models.vocabulary import decoded
 from cl_runner.tasks.task import Prompt
@@ -25,11 +25,13 @@ class Encoder:
     tokenised by itself and the end token, so that training and evaluation mean the same ids.
 
     ``truncate="text"`` drops tokens from the end of the prompt's text; ``"tail"`` from the end of the whole string,
-    as transformers does. ``"reference"`` is what the reference code's collator makes of it: the first ``max_source``
-    ids as text, tokenised again and cut by ``"tail"``; of encoder-decoder models alone, others raise UserError.
+    as transformers does; ``"head"`` from its beginning. ``"reference"`` is what the reference code's collator makes of
+    it: the first ``max_source`` ids as text, tokenised again and cut by ``"tail"``; of encoder-decoder models alone,
+    others raise UserError.
 
     With a chat template the prompt is one turn of the user in it, and the whole is tokenised at once: the template says
-    all special tokens itself. It counts in ``max_source`` and is never cut; ``"tail"`` is then the end of the prompt.
+    all special tokens itself. It counts in ``max_source`` and is never cut; ``"tail"`` and ``"head"`` are then those of
+    the prompt.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Encoder:
         layout: Layout,
         max_source: int = 512,
         max_target: int = 50,
-        truncate: Literal["text", "tail", "reference"] = "text",
+        truncate: Literal["text", "tail", "head", "reference"] = "text",
         chat: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -81,6 +83,32 @@ class Encoder:
         """Ids of different labels as targets, in order; one that is too long is cut."""
         return [ids for ids, _ in self._targets(labels, cut=True).values()]
 
+    def questions(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]], most: int) -> list[Question]:
+        """Prompts as they stand (in no chat template) and their continuations, as ``models.likelihood`` has them.
+
+        A prompt loses its beginning, but for the special tokens, where it and its longest continuation are over
+        ``most`` tokens. Raises UserError, by number, for a continuation without a token, and for one that is too long.
+        """
+        before, after = self._special_ids()
+        bare = self._ids(list(prompts))
+        found = []
+        for number, (prompt, ids, texts) in enumerate(zip(prompts, bare, continuations, strict=True)):
+            if self.layout.encoder_decoder:
+                said = self._ids(list(texts))
+                room = most - len(before) - len(after)
+            else:
+                said = [each[len(ids) :] for each in self._ids([prompt + text for text in texts])]
+                room = most - len(before) - max(len(each) - 1 for each in said)
+            if not all(said):
+                raise UserError(
+                    f"row {number}: {texts[said.index([])]!r} is no token of this model's behind its prompt"
+                )
+            if room < 1 or (self.layout.encoder_decoder and max(map(len, said)) > most):
+                raise UserError(f"row {number}: a choice has {max(map(len, said))} tokens, over the model's {most}")
+            source = self._checked(before + ids[-room:] + after)
+            found.append(Question(Example(source, [], len(ids) > room), [self._checked(each) for each in said]))
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer ids, special tokens left out."""
         return decoded(self.tokenizer, ids)
@@ -92,19 +120,19 @@ class Encoder:
             chunk = self._in_chat(prompts[start : start + _CHUNK])
             for prompt, content in zip(chunk, self._ids([str(prompt) for prompt in chunk]), strict=True):
                 truncated = len(content) > room
-                if truncated and self.truncate == "tail" and self.chat is None:
-                    content = content[:room]
+                if truncated and self.truncate in ("tail", "head") and self.chat is None:
+                    content = content[:room] if self.truncate == "tail" else content[-room:]
                 elif truncated and self.truncate == "reference":
                     content = self._read_back(content)[:room]
                 elif truncated:
-                    content = self._without_end_of_text(prompt, room)
+                    content = self._with_less_text(prompt, room)
                 yield self._checked(self.before + content + self.after), truncated
 
     def _in_chat(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """The prompts in the chat template, if there is one; what may be cut of them stays the middle part."""
         if self.chat is None:
             return prompts
-        if self.truncate == "tail":
+        if self.truncate in ("tail", "head"):
             prompts = [Prompt("", str(prompt), "") for prompt in prompts]
         return list(self.chat.around(prompts))
 
@@ -124,8 +152,8 @@ class Encoder:
                 targets[label] = ([*self._checked(ids[:room]), self.layout.eos_id], len(ids) > room)
         return targets
 
-    def _without_end_of_text(self, prompt: Prompt, room: int) -> list[int]:
-        """The whole string's ids less so many from the end of the text that ``room`` remain.
+    def _with_less_text(self, prompt: Prompt, room: int) -> list[int]:
+        """The whole string's ids less so many from the end (``head``: the beginning) of the text that ``room`` remain.
 
         The string is tokenised as one, so that no seam changes an id; tokens that reach into head or tail stay.
         """
@@ -140,9 +168,15 @@ class Encoder:
         if keep < 0:
             raise self._no_room(prompt)
         # A character of several tokens (bytes) goes as a whole.
-        while 0 < keep < len(text) and offsets[text[keep - 1]][1] > offsets[text[keep]][0]:
-            keep -= 1
-        dropped = set(text[keep:])
+        if self.truncate == "head":
+            first = len(text) - keep
+            while 0 < first < len(text) and offsets[text[first - 1]][1] > offsets[text[first]][0]:
+                first += 1
+            dropped = set(text[:first])
+        else:
+            while 0 < keep < len(text) and offsets[text[keep - 1]][1] > offsets[text[keep]][0]:
+                keep -= 1
+            dropped = set(text[keep:])
         return [token for i, token in enumerate(ids) if i not in dropped]
 
     def _read_back(self, content: list[int]) -> list[int]:
@@ -155,11 +189,15 @@ class Encoder:
         return self._ids([self.tokenizer.clean_up_tokenization(text)])[0]
 
     def _with_shorter_text(self, prompt: Prompt, room: int) -> list[int]:
-        """For tokenizers without offsets: the longest beginning of the text (in characters) that fits, by bisection."""
+        """For tokenizers without offsets: the longest beginning (``head``: end) of the text, in characters, that fits.
+
+        By bisection.
+        """
         low, high, best = 0, len(prompt.text), None
         while low <= high:
             middle = (low + high) // 2
-            ids = self._ids([prompt.head + prompt.text[:middle] + prompt.tail])[0]
+            text = prompt.text[len(prompt.text) - middle :] if self.truncate == "head" else prompt.text[:middle]
+            ids = self._ids([prompt.head + text + prompt.tail])[0]
             if len(ids) <= room:
                 best, low = ids, middle + 1
             else:
@@ -172,7 +210,7 @@ class Encoder:
         return UserError(
             f"the prompt around the text is longer than data.max_source {self.max_source} tokens by itself "
             f"({_short(prompt.head + prompt.tail)!r}); raise data.max_source"
-            + (" or set data.truncate to tail" if self.truncate != "tail" else "")
+            + (" or set data.truncate to tail" if self.truncate not in ("tail", "head") else "")
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

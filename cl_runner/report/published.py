@@ -21,7 +21,8 @@ FILE = "published_results.yaml"
 class Published:
     """One published result. Scores in percent: ``final`` after the last stage, ``diagonal`` after each task's own.
 
-    average: AA; weighted_average: mean over test rows. ``form``: ``"reference"``, ``"paper"`` or ``""`` (only one).
+    average: AA; weighted_average: mean over test rows; backward_transfer: BWT, points. ``form``: ``"reference"``,
+    ``"paper"`` or ``""`` (only one).
     seconds: of the authors' run, by part. source: where it is from, in words.
     """
 
@@ -33,6 +34,7 @@ class Published:
     form: str = ""
     average: float | None = None
     weighted_average: float | None = None
+    backward_transfer: float | None = None
     final: dict[str, float] = field(default_factory=dict)
     diagonal: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Published:
             "source": self.source,
             "average_accuracy": self.average,
             "weighted_average_accuracy": self.weighted_average,
+            "backward_transfer": self.backward_transfer,
             "final": dict(self.final),
             "learned": dict(self.diagonal),
             "seconds": dict(self.seconds) or None,

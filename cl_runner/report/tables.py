@@ -19,6 +19,7 @@ from cl_runner.metrics.accuracy import Matrix
 from cl_runner.metrics.exact_match import Comparison
 from cl_runner.metrics.scores import MATCHES
 from cl_runner.report import published
+from cl_runner.report.extra import Extra
 from cl_runner.report.published import Published
 from cl_runner.terminal.console import size
 
@@ -35,7 +36,7 @@ class RunSummary:
     parameters: of each stage what trained, is stored and carried, as its ``metrics.json`` says; None where it does not.
     learned: what was asked for of its updates (free_subspace, percent; update_norm; peak_megabytes). metrics, scoring:
     each task's metric and the rule by which answers are right, where the run says so. real: of a run with synthetic
-    rows, the tasks that have none. notes: lines to print below.
+    rows, the tasks that have none. extra: its scores on extra sets. notes: lines to print below.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RunSummary:
     form: str = ""
     variant: str = ""
     changed: tuple[str, ...] = ()
+    extra: Extra = field(default_factory=Extra)
 
     @property
     def finished(self) -> bool:
@@ -170,6 +172,10 @@ def measures(run: RunSummary) -> list[tuple[str, str, str]]:
         elif value is None:
             reason = "not all its scores were evaluated"
         rows.append((names[key], number(value), reason))
+    if run.extra:
+        sets = len(run.extra.about)
+        what = f"base minus now, {sets} extra set{'s' * (sets != 1)}"
+        rows.append(("forgetting of general ability", number(run.extra.forgetting), what))
     return rows
 
 
@@ -214,6 +220,10 @@ class ResultTable:
             yield self._measures(wide=options.max_width >= 60)
             if line := what_trained(self.run):
                 yield Text(line)
+            if self.run.extra:
+                yield Text("")
+                yield Text("percent of extra sets (down) after each stage (across), by likelihood")
+                yield self._extra()
         beside = comparable(self.run)
         if beside is not None:
             yield Text("")
@@ -310,6 +320,15 @@ class ResultTable:
             table.add_row(name, value if value == "-" else f"{value}{self.run.mark}", what if wide else "")
         return table
 
+    def _extra(self) -> Table:
+        table = self._table()
+        head, rows = extra_table(self.run)
+        for place, name in enumerate(head):
+            table.add_column(name, justify="right" if place else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
     def _published(self, beside: Published) -> Table:
         table = self._table()
         table.add_column("", no_wrap=True)
@@ -318,6 +337,20 @@ class ResultTable:
         for name, ours, theirs in _pairs(self.run, beside):
             table.add_row(Text(name), *_three(ours, theirs))
         return table
+
+
+def extra_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each extra set's score of the base, after each stage by number, and now less the base's."""
+    extra = run.extra
+    head = ["set", "asked by", "base", *(str(t) for t in range(1, len(extra.stages) + 1)), "change"]
+    rows = []
+    for name, about in extra.about.items():
+        after = [number(extra.at(t, name)) for t in range(len(extra.stages))]
+        lost = extra.forgotten(name)
+        shots = f", {about['shots']} shots" if about.get("shots") else ""
+        change = number(None if lost is None else -lost)
+        rows.append([name, f"{about.get('by')}{shots}", number(extra.base.get(name)), *after, change])
+    return head, rows
 
 
 def table(run: RunSummary) -> ResultTable:
@@ -370,6 +403,8 @@ def _pairs(run: RunSummary, beside: Published) -> Iterable[tuple[str, float | No
         yield "average", accuracy.average_accuracy(run.matrix), beside.average
     if beside.weighted_average is not None:
         yield "weighted average", accuracy.weighted_average_accuracy(run.matrix), beside.weighted_average
+    if beside.backward_transfer is not None:
+        yield "backward transfer", accuracy.backward_transfer(run.matrix), beside.backward_transfer
 
 
 BESIDE = ("after the last stage, %", "this run", "published", "difference")
@@ -421,6 +456,9 @@ def markdown(run: RunSummary) -> str:
     blocks.append(
         markdown_table([f"measure{run.mark}", "value", "what it is"], cells).replace("|---:|---:|", "|---:|---|")
     )
+    if run.extra:
+        head, rows = extra_table(run)
+        blocks.append(markdown_table([f"{head[0]}, % by likelihood", *head[1:]], rows, 2))
     if line := what_trained(run):
         blocks.append(f"{line}\n")
     beside = comparable(run)
@@ -461,6 +499,7 @@ def report_json(run: RunSummary) -> dict[str, Any]:
         "scoring": dict(run.scoring) or None,
         "undefined": [dict(why) for why in m.undefined],
         "base_accuracy": None if m.base is None else dict(m.base),
+        "extra": run.extra.to_json() if run.extra else None,
         "published": None if beside is None else beside.to_dict(),
         "notes": list(run.notes),
         "seconds": None if run.seconds is None else dict(run.seconds),

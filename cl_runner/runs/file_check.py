@@ -100,7 +100,7 @@ def others(run: RunDir) -> list[str]:
     return sorted(
         path.name
         for path in run.path.iterdir()
-        if path.name not in (*TOP, "tensorboard") and not path.name.startswith(".")
+        if path.name not in (*TOP, "lm-eval", "tensorboard") and not path.name.startswith(".")
     )
 
 

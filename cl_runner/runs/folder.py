@@ -30,7 +30,7 @@ READABLE = (1, LAYOUT)  # 1 had no state of its own for the next stage, and no o
 # What a run writes into its folder; in the place of any of it there may be nothing that leads elsewhere.
 OWN = (
     "run.yaml", "order.yaml", "run.json", "environment.json", "status.json", "analysis.json", "log.jsonl", "run.log",
-    "report.html", "matrix.csv", "metrics.json", "stages", "checkpoint", ".lock", ".writer",
+    "report.html", "matrix.csv", "metrics.json", "stages", "checkpoint", "lm-eval", ".lock", ".writer",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cl_runner.config.validation import first_fault
 from cl_runner.errors import UserError
-from cl_runner.metrics.scores import Undefined, require, score, wrong_gold
+from cl_runner.metrics.scores import Undefined, reads_sources, require, score, wrong_gold
 from cl_runner.report.rescored import Example, Rescored, Sides
 from cl_runner.report.tables import RunSummary
 from cl_runner.runs.folder import RunDir, readable, stage_names
@@ -109,6 +109,8 @@ def _by(metric: str, task: Task, rows: Rows, about: Mapping[str, Any]) -> Task |
             "under eval.mode choose, answers to one label a row are chosen among the labels and those to several "
             "(labels-f1) are free: neither can be scored as the other"
         )
+    if reads_sources(metric) and any(type(row.get("source")) is not str for row in rows):
+        return f"metric {metric} reads the texts that answers are of, and this run has not kept them"
     for row in rows:
         problem = wrong_gold(metric, row["gold"])
         if task.sets and metric in ("f1", "matthews") and len(task.given(row["gold"])) > 1:
@@ -155,7 +157,9 @@ def score_of(task: Task, rows: Rows) -> tuple[float | None, str]:
     """Percent, or None and why there is none."""
     answers, golds = [row["output"] for row in rows], [row["gold"] for row in rows]
     try:
-        return score(task.metric, answers, golds, task.labels, task.comparison), ""
+        kept = [row["source"] for row in rows if type(row.get("source")) is str]
+        sources = kept if len(kept) == len(rows) else None
+        return score(task.metric, answers, golds, task.labels, task.comparison, sources), ""
     except Undefined as why:
         return None, str(why)
 

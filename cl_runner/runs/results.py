@@ -12,6 +12,7 @@ from cl_runner.config.lookup import is_name
 from cl_runner.methods import METHODS, method_class
 from cl_runner.metrics.accuracy import Matrix, summary, to_csv
 from cl_runner.report.tables import RunSummary
+from cl_runner.runs.extra_scores import read_extra
 from cl_runner.runs.folder import RunDir, readable, stage_names
 from cl_runner.runs.resume_guard import revision
 from cl_runner.runs.shapes import read_metrics
@@ -39,7 +40,7 @@ def _matrix(run: RunDir) -> Matrix:
         [[stage["scores"].get(task) for task in tasks] for stage in metrics],
         [stage["tasks"] for stage in about["stages"]][:done],
         counts,
-        read_metrics(base.parent)["scores"] if base.is_file() else None,
+        (read_metrics(base.parent)["scores"] or None) if base.is_file() else None,  # extra sets alone: no task
         [stage.get("undefined", {}) for stage in metrics],
     )
 
@@ -86,6 +87,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         scoring=about["identity"].get("scoring", {}),
         real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
+        extra=read_extra(run),
         notes=[*about["notes"], *_by_another_rule(about), *_by_other_equations(about)],
         chosen=chosen(about),
         form=about["form"],

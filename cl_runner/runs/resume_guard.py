@@ -22,8 +22,8 @@ from cl_runner.tasks.order import Order, load_order
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
 # fingerprint, a revision of the base model by its commit). Of a single task or position too.
 FREE = (
-    "order", "presets", "plugins", "model.revision", "data.dir", "data.source", "data.empty_texts", "eval.probe_",
-    "method.max_gb", "output.", "training.auto_batch", "training.non_finite",
+    "order", "presets", "plugins", "model.revision", "data.dir", "data.source", "data.empty_texts", "eval.extra",
+    "eval.probe_", "method.max_gb", "output.", "training.auto_batch", "training.non_finite",
 )  # fmt: skip
 
 
@@ -112,6 +112,8 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
         for split, data in splits.items():
             if now["data"][task][split]["fingerprint"] != data["fingerprint"]:
                 raise UserError(f"the run {run.path} was made with other {split} data of {task}")
+    if problem := other_extra(before, now.get("extra", {})):
+        raise UserError(f"the run {run.path} {problem}")
     before_sizes, sizes = before["micro_batches"], now["micro_batches"]
     if before_sizes != (sizes[: len(before_sizes)] if extending else sizes):
         raise UserError(
@@ -129,6 +131,19 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
     if extending or run.committed([stage[0] for stage in stages]) < len(stages):
         _refuse_other_revision(run, config.method.name, before, now)
         _refuse_other_rule(run, before, now)
+
+
+def other_extra(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the extra sets (``eval.extra``) are other than the run's, as the end of a line; empty where they are not."""
+    then = before.get("extra", {})
+    if then.keys() != now.keys():
+        return f"was begun with the extra sets {', '.join(then) or '-'}, and not {', '.join(now) or '-'} (eval.extra)"
+    for name, about in then.items():
+        for key in ("fingerprint", "by", "shots"):
+            if about[key] != now[name][key]:
+                what = "other rows" if key == "fingerprint" else f"{key} {about[key]}, not {now[name][key]}"
+                return f"asked the extra set {name} with {what} (eval.extra)"
+    return ""
 
 
 def is_free(path: Key) -> bool:

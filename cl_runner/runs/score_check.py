@@ -16,6 +16,8 @@ from cl_runner.metrics.accuracy import Matrix, summary, to_csv
 from cl_runner.metrics.scores import require
 from cl_runner.plain_files import LARGEST_JSON, content, lines
 from cl_runner.report.verified import Check
+from cl_runner.runs.extra_scores import FILE as EXTRA
+from cl_runner.runs.extra_scores import faults
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.rescoring import score_of
@@ -37,6 +39,7 @@ class StageScores:
     scores: dict[str, float | None] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     undefined: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what is said of extra sets
 
 
 @dataclass
@@ -57,6 +60,8 @@ class ScoreCheck:
         """
         check = Check(of, "scores")
         said = self._said(folder, check)
+        if said is not None and (said.extra or (folder / EXTRA).exists()):
+            check.holds(*faults(folder, said.extra))
         rows = self._rows(folder, of, check)
         if rows is None or said is None:
             if rows is not None:
@@ -117,7 +122,8 @@ class ScoreCheck:
         file = folder / METRICS
         try:
             values = read_metrics(folder)
-            said = StageScores(dict(values["scores"]), dict(values["counts"]), dict(values.get("undefined", {})))
+            undefined, extra = dict(values.get("undefined", {})), dict(values.get("extra", {}))
+            said = StageScores(dict(values["scores"]), dict(values["counts"]), undefined, extra)
         except UserError as error:
             check.holds(str(error).replace(str(file), METRICS))
         except (KeyError, TypeError, ValueError) as error:
@@ -190,7 +196,7 @@ def check_results(
             [[stage.scores.get(task) for task in about["tasks"]] for stage in known],
             [stage["tasks"] for stage in about["stages"]][: len(names)],
             counts,
-            base.scores if base else None,
+            (base.scores or None) if base else None,
             [stage.undefined for stage in known],
         )
     except (ValueError, TypeError) as error:

@@ -38,6 +38,26 @@ class SplitFacts(Shape):
     fingerprint: str = ""
 
 
+class ExtraFacts(Shape):
+    """An extra set."""
+
+    rows: Count = 0
+    by: str = ""
+    shots: Count = 0
+    source: str = ""
+    fingerprint: str = ""
+
+
+class ExtraScore(Shape):
+    """What was scored on one."""
+
+    score: Percent
+    rows: Count = 0
+    by: str = ""
+    shots: Count = 0
+    subjects: dict[str, Percent] = {}
+
+
 class Identity(Shape):
     """What has to be the same where a run goes on."""
 
@@ -45,6 +65,7 @@ class Identity(Shape):
     definitions: dict[str, Any] = {}
     scoring: dict[str, str] = {}
     data: dict[str, dict[str, SplitFacts]] = {}
+    extra: dict[str, ExtraFacts] = {}
     plugins: dict[str, str] = {}
     revision: Whole = 1
     computes: str = ""
@@ -111,6 +132,7 @@ class Metrics(Shape):
     scores: dict[str, Percent | None] = {}
     counts: dict[str, Count] = {}
     undefined: dict[str, str] = {}
+    extra: dict[str, ExtraScore] = {}
     seconds: dict[str, Amount] = {}
     megabytes: dict[str, Amount] = {}
     parameters: Parameters | None = None

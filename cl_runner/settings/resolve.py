@@ -41,7 +41,7 @@ StageNames = Callable[[RunConfig, Sequence[str]], list[str]]
 _NOT_DIFFERENT = ("order", "seed", "method.name", "model.name", "presets", "data.dir")
 _NO_ROW_BY = "data.empty_texts"  # of a task too: it refuses rows or not, and which rows there are stays the same
 # What is written, and looked at meanwhile; and what becomes of a step without which a run ends.
-_LOOKS = ("output.", "eval.probe_", "training.non_finite", "training.auto_batch")
+_LOOKS = ("output.", "eval.probe_", "eval.extra", "training.non_finite", "training.auto_batch")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def names() -> tuple[str, ...]:
 
 def build(entry: dict[str, Any]) -> Task:
     """A task from a mapping; where it gives no instruction, its kind's is taken. Raises pydantic's ValidationError."""
-    if "instruction" not in entry and entry.get("kind") in kinds():
+    if "instruction" not in entry and entry.get("kind") in kinds() and not entry.get("whole"):
         entry = {**entry, "instruction": kinds()[entry["kind"]]}
     return Task.model_validate(entry)
 

@@ -40,13 +40,15 @@ def task_folder(task: Task, root: str) -> Path:
         return _task_folder(task, base)
 
 
-def _task_folder(task: Task, base: Path) -> Path:
+def refuse_no_folder(base: Path, holds: str) -> None:
+    """Refuse a data folder that is none; holds: what is in one. Raises UserError."""
     if not base.is_dir():
         what = "is not a folder" if base.exists() else "does not exist"
-        raise UserError(
-            f"data folder {base} {what}: give --data-dir the folder that holds <kind>/<name>/train.json, "
-            "or take --data hub or --data synthetic"
-        )
+        raise UserError(f"data folder {base} {what}: give --data-dir the folder that holds {holds}")
+
+
+def _task_folder(task: Task, base: Path) -> Path:
+    refuse_no_folder(base, "<kind>/<name>/train.json, or take --data hub or --data synthetic")
     folder = base / task.kind / task.called
     if not folder.is_dir():
         known = sorted(p.parent.name for p in base.glob("*/*/train.json"))

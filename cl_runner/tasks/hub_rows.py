@@ -33,8 +33,8 @@ def read(task: Task, split: Split, seed: int) -> Found:
         raise UserError(f"task {task.name}: the hub's data has no dev split here; test is split {hub.splits.test}")
     name = hub.splits.train if split == "train" else hub.splits.test
     size = task.sizes.train if split == "train" else task.sizes.test
-    data, commit = _load(task, hub, split, name)
-    place = _place(hub, name, commit)
+    data, commit = load(f"task {task.name}", hub, split, name)
+    place = place_of(hub, name, commit)
     templates = Templates(hub.text)
     _check_columns({*templates.names, hub.label}, data.column_names, place)
     labels = _labels(task, hub, data, split, place)
@@ -134,16 +134,22 @@ def _check_columns(needed: set[str], columns: list[str], place: str) -> None:
         raise UserError(f"{place}: no column '{missing[0]}', only {', '.join(columns)}; the data set has changed")
 
 
-def _place(hub: Hub, split: str, revision: str | None) -> str:
+def place_of(hub: Hub, split: str, revision: str | None) -> str:
     config = f" {hub.config}" if hub.config else ""
     return f"hub {hub.id}{config}{'@' + revision[:12] if revision else ''}, split {split}"
 
 
-def _load(task: Task, hub: Hub, split: Split, name: str) -> tuple[Dataset, str | None]:
-    """The split and its commit; from the local cache where the hub cannot be reached; else a UserError."""
+OFFLINE = "--data-dir FOLDER (the benchmark's layout) or --data synthetic"  # what else a task's rows come from
+
+
+def load(what: str, hub: Hub, split: Split, name: str, offline: str = OFFLINE) -> tuple[Dataset, str | None]:
+    """A split, by the hub's name, and its commit; from the local cache where the hub cannot be reached.
+
+    Raises UserError, which says ``what`` it is for, and what to do ``offline``.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    place = _place(hub, name, hub.revision)
+    place = place_of(hub, name, hub.revision)
     if Path(hub.id).exists():  # datasets would read it in the hub's stead
         raise UserError(f"{place}: ./{hub.id} in the current folder has the same name; run in another folder")
     reached = True
@@ -160,13 +166,12 @@ def _load(task: Task, hub: Hub, split: Split, name: str) -> tuple[Dataset, str |
     except Exception as error:  # datasets, pyarrow, httpx and the hub's client: each has errors of its own
         if nothing_is_fetched():
             raise UserError(
-                f"task {task.name}: {hub.id} is not in the local cache, and what a run's folder names is not fetched; "
+                f"{what}: {hub.id} is not in the local cache, and what a run's folder names is not fetched; "
                 "--data hub fetches it (cl-runner data check), or --data-dir says where it is"
             ) from error
         if not reached:
             raise UserError(
-                f"task {task.name}: no network for {hub.id} ({_endpoint()}), and it is not in the local cache; "
-                "offline: --data-dir FOLDER (the benchmark's layout) or --data synthetic"
+                f"{what}: no network for {hub.id} ({_endpoint()}), and it is not in the local cache; offline: {offline}"
             ) from error
         raise UserError(f"{place}: cannot be loaded: {first_line(error)}") from error
     if hub.revision and commit != hub.revision and not reached:  # offline, datasets takes the newest it has

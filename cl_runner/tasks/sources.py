@@ -11,7 +11,7 @@ from typing import ClassVar
 from cl_runner.config.schema import DataConfig
 from cl_runner.errors import UserError
 from cl_runner.registry import SOURCES
-from cl_runner.tasks import benchmark_folder, files
+from cl_runner.tasks import benchmark_folder, files, trace_folder
 from cl_runner.tasks.files import Found, where
 from cl_runner.tasks.task import Row, Split, Task
 
@@ -95,6 +95,22 @@ class Folder(RowSource):
             return None
         base = benchmark_folder.task_folder(task, data.dir)
         return benchmark_folder.same_file(base / "dev.json", base / "test.json")
+
+
+class Trace(RowSource):
+    """The folder of the TRACE benchmark: ``data.dir/<name>/{train,eval,test}.json``."""
+
+    name = "trace"
+    title = "the folder of the TRACE benchmark (data.dir): <name>/{train,eval,test}.json of prompt and answer"
+
+    def read(self, task: Task, data: DataConfig, split: Split) -> Found:
+        return trace_folder.read(task, data.dir, split)
+
+    def dev_is_test(self, task: Task, data: DataConfig) -> bool | None:
+        if data.dir is None:
+            return None
+        dev, test = (trace_folder.file_of(task, data.dir, split) for split in ("dev", "test"))
+        return benchmark_folder.same_file(dev, test)
 
 
 class FromHub(RowSource):

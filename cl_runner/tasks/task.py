@@ -18,8 +18,9 @@ from cl_runner.metrics.scores import judges
 from cl_runner.tasks.template import Templates, is_template
 
 Metric = Literal[
-    "exact", "accuracy", "normalised", "numeric", "f1", "labels-f1", "rouge-l", "bleu", "matthews", "pearson"
-]
+    "exact", "accuracy", "normalised", "numeric", "answer-letter", "f1", "labels-f1", "rouge-l", "rouge-l-summary",
+    "bleu", "sari", "edit-similarity", "matthews", "pearson",
+]  # fmt: skip
 Split = Literal["train", "dev", "test"]
 Format = Literal["auto", "columns", "alpaca", "sharegpt", "messages", "instances"]
 
@@ -230,6 +231,10 @@ class Task(Frozen):
     instruction: str = Field(default="", description="What is asked; ends in a newline unless empty.")
     labels: list[str] | None = Field(default=None, description="The answers there are; none: free text.")
     options: bool = Field(default=True, description="Print the labels in an 'Option:' line.")
+    whole: bool = Field(
+        default=False,
+        description="A row's text is the whole input: no task, instruction, options or 'Answer:' around it.",
+    )
     metric: Metric = Field(default="exact", description="Score of the answers.")
     tolerance: float = Field(default=0.0, ge=0, description="Metric numeric: how far off an answer may be.")
     source: Source | None = Field(default=None, description="The task's own files; they win over data.source.")
@@ -268,11 +273,13 @@ class Task(Frozen):
             raise ValueError(f"tolerance goes with metric numeric, not with {self.metric}")
         if self.source is not None and self.columns.given and self.source.format not in ("auto", "columns"):
             raise ValueError(f"columns name the fields, and source.format {self.source.format} too; leave one out")
+        if self.whole and self.instruction:
+            raise ValueError("whole says that the text is the whole input; leave it out, or the instruction")
         if self.labels is None:
             if self.metric in ("matthews", "labels-f1"):
                 raise ValueError(f"metric {self.metric} needs labels")
-        elif self.metric == "numeric":
-            raise ValueError("metric numeric is for free text; leave it out, or the labels")
+        elif self.metric in ("numeric", "answer-letter"):
+            raise ValueError(f"metric {self.metric} is for free text; leave it out, or the labels")
         elif problem := self.comparison.why_not(self.labels):
             raise ValueError(problem)
         elif self.hub and self.hub.labels:
@@ -293,6 +300,7 @@ class Task(Frozen):
         metric = "exact" if self.metric == "normalised" else self.metric
         return {
             **self.model_dump(include={"kind", "instruction", "labels", "options"}),
+            **({"whole": True} if self.whole else {}),
             "name": self.called,
             "metric": metric,
         }
@@ -332,7 +340,9 @@ class Task(Frozen):
         return str(self.comparison) if self.judged else None
 
     def prompt(self, text: str, *, add_task_name: bool = True, add_dataset_name: bool = True) -> Prompt:
-        """The model's input for a row's text, in the benchmark's form."""
+        """The model's input for a row's text, in the benchmark's form, or as it stands (``whole``)."""
+        if self.whole:
+            return Prompt("", text, "")
         head = ""
         if add_task_name:
             head += "Task:" + self.kind + "\n"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cl_runner.metrics.accuracy import Matrix, average_accuracy, forgetting
+from cl_runner.report.extra import Extra
+from cl_runner.runs.extra_scores import read_extra
 from cl_runner.runs.folder import RunDir, stage_names
 from cl_runner.runs.follow import Log, is_number
 from cl_runner.runs.results import read_matrix
@@ -43,7 +45,8 @@ class Reader:
     def _close(self, until: int) -> Iterator[tuple[int, int, Entry]]:
         """The scores of the stages before that one, which begins."""
         while self._stage < until:
-            yield self._stage, self._step + 1, self._entry(scores(read_matrix(self.run), self._stage))
+            known = {**scores(read_matrix(self.run), self._stage), **extra_scores(read_extra(self.run), self._stage)}
+            yield self._stage, self._step + 1, self._entry(known)
             self._before += self._step
             self._stage, self._step = self._stage + 1, 0
 
@@ -64,6 +67,11 @@ def scores(matrix: Matrix, stage: int) -> dict[str, float]:
     found = {f"score/{task}": then.at(stage, task) for task in then.tasks}
     found |= {"average_accuracy": average_accuracy(then), "forgetting": forgetting(then)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def extra_scores(extra: Extra, stage: int) -> dict[str, float]:
+    """What extra sets scored after a stage (from 0): ``extra/mmlu``."""
+    return {f"extra/{name}": score for name in extra.about if (score := extra.at(stage, name)) is not None}
 
 
 def feed(

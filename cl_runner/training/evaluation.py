@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from cl_runner.metrics.scores import Undefined, score
+from cl_runner.metrics.scores import Undefined, reads_sources, score
 from cl_runner.models.batch import Example
 from cl_runner.models.choose import Choice
 from cl_runner.tasks.task import Row, Task
@@ -52,27 +53,38 @@ def evaluate(
     ``tick`` takes a task, how many of its rows are answered, and how many there are. ``settled``: of some tasks the
     answers, which are known (``Method.settled``). ``done`` takes a task that was asked, and its answers.
     """
+    results = []
+    with answering(stage) as show:
+        for name, test in tests.items():
+            if name in settled:
+                results.append(score_task(test, settled[name]))
+                continue
+            ticking = partial(_tick, tick, name, len(test.rows))
+            ticking(0)
+            known = name if stage.room.method.knows_task else None
+            show(known)
+            answers = stage.answer(test.examples, known, ticking, test.labels)
+            done(name, answers)
+            results.append(score_task(test, answers))
+    return results
+
+
+@contextmanager
+def answering(stage: StageRun) -> Iterator[Callable[[str | None], None]]:
+    """Inside, what is given has the parameters answer that the method answers a task with (None: one not known)."""
     method, adapters = stage.room.method, stage.adapters
     shown: list[Any] = []  # what answered before another did
-    results = []
-    for name, test in tests.items():
-        if name in settled:
-            results.append(score_task(test, settled[name]))
-            continue
-        ticking = partial(_tick, tick, name, len(test.rows))
-        ticking(0)
-        known = name if method.knows_task else None
-        wanted = method.answering(known)
+
+    def show(task: str | None) -> None:
+        wanted = method.answering(task)
         # The set that trains answers by itself inside its stage; after it, by what it has left (``end_task``).
         if wanted is not None and (wanted in adapters.kept or wanted != adapters.live):
-            shown = shown or [adapters.shown()]
+            shown[:] = shown or [adapters.shown()]
             adapters.show(adapters.kept.get(wanted))  # none of its own yet: the base answers
-        answers = stage.answer(test.examples, known, ticking, test.labels)
-        done(name, answers)
-        results.append(score_task(test, answers))
+
+    yield show
     if shown:
         adapters.show(shown[0])
-    return results
 
 
 def _tick(tick: Callable[[str, int, int], None], task: str, total: int, done: int) -> None:
@@ -89,11 +101,13 @@ def score_task(test: TestSet, answers: Sequence[str]) -> Scored:
             "gold": row.label,
             "output": answer,
             "correct": task.comparison.same(answer, row.label),
+            **({"source": row.text} if reads_sources(task.metric) else {}),
         }
         for row, answer in zip(test.rows, answers, strict=True)
     ]
     try:
-        found = score(task.metric, list(answers), golds, task.labels, task.comparison)
+        texts = [row.text for row in test.rows]
+        found = score(task.metric, list(answers), golds, task.labels, task.comparison, texts)
     except Undefined as why:
         return Scored(task.name, None, predictions, str(why))
     return Scored(task.name, found, predictions)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cl_runner.config.schema import RunConfig
 from cl_runner.errors import OUT_OF_MEMORY, OutOfMemory, beginning, out_of_memory
-from cl_runner.models.batch import Example
 
 if TYPE_CHECKING:
     from cl_runner.training.stage import StageRun
@@ -61,23 +60,24 @@ class Fit:
 
     def answered(
         self,
-        examples: Sequence[Example],
-        work: Callable[[Sequence[Example]], Sequence[Result]],
+        numbers: Sequence[int],
+        width: int,
+        work: Callable[[Sequence[int]], Sequence[Result]],
         config: RunConfig,
         whole: bool = False,
     ) -> list[Result]:
         """What ``work`` makes of a batch, in one piece or in as many as fit.
 
-        whole: it has to be one, as what is drawn for a batch depends on it.
+        numbers: of its rows. width: tokens of the longest. whole: it has to be one, as what is drawn for a batch
+        depends on it.
 
         Raises:
             OutOfMemory: of one row, or where batches may not be halved.
         """
-        width = max(len(example.source) for example in examples)
-        rows = max(1, self.eval_tokens // width) if self.eval_tokens and not whole else len(examples)
+        rows = max(1, self.eval_tokens // width) if self.eval_tokens and not whole else len(numbers)
         found: list[Result] = []
-        while len(found) < len(examples):
-            part = examples[len(found) : len(found) + rows]
+        while len(found) < len(numbers):
+            part = numbers[len(found) : len(found) + rows]
             made, why = attempt(partial(work, part))
             if made is not None:
                 found += made

@@ -14,6 +14,7 @@ from cl_runner.report.verified import Check
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.resume_guard import plugin_identity
 from cl_runner.settings import Resolved
+from cl_runner.tasks.extra import load_extra
 from cl_runner.tasks.order import Order
 from cl_runner.tasks.rows import Rows, load_rows
 from cl_runner.tasks.task import Split, Task
@@ -57,7 +58,22 @@ def _data(run: RunDir, identity: Mapping[str, Any], config: RunConfig, order: Or
         data = keeping_empty(data_settings(config, plans, task.name))
         for split in SPLITS:
             _split(now, data, split, then[split], other, check)
+    _extra(identity.get("extra", {}), config, check)
     return check
+
+
+def _extra(then: Mapping[str, Any], config: RunConfig, check: Check) -> None:
+    """The extra sets of the run."""
+    given = {each.called: each for each in config.eval.extra}
+    for name, about in then.items():
+        try:
+            now = load_extra(given[name]).about() if name in given else None
+        except UserError as error:
+            check.unchecked.append(f"extra set {name}: {error}")
+            continue
+        same = now is not None and now["fingerprint"] == about["fingerprint"]
+        prints = f"fingerprint {short(about['fingerprint'])} → {short(now['fingerprint']) if now else 'none'}"
+        check.holds(*([] if same else [f"eval.extra.{name}: {prints}"]))
 
 
 def _split(task: Task, data: DataConfig, split: Split, then: Mapping[str, Any], other: str, check: Check) -> None:

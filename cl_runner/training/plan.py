@@ -14,6 +14,7 @@ from cl_runner.methods.protocol import Method, StagePlan
 from cl_runner.metrics.scores import require
 from cl_runner.runs import checkpoints
 from cl_runner.runs.folder import RunDir
+from cl_runner.tasks.extra import ExtraSet, load_extra
 from cl_runner.tasks.task import Task
 from cl_runner.terminal.progress import ShownStage
 from cl_runner.training.compatibility import check_method, check_quantized, fitting_kind, stage_config, unused_settings
@@ -34,6 +35,7 @@ class Plan:
     kind: Kind
     stages: tuple[StagePlan, ...]
     data: Data
+    extra: tuple[ExtraSet, ...] = ()  # that are scored beside the tasks (``eval.extra``)
     grows: str = ""  # how much the method will carry, where that is known beforehand
     only: Sequence[str] | None = None  # the tasks that it will be evaluated on; None where it trains
     computes: str | None = None  # what the run computes in on a CPU under ``precision: auto``; None: to be decided
@@ -55,8 +57,9 @@ class Plan:
             if only is None or task.name in only:
                 require(task.metric, task.labels)
         data = Data.load(tasks, config, stages, only)
+        extra = tuple(load_extra(each) for each in config.eval.extra)
         computes = "fp32" if config.model.quantize else None  # what is measured are plain layers
-        return cls(config, order, method, kind, stages, data, only=only, computes=computes)
+        return cls(config, order, method, kind, stages, data, extra, only=only, computes=computes)
 
     @staticmethod
     def _check_training(config: RunConfig, method: Method, stages: Sequence[StagePlan]) -> None:
@@ -107,7 +110,8 @@ class Plan:
         """
         data, unused = self.data, unused_settings(self.config, self.stages)
         left = [*data.without_gold(), *data.left_out(), *data.scored_unknown()]
-        rows = [*data.read_as(), *left, *data.in_train(), *data.unseen(), *data.constant()]
+        extra = [f"eval.extra {each.name}: {note}" for each in self.extra for note in each.notes]
+        rows = [*data.read_as(), *extra, *left, *data.in_train(), *data.unseen(), *data.constant()]
         return [*unused, *self._of_options(), *self._no_past(), *rows]
 
     def _no_past(self) -> list[str]:
@@ -170,6 +174,7 @@ class Plan:
             "definitions": self.data.definitions(),
             "scoring": self.data.scoring(),
             "data": self.data.about(),
+            **({"extra": {each.name: each.about() for each in self.extra}} if self.extra else {}),
             "micro_batches": [batch.micro_batch for batch in batches],
             **({"penalty_times": times} if set(times) != {1} else {}),
             **({"revision": self.method.revision} if self.method.revision != 1 else {}),
@@ -185,10 +190,10 @@ class Plan:
 
     def shown(self) -> list[ShownStage]:
         """The steps of each stage, and the test rows that the model is asked after it."""
-        found = []
+        found, extra = [], sum(len(each.rows) for each in self.extra)
         for index, (name, batch) in enumerate(zip(self.names, self.batches(1), strict=True)):
             asked = set(self.tested(index)) - self.settled(index).keys()
-            found.append(ShownStage(name, batch.steps, sum(len(self.data.test[task]) for task in asked)))
+            found.append(ShownStage(name, batch.steps, sum(len(self.data.test[task]) for task in asked) + extra))
         return found
 
     def settled(self, index: int) -> dict[str, int]:

@@ -30,6 +30,7 @@ from cl_runner.training.compatibility import check_method, stage_config
 from cl_runner.training.computing import computing, rounded
 from cl_runner.training.data import Data
 from cl_runner.training.evaluation import TestSet
+from cl_runner.training.extra_sets import ExtraTest
 from cl_runner.training.plan import Plan
 from cl_runner.training.stage import Room, StageRun
 
@@ -42,6 +43,7 @@ class Tokens:
     test: dict[str, TestSet]
     notes: list[str]
     ids: dict[str, list[str]] = field(default_factory=dict)  # task → of its train rows
+    extra: dict[str, ExtraTest] = field(default_factory=dict)
 
     @classmethod
     def make(cls, data: Data, base: Base, max_new_tokens: int, only: Sequence[str] | None = None) -> Tokens:
@@ -147,6 +149,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     base = load_base(model, place.torch_device, chat_template=config.data.chat_template)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most, plan.only)
+    _add_extra(tokens, plan, base)
     rows = Joined(list(tokens.train.values()))
     compute = computing(plan, place, base, rows)
     if config.model.quantize:
@@ -160,6 +163,15 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     root = engine.Autocast(adapters.model, place.torch_device, compute.bf16)
     encoder = _encoder(base, config.data, most)
     return Room(base, encoder, adapters, plan.method, place, root, plan.stages, compute=compute), tokens
+
+
+def _add_extra(tokens: Tokens, plan: Plan, base: Base) -> None:
+    """The extra sets as token ids, and lines on what they lost. Raises UserError."""
+    encoder = Encoder(base.tokenizer, base.layout, 8, 2)
+    for extra in plan.extra:
+        test = ExtraTest.make(extra, encoder, plan.method.prefix_tokens(len(plan.stages)))
+        tokens.extra[extra.name] = test
+        tokens.notes += filter(None, [test.note()])
 
 
 def in_4_bits(plan: Plan, room: Room) -> str:

@@ -41,7 +41,7 @@ class RehearsedStage(StageRun):
     def _by_batch(
         self,
         examples: Sequence[Example],
-        work: Callable[[int, Sequence[Example]], Sequence[Result]],
+        work: Callable[[int, Sequence[int]], Sequence[Result]],
         tick: Callable[[int], None] = lambda _: None,
         whole: bool = False,
     ) -> list[Result]:

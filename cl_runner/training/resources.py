@@ -144,6 +144,8 @@ def _notes(plan: Plan, found: Rehearsal) -> list[str]:
         notes.append("probes (eval.probe_every) are not in the time")
     if plan.config.eval.mode == "verify":
         notes.append("time: as if half of all answers were right, which need no decoding")
+    if plan.extra:
+        notes.append(f"time: without the extra sets ({', '.join(each.name for each in plan.extra)})")
     return notes
 
 

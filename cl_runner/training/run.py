@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.checkpoints import Checkpoint
 from cl_runner.runs.commit import commit, remove_models
+from cl_runner.runs.extra_scores import FILE as EXTRA
+from cl_runner.runs.extra_scores import read_extra
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.predictions import FILE as PREDICTIONS
 from cl_runner.runs.results import read_matrix, write_results
@@ -27,6 +29,7 @@ from cl_runner.terminal.progress import Screen
 from cl_runner.training.accounting import Counts, parameters
 from cl_runner.training.checkpoint import answers_to, committed, restore_stage, save_stage
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
+from cl_runner.training.extra_sets import ExtraScored, score_extra
 from cl_runner.training.health import Health
 from cl_runner.training.keeping import Keeper
 from cl_runner.training.loop import train_stage
@@ -37,6 +40,8 @@ from cl_runner.training.probe import Probe, samples
 from cl_runner.training.sampling import BatchPlan
 from cl_runner.training.stage import Room, StageRun, commit_update
 from cl_runner.training.step_log import Trained
+
+Asked = TypeVar("Asked")
 
 
 class Run:
@@ -79,7 +84,8 @@ class Run:
         self.entered, self.keeps = engine.broadcast_object(self.place, (self.entered, self.keeps))
         batches = self.plan.batches(self.place.ranks)
         self.screen.begin(self.plan.shown(), done)
-        if self.plan.config.eval.future and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
+        wanted = self.plan.config.eval.future or self.plan.extra
+        if wanted and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
             self._base_scores(room, tokens)
         for index in range(done, len(self.names)):
             self.current = self.names[index]
@@ -95,15 +101,19 @@ class Run:
         return read_matrix(self.rundir)
 
     def _base_scores(self, room: Room, tokens: Tokens) -> None:
-        """a0: the untouched base on every task, before stage 1."""
+        """a0: the untouched base on every task (``eval.future``) and on extra sets, before stage 1."""
         stage = open_stage(room, self.plan.config, 0, evaluating=True)
         room.adapters.show(None)
-        scored = evaluate(stage, tokens.test, self._tick_evaluation)
+        tests = tokens.test if self.plan.config.eval.future else {}
+        scored = evaluate(stage, tests, self._tick_evaluation)
+        extra = score_extra(stage, tokens.extra, self._tick_evaluation)
         stage.close()
         if self.place.rank == 0:
-            commit(self.rundir, -1, "base", lambda folder: _write_scores(folder, "base", [], scored, {}))
+            commit(self.rundir, -1, "base", lambda folder: _write_scores(folder, "base", [], scored, extra, {}))
         self._wait()
-        self._show_scores(scored)
+        if scored:
+            self._show_scores(scored)
+        self._show_extra(extra)
 
     def _stage(self, room: Room, tokens: Tokens, index: int, batch: BatchPlan) -> None:
         name = self.names[index]
@@ -135,7 +145,11 @@ class Run:
             known = self._settled(tests, index)
             score = partial(self._score, stage, tests, known, keeper)
             unfolded = score("unfolded") if room.method.fold_loses else None
-            answers, scored = self._fold(room, stage, partial(score, "folded"))
+
+            def ask() -> tuple[list[Scored], list[ExtraScored]]:
+                return score("folded"), score_extra(stage, tokens.extra, self._tick_evaluation)
+
+            answers, (scored, extra) = self._fold(room, stage, ask)
             seconds = {
                 "train": round(trained.seconds, 3),
                 "method": round(trained.hook_seconds, 3),
@@ -149,6 +163,7 @@ class Run:
                     stage=stage,
                     answers=answers,
                     scored=scored,
+                    extra=extra,
                     unfolded=unfolded,
                     trained=trained,
                     health=health,
@@ -170,6 +185,7 @@ class Run:
             if unfolded is not None:
                 self._say(stage, f"mean score before the fold {_mean(unfolded)}, after it {_mean(scored)}")
             self._show_scores(scored, self.plan.seen(index))
+            self._show_extra(extra)
             self.screen.stage_done()
         finally:
             keeper.close()
@@ -215,7 +231,7 @@ class Run:
                 found[task] = answers
         return found
 
-    def _fold(self, room: Room, stage: StageRun, score: Callable[[], list[Scored]]) -> tuple[Held | None, list[Scored]]:
+    def _fold(self, room: Room, stage: StageRun, score: Callable[[], Asked]) -> tuple[Held | None, Asked]:
         """Fold or keep what the stage has learned, and score what answers.
 
         Where an option has other values answer than those that go on (``Option.answering``), they are held apart: they
@@ -278,6 +294,7 @@ class Run:
         stage: StageRun,
         answers: Held | None,
         scored: Sequence[Scored],
+        extra: Sequence[ExtraScored],
         unfolded: Sequence[Scored] | None,
         trained: Trained,
         health: Health,
@@ -313,7 +330,7 @@ class Run:
             **({"settled_rows": settled} if settled else {}),  # answered by what earlier stages committed
             "seconds": dict(seconds),
         }
-        _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, about)
+        _write_scores(folder, stage.plan.name, stage.plan.tasks, scored, extra, about)
 
     def _show_scores(self, scored: Sequence[Scored], seen: Sequence[str] = ()) -> None:
         """One line: each score, its metric where there are several, what is synthetic, the mean over ``seen``."""
@@ -333,6 +350,13 @@ class Run:
             if one.undefined:
                 metric = data.tasks[one.task].metric
                 self.screen.line(f"{one.task}: {metric} is undefined: {one.undefined}; the average is without it")
+
+    def _show_extra(self, extra: Sequence[ExtraScored]) -> None:
+        """One line: each extra set's score, and what was lost of it against the untouched base."""
+        base = read_extra(self.rundir).base if extra else {}
+        said = [f"{one.name} {one.score:.2f}{_against(one.score, base.get(one.name))}" for one in extra]
+        if said:
+            self.screen.line(f"extra sets (% by likelihood): {', '.join(said)}")
 
     def _tick_evaluation(self, task: str, done: int, total: int) -> None:
         stopping.check()
@@ -358,9 +382,16 @@ class Run:
 
 
 def _write_scores(
-    folder: Path, stage: str, tasks: Sequence[str], scored: Sequence[Scored], about: Mapping[str, Any]
+    folder: Path,
+    stage: str,
+    tasks: Sequence[str],
+    scored: Sequence[Scored],
+    extra: Sequence[ExtraScored],
+    about: Mapping[str, Any],
 ) -> None:
     append_jsonl(folder / PREDICTIONS, [row for one in scored for row in one.predictions])
+    if extra:
+        append_jsonl(folder / EXTRA, [row for one in extra for row in one.answers])
     write_json(
         folder / "metrics.json",
         {
@@ -369,9 +400,15 @@ def _write_scores(
             "scores": {one.task: one.score for one in scored},
             "counts": {one.task: len(one.predictions) for one in scored},
             "undefined": {one.task: one.undefined for one in scored if one.undefined},
+            **({"extra": {one.name: one.section for one in extra}} if extra else {}),
             **about,
         },
     )
+
+
+def _against(score: float, base: float | None) -> str:
+    """How far a score is from the base's; empty of the base itself."""
+    return "" if base is None or base == score else f" ({score - base:+.2f})"
 
 
 def _mean(scored: Sequence[Scored]) -> str:

@@ -170,7 +170,8 @@ class Session:
             "model": config.model.name if self.located.kind not in ("folder", "gguf") else Path(config.model.name).name,
             "seed": config.seed,
             "synthetic": plan.data.synthetic,
-            "named_task": config.data.add_task_name or config.data.add_dataset_name,
+            "named_task": (config.data.add_task_name or config.data.add_dataset_name)
+            and not all(task.whole for task in plan.data.tasks.values()),
             **({"chosen": True} if config.eval.mode == "choose" else {}),
             "form": plan.method.form,
             "variant": catalog.variant(self.resolved),

@@ -26,11 +26,12 @@ from cl_runner.engine.zero import Autocast, Engine
 from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.protocol import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
-from cl_runner.models.batch import IGNORE, Batch, Example, collate, collate_prompts, token_batches
+from cl_runner.models.batch import IGNORE, Batch, Example, Question, collate, collate_prompts, token_batches
 from cl_runner.models.choose import Choice, choose
 from cl_runner.models.dropout import RowDropout
 from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import embedded, evaluating, features, logits, sampled, source_mask, unwrapped
+from cl_runner.models.likelihood import Likelihood, likelihoods
 from cl_runner.models.token_cache import lengths
 from cl_runner.models.verify import answers as verified_answers
 from cl_runner.training.fitting import Fit
@@ -439,9 +440,13 @@ class StageRun:
         return replace(batch, condition=self.room.method.condition(self, batch, task) or {})
 
     def generate(
-        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+        self,
+        examples: Sequence[Example],
+        task: str | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+        most: int | None = None,
     ) -> list[str]:
-        return self._answers([example._replace(target=[]) for example in examples], task, tick)
+        return self._answers([example._replace(target=[]) for example in examples], task, tick, most=most)
 
     def answer(
         self,
@@ -460,12 +465,18 @@ class StageRun:
         return self._answers(examples, task, tick, labels if mode == "choose" else None)
 
     def _answers(
-        self, examples: Sequence[Example], task: str | None, tick: Callable[[int], None], labels: Choice | None = None
+        self,
+        examples: Sequence[Example],
+        task: str | None,
+        tick: Callable[[int], None],
+        labels: Choice | None = None,
+        most: int | None = None,
     ) -> list[str]:
-        layout, most = self.room.base.layout, self.config.eval.max_new_tokens
+        layout, most = self.room.base.layout, most or self.config.eval.max_new_tokens
         heads = self.sharing.of_prompts(examples)
 
-        def answered(_: int, rows: Sequence[Example]) -> list[str]:
+        def answered(_: int, numbers: Sequence[int]) -> list[str]:
+            rows = [examples[number] for number in numbers]
             prompts = self._prompts(rows, task)
             targets = [[] if example.target_cut else example.target for example in rows]
             with torch.no_grad(), self.room.root.context():
@@ -481,13 +492,31 @@ class StageRun:
 
         return self._by_batch(examples, answered, tick)
 
+    def likelihoods(
+        self, questions: Sequence[Question], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+    ) -> list[list[Likelihood]]:
+        """How likely the model makes each question's continuations, with the parameters that answer. *Collective*."""
+        layout, prompted = self.room.base.layout, [question.prompt for question in questions]
+        heads = self.sharing.of_prompts(prompted)
+
+        def looked(_: int, numbers: Sequence[int]) -> list[list[Likelihood]]:
+            rows = [prompted[number] for number in numbers]
+            prompts = self._prompts(rows, task)
+            with torch.no_grad(), self.room.root.context():
+                head = heads.read(prompts)
+                prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
+                continuations = [questions[number].continuations for number in numbers]
+                return likelihoods(self.adapters.model, prompts, continuations, layout, self._show, head)
+
+        return self._by_batch(prompted, looked, tick)
+
     def sample(
         self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
     ) -> list[list[int]]:
         layout = self.room.base.layout
 
-        def drawn(number: int, rows: Sequence[Example]) -> list[list[int]]:
-            prompts = self._prompts(rows, None)
+        def drawn(number: int, rows: Sequence[int]) -> list[list[int]]:
+            prompts = self._prompts([examples[row] for row in rows], None)
             with torch.random.fork_rng(self._gpus()), torch.no_grad(), self.room.root.context():
                 torch.manual_seed(derived_seed(self.config.seed, self.index, "sample", number))
                 return sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
@@ -497,13 +526,14 @@ class StageRun:
     def _by_batch(
         self,
         examples: Sequence[Example],
-        work: Callable[[int, Sequence[Example]], Sequence[Result]],
+        work: Callable[[int, Sequence[int]], Sequence[Result]],
         tick: Callable[[int], None] = lambda _: None,
         whole: bool = False,
     ) -> list[Result]:
         """What ``work`` makes of each example, in their order, in batches dealt to the ranks. *Collective*.
 
-        Batches are formed over all examples, and ``work`` is told their number: the ranks' count changes no answer.
+        Batches are formed over all examples, and ``work`` is told a batch's number and the numbers of its examples: the
+        ranks' count changes no answer.
         Where memory does not suffice for one, a rank may take it in parts (``Fit.answered``), unless it is ``whole``.
         """
         sources, _ = lengths(examples)
@@ -512,8 +542,8 @@ class StageRun:
         for number, rows in enumerate(token_batches(sources.tolist(), self.batch_tokens)):
             done += len(rows)
             if number % self.ranks == self.rank:
-                of_batch = [examples[i] for i in rows]
-                made = self.fit.answered(of_batch, partial(work, number), self.config, whole)
+                width = int(sources[rows].max())
+                made = self.fit.answered(rows, width, partial(work, number), self.config, whole)
                 found.update(zip(rows, made, strict=True))
                 tick(done)
         return [result for _, result in sorted(self.gather(found).items())]

@@ -144,7 +144,7 @@ def test_the_rule_is_named_where_it_makes_the_score(metric: str) -> None:
     numbers = metric in ("numeric", "pearson")
     golds, said = (["1", "2", "3"], ["1.0", "2", "4"]) if numbers else (["Yes", "no", "no"], ["yes", "no", "Yes"])
     rules: tuple[Rule, Rule] = ("text", "number" if numbers else "normalised")
-    scores = {score(metric, said, golds, labels, Comparison(rule)) for rule in rules}
+    scores = {score(metric, said, golds, labels, Comparison(rule), sources=golds) for rule in rules}
     assert (len(scores) > 1) == judges(metric, labels)
 
 

@@ -92,7 +92,7 @@ def test_behind_soft_prompts(
     """Also where a cache cannot be cut back, and the prompt is read again."""
     base, model, _, sources = opened(saved(family))
     if slides:
-        monkeypatch.setattr("cl_runner.models.choose.can_be_cut", lambda _: False)
+        monkeypatch.setattr("cl_runner.models.continuations.can_be_cut", lambda _: False)
     plain = collate_prompts([Example(source, []) for source in sources], base.layout)
     for prompts in (plain, with_prefix(plain, prompts_of(base, len(sources)))):
         free = greedy(model, prompts, base.layout, 4)

@@ -77,6 +77,15 @@ def test_tail_is_what_transformers_does(encoder: Encoder) -> None:
     assert example.source == expected and len(expected) == 40 and example.truncated
 
 
+@pytest.mark.parametrize("encoder", [t5(max_source=40, truncate="head"), causal(max_source=40, truncate="head")])
+def test_head_is_what_transformers_does_at_the_other_side(encoder: Encoder) -> None:
+    example = encoder.encode(LONG, "A")
+    whole = encoder.tokenizer(str(LONG), add_special_tokens=False)["input_ids"]
+    room = 40 - len(encoder.before) - len(encoder.after)
+    assert example.source == encoder.before + whole[-room:] + encoder.after and example.truncated
+    assert len(example.source) == 40 and encoder.decode(example.source).endswith(LONG.tail)
+
+
 TIDY = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
         (" 've", "'ve"), (" 're", "'re")]  # fmt: skip
 

@@ -289,3 +289,10 @@ def test_stages_of_before_say_nothing_of_parameters() -> None:
 def test_reports_do_not_import_torch() -> None:
     code = "import sys, cl_runner.report.tables, cl_runner.terminal.progress; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_published_backward_transfer_stands_beside_ours() -> None:
+    run = a_run(order="trace", model="Llama-2-7b-chat-hf", method="seqlora", form="")
+    text = shown(tables.table(run)).split("beside the published")[1]
+    assert cells(text, "average")[1] == "12.70" and cells(text, "backward")[-2] == "-45.70"
+    assert tables.report_json(run)["published"]["backward_transfer"] == -45.7

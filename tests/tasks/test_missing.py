@@ -109,7 +109,7 @@ def test_no_answer_in_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"mine: row 1 \(train/0\): text and answer must be texts"):
         found([("b", None)], "train", "mine")
     parts = {"premise": ["p", "q", "r"], "hypothesis": ["h", "i", "j"], "label": ["neutral", None, None]}
-    monkeypatch.setattr(hub_rows, "_load", lambda *_: (Dataset.from_dict(parts), None))
+    monkeypatch.setattr(hub_rows, "load", lambda *_: (Dataset.from_dict(parts), None))
     for split in ("train", "test"):
         rows = load_rows(benchmark.get("MNLI"), DataConfig(source="hub"), split)  # type: ignore[arg-type]
         assert (len(rows), rows.without_gold) == (1, 2)
@@ -228,7 +228,7 @@ def test_empty_texts_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     parts = {"premise": ["p", " "], "hypothesis": ["h", None], "label": ["neutral", "neutral"]}
     from datasets import Dataset
 
-    monkeypatch.setattr(hub_rows, "_load", lambda *_: (Dataset.from_dict(parts), None))
+    monkeypatch.setattr(hub_rows, "load", lambda *_: (Dataset.from_dict(parts), None))
     mnli = benchmark.get("MNLI")
     with pytest.raises(UserError, match=r"hub .*: row 2 \(train/1\): the text is empty or lacks a part"):
         load_rows(mnli, DataConfig(source="hub"), "train")
@@ -249,7 +249,7 @@ def test_rows_of_the_hub_may_lack_a_part(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ("question_title", "question_content", "best_answer")
     columns = {name: [record[k] for record in records] for k, name in enumerate(names)}
     data = Dataset.from_dict({**columns, "topic": [topic] * len(records)})
-    monkeypatch.setattr(hub_rows, "_load", lambda *_: (data, None))
+    monkeypatch.setattr(hub_rows, "load", lambda *_: (data, None))
     rows = load_rows(yahoo, DataConfig(source="hub"), "train")
     assert rows.empty == 0
     assert [row.text for row in sorted(rows.rows, key=lambda row: row.id)] == [

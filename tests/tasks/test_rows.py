@@ -199,7 +199,7 @@ def of_the_hub(monkeypatch: pytest.MonkeyPatch, feature: Any, values: list[Any])
 
     columns = {"text": [f"x {k}" for k in range(len(values))], "label": values}
     data = Dataset.from_dict(columns, features=Features({"text": Value("string"), "label": feature}))
-    monkeypatch.setattr(hub_rows, "_load", lambda *_: (data, None))
+    monkeypatch.setattr(hub_rows, "load", lambda *_: (data, None))
 
 
 def labels_of(task: Task, split: Split = "train") -> list[str]:

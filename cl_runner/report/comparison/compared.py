@@ -373,8 +373,12 @@ def _lines(one: _Grouped) -> Iterator[Line]:
     for task in m.seen():
         if task in result.final:
             yield Line(stages, task, result.final[task], spread([run.matrix.final(task) for run in runs]))
-    overall = {"average_accuracy": result.average, "weighted_average_accuracy": result.weighted_average}
-    for (key, theirs), name in zip(overall.items(), ("AA", "by test rows"), strict=True):
+    overall = {
+        "average_accuracy": result.average,
+        "weighted_average_accuracy": result.weighted_average,
+        "backward_transfer": result.backward_transfer,
+    }
+    for (key, theirs), name in zip(overall.items(), ("AA", "by test rows", "BWT"), strict=True):
         if theirs is not None:
             yield Line(stages, name, theirs, _overall(runs, key))
     for part, seconds in result.seconds.items():

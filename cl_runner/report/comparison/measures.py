@@ -18,13 +18,16 @@ MEASURES = {
     "train_seconds": ("train s", 0),
     "state_megabytes": ("state MB", 2),
 }
-# In Markdown and JSON, where there is room: right after learning, the mean ‖ΔW_t‖, what is left of the input space.
+# In Markdown and JSON, where there is room: right after learning, the mean ‖ΔW_t‖, what is left of the input space,
+# the mean over extra sets (``eval.extra``) now, and base minus now.
 MORE = {
     "learning_accuracy": ("learned", 1),
     "update_norm": ("‖ΔW‖", 2),
     "free_subspace": ("free %", 1),
     "peak_megabytes": ("peak MB", 0),
     "trained_parameters": ("trained", 0),
+    "general_ability": ("extra %", 1),
+    "general_forgetting": ("extra lost", 1),
 }
 ALL = {**MEASURES, **MORE}
 # What AA is held against, each with its own Pareto front.
@@ -63,4 +66,5 @@ def measured(run: RunSummary) -> dict[str, float | None]:
     seconds = (run.seconds or {}).get("train")
     found = {**accuracy.summary(run.matrix.over_all()), **run.learned}
     found |= {"train_seconds": seconds, "state_megabytes": run.megabytes, "trained_parameters": run.trained}
+    found |= {"general_ability": run.extra.mean, "general_forgetting": run.extra.forgetting}
     return {key: found.get(key) for key in ALL}

@@ -57,7 +57,7 @@ def _accuracy(group: Group) -> list[str]:
 
 def measures_grid(groups: Sequence[Group]) -> Grid:
     """The other measures that a terminal has room for, cost among them."""
-    keys = [*(key for key in MEASURES if key != "average_accuracy"), "peak_megabytes"]
+    keys = [*(key for key in MEASURES if key != "average_accuracy"), "peak_megabytes", "general_forgetting"]
     keys = [key for key in keys if key in MEASURES or any(group.measures[key] for group in groups)]
     rows = [[group.marked, *(shown(group.measures[key], key) for key in keys)] for group in groups]
     return Grid(["method", *(ALL[key][0] for key in keys)], rows)

@@ -113,6 +113,7 @@ def run_page(page: RunPage, drawn: Figures) -> str:
         told=told(page.analysis) if page.analysis else None,
         beside=None if beside is None else (tables.BESIDE, tables.beside_published(run, beside), beside),
         measures=tables.measures(run),
+        extra=tables.extra_table(run) if run.extra and run.matrix.stages else None,
         cost=_cost(page),
         went=_went(page),
         trained=tables.what_trained(run),

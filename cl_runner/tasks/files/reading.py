@@ -41,7 +41,7 @@ def read(
         form: Form | None = None
         fields: Any = None  # of the row before
         place.begin(file, len(found.rows))
-        records, instances = _records(file, how, found.notes)
+        records, instances = records_of(file, how, found.notes)
         for record in records:
             number = len(found.rows)
             try:
@@ -75,7 +75,7 @@ def read(
     return found
 
 
-def _records(path: Path, how: FileFormat, notes: list[str]) -> tuple[Iterable[Any], bool]:
+def records_of(path: Path, how: FileFormat, notes: list[str]) -> tuple[Iterable[Any], bool]:
     """A file's records, and whether they are Instances of Super-NaturalInstructions."""
     if path.is_dir():
         return columnar.saved(path), False
