@@ -34,5 +34,8 @@ class Record:
         self.runs[name] = {**self.runs.get(name, {}), "state": state, **more}
 
     def write(self) -> None:
-        """Put it on disk, in one step."""
-        write_json(self.file, {"sweep": self.name, "engine": self.engine, "runs": self.runs})
+        """Put it on disk, in one step. Raises UserError where that cannot be."""
+        try:
+            write_json(self.file, {"sweep": self.name, "engine": self.engine, "runs": self.runs})
+        except OSError as error:
+            raise UserError(f"cannot write {self.file}: {error.strerror or error}") from None

@@ -87,6 +87,10 @@ class Slurm(Engine):
                 raise UserError(
                     f"the engine slurm: there is no {program} on the PATH; start the sweep where sbatch works"
                 )
+        asked = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=False)
+        if asked.returncode:
+            said = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise UserError(f"the engine slurm: squeue reaches no cluster from here: {said}")
         self.folder = logs.absolute() / "%j"
         self.executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=config.requeues)
         self.jobs: dict[str, str] = {}  # name → Slurm's id
