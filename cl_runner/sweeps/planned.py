@@ -54,8 +54,8 @@ def share(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         if (other := folders.setdefault(str(run.folder.path), run)) is not run:
             raise UserError(
-                f"two runs of the sweep are one folder, {run.folder.path}: '{other.label}' and '{run.label}'; leave one "
-                "out, or give each its own output.name"
+                f"two runs of the sweep are one folder, {run.folder.path}: '{other.label}' and '{run.label}'; leave "
+                "one out, or give each its own output.name"
             )
     for index, run in enumerate(runs):
         if run.begun or not run.reuses:
