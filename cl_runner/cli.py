@@ -62,6 +62,9 @@ Method = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", help="Embedded model, folder, or hub id.", autocompletion=complete.models)
 ]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="FOLDER", help="Start from this PEFT folder of a LoRA adapter.")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the run's base model brings, if you trust it.")
 ]
@@ -101,6 +104,7 @@ def _request(
     order: str | None,
     method: str | None,
     model: str | None,
+    from_: str | None,
     preset: list[str] | None,
     plugin: list[str] | None,
     config: Path | None,
@@ -116,8 +120,8 @@ def _request(
     from cl_runner.commands.request import Request
 
     flags = _flags(
-        method__name=method, model__name=model, data__dir=data_dir, data__source=data, output__dir=output_dir,
-        output__name=name, seed=seed,
+        method__name=method, model__name=model, model__adapter=from_, data__dir=data_dir, data__source=data,
+        output__dir=output_dir, output__name=name, seed=seed,
     )  # fmt: skip
     request = Request(order, preset or [], config, flags, sets or [], plugin or [])
     if extend is None:
@@ -152,6 +156,7 @@ def train(
     order: Order = None,
     method: Method = None,
     model: Model = None,
+    from_: From = None,
     preset: Presets = None,
     plugin: Plugins = None,
     config: ConfigFile = None,
@@ -173,7 +178,7 @@ def train(
     from cl_runner.commands import train as command
 
     request = _request(
-        order, method, model, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
+        order, method, model, from_, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
     )
     anew = {"restart": restart, "restart_stage": restart_stage}
     raise typer.Exit(command.train(request, gpus=gpus, **anew, dry_run=dry_run, as_json=as_json))
@@ -184,6 +189,7 @@ def plan(
     order: Order = None,
     method: Method = None,
     model: Model = None,
+    from_: From = None,
     preset: Presets = None,
     plugin: Plugins = None,
     config: ConfigFile = None,
@@ -203,7 +209,7 @@ def plan(
     from cl_runner.commands import plan as command
 
     request = _request(
-        order, method, model, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
+        order, method, model, from_, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
     )
     command.plan(request, gpus=gpus, restart=restart, restart_stage=restart_stage, as_json=as_json)
 
@@ -303,6 +309,68 @@ def rescore(
 
     form = _form(json=as_json, csv=csv)
     command.rescore(run, metric or [], root=Path(output_dir or "runs"), form=form)
+
+
+Stage = Annotated[int | None, typer.Option("--stage", help="Stage, from 1; default: the last.", min=1)]
+Merged = Annotated[bool, typer.Option("--merged", help="A whole model, with what was learned in its weights.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="With --merged: fp32 (default), bf16 or fp16.")]
+OneTask = Annotated[
+    str | None, typer.Option("--task", help="The task that it shall answer, where each has a folder of its own.")
+]
+License = Annotated[str | None, typer.Option("--license", help="For the card: a license as the hub names it.")]
+HubBase = Annotated[str | None, typer.Option("--base", metavar="NAME", help="What the hub calls the base model.")]
+Moved = Annotated[str | None, typer.Option("--model", help="Where the base model is now, if it moved.")]
+
+
+@app.command()
+def export(
+    run: RunName = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="The folder to write.")] = None,
+    stage: Stage = None,
+    merged: Merged = False,
+    dtype: Dtype = None,
+    task: OneTask = None,
+    license_: License = None,
+    base: HubBase = None,
+    model: Moved = None,
+    output_dir: OutputDir = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """What a stage left as a folder for anybody, with a card: a PEFT adapter, or a whole model."""
+    from cl_runner.commands import export as command
+
+    if to is None:
+        raise UserError("--to: say the folder to write")
+    asked = command.Asked(stage, task, merged, dtype, license_, base, model, trust_remote_code)
+    with cache_alone():  # what a run's folder names is not fetched
+        command.export(run, to, asked, root=Path(output_dir or "runs"), as_json=as_json)
+
+
+@app.command()
+def push(
+    what: Annotated[str, typer.Argument(metavar="FOLDER|RUN", help="An exported folder, or a run, as for export.")],
+    repo: Annotated[str, typer.Option("--repo", metavar="NAME", help="On the hub: you/name, or a name of yours.")] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    stage: Stage = None,
+    merged: Merged = False,
+    dtype: Dtype = None,
+    task: OneTask = None,
+    license_: License = None,
+    base: HubBase = None,
+    model: Moved = None,
+    output_dir: OutputDir = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Put an exported folder, or what a run's stage left, on the Hugging Face hub."""
+    from cl_runner.commands import push as command
+    from cl_runner.commands.export import Asked
+
+    if not repo:
+        raise UserError("--repo: say its name on the hub, you/name")
+    asked = Asked(stage, task, merged, dtype, license_, base, model, trust_remote_code)
+    command.push(what, repo, private, asked, root=Path(output_dir or "runs"), as_json=as_json)
 
 
 @app.command()
@@ -573,6 +641,7 @@ def config_show(
     order: Order = None,
     method: Method = None,
     model: Model = None,
+    from_: From = None,
     preset: Presets = None,
     plugin: Plugins = None,
     config: ConfigFile = None,
@@ -586,7 +655,9 @@ def config_show(
     from cl_runner.commands import config as command
     from cl_runner.commands.request import Request
 
-    flags = _flags(method__name=method, model__name=model, data__dir=data_dir, data__source=data, seed=seed)
+    flags = _flags(
+        method__name=method, model__name=model, model__adapter=from_, data__dir=data_dir, data__source=data, seed=seed
+    )
     command.config_show(Request(order, preset or [], config, flags, set_ or [], plugin or []), as_json=as_json)
 
 

@@ -1,7 +1,8 @@
 """A PEFT folder of LoRA pairs, whoever made it: what it adds to each layer, read layer by layer without the base.
 
 ``s·B A`` as PEFT 0.21 computes it: alpha / r or alpha / √r, ranks and alphas by pattern, one adapter, under a name or
-none. What ``fan_in_fan_out`` says is how the base keeps its weight: A and B lie the same way in any case.
+none. What ``fan_in_fan_out`` says is how the base keeps its weight: A and B lie the same way in any case. Files of the
+code of O-LoRA and N-LoRA hold the pairs of several tasks (``grown_folder.py``).
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_runner.adapters import patterns
+from cl_runner.adapters import patterns, tensor_file
 from cl_runner.adapters.expressions import Costly
+from cl_runner.adapters.grown_folder import FORKS, grown
+from cl_runner.adapters.tensor_file import Tensors
 from cl_runner.atomic import read_json
-from cl_runner.errors import UserError, first_line
+from cl_runner.errors import UserError
 from cl_runner.metrics.updates.update import Update
 from cl_runner.plain_files import pickled, refuse_foreign
 
@@ -46,17 +48,10 @@ class NeedsBase(UserError):
     """What an adapter adds depends on the weight that it is beside, or only PEFT knows it."""
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a file: name → shape, and how one is read."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-
-
 class LoraFolder:
-    """``shapes``: layer → (m, n), out by in. ``base``: what it names as its base, if it does. ``notes``: lines on what
-    else there is to say.
+    """``shapes``: layer → (m, n), out by in. ``base``: what it names as its base, if it does. ``notes``: lines on why
+    its updates are not all that it does. ``tasks``: ranks of the tasks whose pairs it holds one under the other, oldest
+    first; empty of PEFT's own.
 
     Raises:
         UserError: it is no adapter, or a broken one; ``NeedsBase`` where it is not LoRA's, whose updates alone can be
@@ -69,7 +64,10 @@ class LoraFolder:
         self.path, self.name = path, name or path.name
         self._config = _config(path)
         self.base = str(self._config.get("base_model_name_or_path") or "")
-        self._tensors = tensors_of(path)
+        self._tensors = tensors_of(path, self._config)
+        self.tasks: tuple[int, ...] = ()
+        if held := grown(self._tensors, self._config, str(path)):
+            self._tensors, self.tasks = held.tensors, held.ranks
         self.notes: list[str] = []
         self._names = self._factors()
         self.shapes: dict[str, tuple[int, int]] = {}
@@ -87,9 +85,18 @@ class LoraFolder:
             return Update(self._scales[layer] * B)
         return Update(self._scales[layer] * B, A)
 
+    def factors(self, layer: str) -> tuple[Tensor, Tensor, float]:
+        """A (r, n), B (m, r) and s of a layer, fp32, as they stand in the file."""
+        A, B = (self._read(name) for name in self._names[layer])
+        return A, B, self._scales[layer]
+
     def total(self, layer: str) -> Update:
         """The same: it stands beside the base alone."""
         return self.of(layer)
+
+    def rank_of(self, layer: str) -> int:
+        """Rows of A at a layer."""
+        return self._tensors.shapes[self._names[layer][0]][0]
 
     def _read(self, name: str) -> Tensor:
         return self._tensors.read(name).float()
@@ -125,7 +132,7 @@ class LoraFolder:
         if A[0] != B[1] or 0 in (*A, *B):
             raise UserError(f"{self.path}: broken: {layer} has lora_A {A} and lora_B {B}")
         rank = self._decided("r", "rank_pattern", layer)
-        if A[0] != rank:
+        if A[0] != (sum(self.tasks) or rank):
             raise UserError(f"{self.path}: broken: {layer} has rank {A[0]}, and {rank:g} in {CONFIG}")
         for name in self._names[layer]:
             if not self._read(name).isfinite().all():
@@ -172,28 +179,15 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def tensors_of(path: Path) -> Tensors:
-    """What an adapter folder's file holds. Raises UserError where there is none, it is broken, or it is a pickle."""
+def tensors_of(path: Path, config: Mapping[str, Any] | None = None) -> Tensors:
+    """What an adapter folder's file holds. Raises UserError where there is none, it is broken, or it is a pickle.
+
+    config: the folder's. Of the code of O-LoRA and N-LoRA, which knows nothing else, a pickle is read for its tensors.
+    """
     if (path / WEIGHTS).is_file():
-        return _safe(path / WEIGHTS)
+        return tensor_file.safe(path / WEIGHTS)
     if (path / PICKLED).is_file():
+        if config and FORKS in config:
+            return tensor_file.weights_only(path / PICKLED)
         raise pickled(path / PICKLED, WEIGHTS)
     raise UserError(f"{path}: holds no {WEIGHTS}")
-
-
-def _safe(file: Path) -> Tensors:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened: Any = safe_open(file, "pt")
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _broken(file, error) from None
-    return Tensors(shapes, opened.get_tensor)
-
-
-def _broken(file: Path, error: Exception) -> UserError:
-    with file.open("rb") as opened:
-        pointer = opened.read(24).startswith(b"version https://git-lfs")
-    why = "is a git-lfs pointer; run `git lfs pull` there" if pointer else f"is broken ({first_line(error)[:100]})"
-    return UserError(f"{file}: {why}")

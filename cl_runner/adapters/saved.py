@@ -11,6 +11,20 @@ from typing import Any, Literal
 Own = Literal["adapter", "state", "terms", "prompts", "model"]
 
 
+# In the place of a stage: the adapter that a run starts from, and each of its pairs. No task has such a name.
+GIVEN = "from"
+
+
+def given_name(number: int) -> str:
+    """A pair of the adapter that a run starts from, from 1."""
+    return f"{GIVEN}:{number}"
+
+
+def is_given(name: str) -> bool:
+    """Whether a pair is one of those, and none of a stage's."""
+    return name.startswith(f"{GIVEN}:")
+
+
 class Sized:
     """What a pair's update is made with: r and s, and those of the targets that have others."""
 

@@ -21,6 +21,9 @@ from cl_runner.terminal.console import print_json, rich_print, say
 from cl_runner.terminal.progress import Screen, ShownStage
 
 if TYPE_CHECKING:
+    from cl_runner.adapters.lora_folder import LoraFolder
+    from cl_runner.adapters.merged_folder import MergedFolder
+    from cl_runner.adapters.task_pairs import TaskPair
     from cl_runner.metrics.updates.analysis import Changes
     from cl_runner.models.base_weights import BaseWeights
     from cl_runner.report.updates import Section, UpdatesReport
@@ -167,7 +170,7 @@ def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
 def _of_folders(paths: Sequence[Path], asked: Asked, screen: Screen) -> UpdatesReport:
     with light_imports():
         from cl_runner.adapters.lora_folder import LoraFolder, NeedsBase
-        from cl_runner.adapters.merged_folder import MergedFolder, open_folder
+        from cl_runner.adapters.merged_folder import open_folder
 
     if asked.of_models:
         raise UserError(f"{asked.of_models[0]}: asks the models of a run; of adapters there are none")
@@ -184,18 +187,46 @@ def _of_folders(paths: Sequence[Path], asked: Asked, screen: Screen) -> UpdatesR
             return str(error)
 
     each_way = [opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    found = [each for each in each_way if not isinstance(each, str)]
     skipped = [each for each in each_way if isinstance(each, str)]
-    notes = [f"{each.name}: {note}" for each in found for note in each.notes]
+    found, notes = _of_their_tasks([each for each in each_way if not isinstance(each, str)])
     bases: dict[str, list[str]] = {}
     for each in found:
         bases.setdefault(each.base or "none", []).append(each.name)
     if len(bases) > 1:
         of = "; ".join(f"{base} ({', '.join(names)})" for base, names in bases.items())
         notes.append(f"they name different bases, so that what overlaps may say nothing: {of}")
-    title = f"{len(found)} adapter{'s' * (len(found) > 1)}"
-    of_paths = {"adapters": [str(each.path) for each in found]}
+    what = "update" if len(found) > len(each_way) else "adapter"
+    title = f"{len(found)} {what}{'s' * (len(found) > 1)}"
+    of_paths = {"adapters": list(dict.fromkeys(str(each.path) for each in found))}
     return _report(found, of_paths, title, asked, base, notes, skipped, screen)
+
+
+def _of_their_tasks(
+    folders: Sequence[LoraFolder | MergedFolder],
+) -> tuple[list[LoraFolder | MergedFolder | TaskPair], list[str]]:
+    """The same, those that hold the pairs of several tasks taken apart, each pair once; and lines on all of them."""
+    from cl_runner.adapters.merged_folder import MergedFolder
+    from cl_runner.adapters.task_pairs import TaskPair, apart
+
+    found: list[LoraFolder | MergedFolder | TaskPair] = []
+    notes: list[str] = []
+    for folder in folders:
+        notes += [f"{folder.name}: {note}" for note in folder.notes]
+        ranks = () if isinstance(folder, MergedFolder) else folder.tasks
+        if isinstance(folder, MergedFolder) or not ranks:
+            found.append(folder)
+            continue
+        new = apart(folder, [each for each in found if isinstance(each, TaskPair)])
+        found += new
+        of = "by the code of O-LoRA or N-LoRA"
+        held = (
+            f"the pairs of {len(ranks)} tasks, oldest first"
+            if len(ranks) > 1
+            else f"{ranks[0]} rows, taken as one task's"
+        )
+        told = f"; {len(ranks) - len(new)} of them stand above" if len(new) < len(ranks) else ""
+        notes.append(f"{folder.name}: {of}: {held}{told}")
+    return found, notes
 
 
 def _report(

@@ -112,6 +112,8 @@ def make_absolute(resolved: Resolved) -> None:
     with suppress(OSError):  # too long a name
         if model.name.strip() and ((at := expanded(model.name)).is_dir() or (at.suffix == ".gguf" and at.is_file())):
             model.name = str(at.absolute())
+    if model.adapter is not None:
+        model.adapter = str(expanded(model.adapter).absolute())
     if data.dir is not None:
         data.dir = str(expanded(data.dir).absolute())
     if training.deepspeed is not None:

@@ -6,6 +6,7 @@ model files, rows of every task, the run folder (all without torch), then the mo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from cl_runner.commands.report import print_result, write_page
 from cl_runner.commands.request import Request
 from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
-from cl_runner.models.identity import model_identity
+from cl_runner.models.identity import adapter_identity, model_identity
 from cl_runner.models.locate import Located, check, locate
 from cl_runner.runs import catalog, checkpoints
 from cl_runner.runs.commit import clear_drafts, remove_models
-from cl_runner.runs.folder import RunDir
+from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.results import summary_of, write_results
 from cl_runner.runs.resume_guard import plugin_identity, refuse_other_settings, refuse_unwritable
 from cl_runner.settings import Resolved
@@ -72,6 +73,7 @@ class Prepared:
             "model": model_identity(located, config.model.quantize),
             **plan.identity(processes),
             **plugin_identity(),
+            **started_from(config.model.adapter, request.extends or folder),
         }
         taken: TakenOver | None = None
         if request.extends is not None and not folder.exists():
@@ -87,6 +89,21 @@ class Prepared:
         if folder.exists() and done < len(plan.stages) and not restart_stage:
             step = step_to_enter(folder, plan, done, processes)
         return cls(resolved, located, plan, identity, folder, taken, done, step, processes, part)
+
+
+def started_from(adapter: str | None, run: RunDir) -> dict[str, Any]:
+    """For the identity of a run that starts from an adapter: its files.
+
+    Where they are gone the copy of the run that goes on stands in for them. Raises UserError.
+    """
+    if adapter is None:
+        return {}
+    if run.exists() and not os.path.lexists(adapter):
+        with readable(run):
+            known = run.about()["identity"].get("adapter")
+        if known:
+            return {"adapter": known}
+    return {"adapter": adapter_identity(Path(adapter))}
 
 
 def train(
@@ -208,6 +225,7 @@ def about_plan(run: Prepared) -> dict[str, Any]:
         "synthetic": plan.data.synthetic,
         "processes": run.processes,
         "grows": plan.grows or None,
+        "starts": plan.starts or None,
         "folder": str(run.folder.path),
         "stages_done": run.done,
         "step": run.step,
@@ -255,7 +273,7 @@ def plan_text(run: Prepared, about: Mapping[str, Any], more: Mapping[str, Sequen
         title,
         aligned(head, rows, right=numbers),
         *(["* done"] if done else []),
-        *([plan.grows] if plan.grows else []),
+        *filter(None, [plan.starts, plan.grows]),
         *([below] if below else []),
         f"folder: {run.folder.path} ({state}; nothing was written)",
     ]

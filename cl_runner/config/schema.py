@@ -28,6 +28,7 @@ from cl_runner.registry import KINDS, SOURCES, TRACKERS
 
 _EXTRA = re.compile(r"\w[\w.+-]{0,79}")  # what an extra set may be called
 LORA = "lora"  # the kind whose settings are AdapterConfig's own
+ADAPTER = "model.adapter (--from)"  # in messages
 # Names that stand for layers in ``adapter.target_modules``.
 TARGET_SETS = ("qv", "attention", "mlp", "all-linear", "outputs")
 
@@ -45,6 +46,11 @@ class ModelConfig(Section):
         default="tiny-t5", description="Embedded model (tiny-t5, tiny-llama), folder, GGUF file, or hub id."
     )
     revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
+    adapter: str | None = Field(
+        default=None,
+        description="PEFT folder of a LoRA that the run starts from, as if an earlier stage had left it (--from): "
+        "where one pair serves all stages it trains on if it is like that, else its update is folded, as a past pair.",
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Precision of the frozen base: auto is bf16 on a GPU, fp32 on the CPU."
     )

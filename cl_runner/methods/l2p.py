@@ -58,6 +58,10 @@ class L2P(Prompting):
     def prefix_tokens(self, stages: int) -> int:
         return int(self.config.top * self.config.length)
 
+    @property
+    def no_folder(self) -> str:
+        return "puts prompts of its own before every input"
+
     def begin_with(self, stage: Stage) -> dict[str, Tensor]:
         import torch
 

@@ -230,11 +230,16 @@ class Stage(Protocol):
         """
 
     def generate(
-        self, examples: Sequence[Example], task: str | None = None, tick: Callable[[int], None] = lambda _: None
+        self,
+        examples: Sequence[Example],
+        task: str | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+        most: int | None = None,
     ) -> list[str]:
         """Greedy answers, in order, the same on every rank. *Collective*.
 
-        ``task`` where the method may know it; ``tick`` is told how many examples are answered, batch by batch.
+        ``task`` where the method may know it; ``tick`` is told how many examples are answered, batch by batch; ``most``
+        tokens long, default ``eval.max_new_tokens``.
         """
 
     def sample(
@@ -358,6 +363,7 @@ class Method:
     frozen: ClassVar[str] = "the base and all past updates"
     forms: ClassVar[str] = ""  # how ``method.reference`` and the paper differ, where both are built
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
+    trains_on: ClassVar[bool] = False  # one parameter set serves all stages, each of which goes on with it
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
     # Own settings that the first stage does not read, nor what it leaves: there is no past to penalise yet. Runs that
     # differ in them alone have it in common (``training/reuse.py``; a test trains both).
@@ -555,6 +561,12 @@ class Method:
         Then it cannot be probed (``eval.probe_every``). Default: where the fold may change the answers, or ``remade``.
         """
         return "may answer otherwise once a stage is folded" if self.fold_loses else self.remade
+
+    @property
+    def no_folder(self) -> str:
+        """What the method does so that neither one folder nor one for each task answers as it does after a stage: it …;
+        empty where they do."""
+        return ""
 
     def dense_update(self, stage: Stage) -> dict[str, Tensor]:
         """Runs at commit where ``fold`` is ``dense``: ΔW (m, n) fp32 of every target. Default: the live one's."""

@@ -61,7 +61,7 @@ def listing(located: Located) -> folder_check.Files:
             # One request without retries, so that a machine without network answers at once.
             info = HfApi().model_info(located.name_or_path, revision=located.revision, timeout=_SECONDS)
         except Exception as error:
-            if not _is_unreachable(error):
+            if not is_unreachable(error):
                 raise _explained(located, error) from error
         else:
             return Repository(located, {s.rfilename for s in info.siblings or [] if "/" not in s.rfilename})
@@ -106,7 +106,7 @@ def cached(located: Located) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _is_unreachable(error: Exception) -> bool:
+def is_unreachable(error: Exception) -> bool:
     """True where no answer came, or the hub itself is down, as against an answer that says no."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
@@ -149,6 +149,6 @@ def _explained(located: Located, error: Exception) -> UserError:
             f"model.name: the hub has no model {name}, or it is private (then `hf auth login` or set HF_TOKEN)"
             + did_you_mean(name, ("tiny-t5", "tiny-llama"))
         )
-    if _is_unreachable(error):
+    if is_unreachable(error):
         return _offline(located)
     return UserError(f"model.name: the hub refused {name} ({type(error).__name__}: {' '.join(str(error).split())})")

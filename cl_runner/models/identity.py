@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cl_runner.atomic import sha256
+from cl_runner.config.schema import ADAPTER
+from cl_runner.errors import UserError
 from cl_runner.models.locate import Located
 from cl_runner.plain_files import refuse_foreign
 
 HASHED = 2**26  # bytes: of larger files samples are hashed
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SAMPLES, _SAMPLE = 256, 2**16  # so many of so many bytes, 16 MiB of a file in all
-_TOKENIZER = {
+TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
     "chat_template.jinja", "chat_template.json",
@@ -30,6 +34,17 @@ def model_identity(located: Located, quantize: str | None = None) -> dict[str, A
     """
     of = {"quantize": quantize} if quantize else {}
     return {**_fingerprints(located), **of}
+
+
+def adapter_identity(folder: Path) -> str:
+    """Hex digest of an adapter's config and weights, of large ones by samples. Raises UserError: they are not there."""
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path's takes no long name
+        raise UserError(f"{ADAPTER}: {folder} {'is no folder' if os.path.lexists(folder) else 'does not exist'}")
+    refuse_foreign(folder)
+    files = [folder / name for name in _ADAPTER if (folder / name).is_file()]
+    if len(files) < 2:
+        raise UserError(f"{ADAPTER}: {folder} is no PEFT adapter (adapter_config.json with adapter_model.safetensors)")
+    return _digest((file, sha256(file) if file.stat().st_size < HASHED else _sampled(file)) for file in files)
 
 
 def differing_model(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -66,7 +81,7 @@ def _fingerprints(located: Located) -> dict[str, Any]:
         "from": located.kind,
         "files": _digest((file, "" if file in large else sha256(file)) for file in files),
         **({"weights": _digest((file, _sampled(file)) for file in large)} if large else {}),
-        "tokenizer": _digest((file, sha256(file)) for file in files if file.name in _TOKENIZER),
+        "tokenizer": _digest((file, sha256(file)) for file in files if file.name in TOKENIZER),
     }
 
 

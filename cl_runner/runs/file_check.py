@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import read_json, sha256
 from cl_runner.config.lookup import is_name
 from cl_runner.errors import UserError
@@ -122,7 +123,7 @@ def _stage_folders(run: RunDir, names: Sequence[str] | None) -> Iterator[str]:
             yield f"stages/{folder} is not there, and stage {last + 1} is"
         elif folder not in there and state == "done":
             yield f"stages/{folder} is not there, and status.json says that the run is done"
-    for name in sorted(there - set(planned) - {"00-base"}):
+    for name in sorted(there - set(planned) - {"00-base", f"00-{GIVEN}"}):
         if not name.startswith("."):  # a commit that was interrupted leaves such
             yield f"stages/{name} is none of the run's stages"
 

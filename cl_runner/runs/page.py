@@ -51,7 +51,7 @@ def read_page(run: RunDir) -> RunPage:
             analysis=_analysis(run, names),
             health=[*filter(None, [untold]), *_warnings(run)],
             command=masked(str(environment.get("command", ""))),
-            environment=_told(environment),
+            environment=environment_told(environment),
             again=shlex.quote(run.name),
             notes=_notes(forgetting),
         )
@@ -97,7 +97,7 @@ def _warnings(run: RunDir) -> list[str]:
     return list(dict.fromkeys(f"stage {m[1]} {m[2]}: {m[3]}" if m[1] else m[3] for m in found))
 
 
-def _told(environment: Mapping[str, Any]) -> dict[str, str]:
+def environment_told(environment: Mapping[str, Any]) -> dict[str, str]:
     """What a run ran on, in words."""
     words = {
         "cl_runner": "cl-runner",

@@ -9,21 +9,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_runner.config.schema import MethodConfig, RunConfig
+from cl_runner.config.schema import ADAPTER, MethodConfig, RunConfig
 from cl_runner.config.yamlfile import Key
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.models.identity import differing_model
+from cl_runner.models.identity import differing_model, short
 from cl_runner.registry import plugins
 from cl_runner.runs.folder import RunDir, kept_order, readable
 from cl_runner.settings import differing, dotted, read_dump
 from cl_runner.tasks.order import Order, load_order
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
-# fingerprint, a revision of the base model by its commit). Of a single task or position too.
+# fingerprint, a revision of the base model by its commit, an adapter by its files). Of a single task or position too.
 FREE = (
-    "order", "presets", "plugins", "model.revision", "data.dir", "data.source", "data.empty_texts", "eval.extra",
-    "eval.probe_", "method.max_gb", "output.", "training.auto_batch", "training.non_finite",
+    "order", "presets", "plugins", "model.revision", "model.adapter", "data.dir", "data.source", "data.empty_texts",
+    "eval.extra", "eval.probe_", "method.max_gb", "output.", "training.auto_batch", "training.non_finite",
 )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def _refuse(run: RunDir, config: RunConfig, before: Mapping[str, Any], now: Mapp
         raise UserError(
             f"the base model {config.model.name} is not what the run {run.path} began with ({', '.join(other)}){again}"
         )
+    _refuse_other_adapter(run, before.get("adapter"), now.get("adapter"))
     if stages != (now["stages"][: len(stages)] if extending else now["stages"]):
         raise UserError(f"the run {run.path} has other stages ({', '.join(stage[0] for stage in stages)})")
     for task, definition in before["definitions"].items():
@@ -144,6 +145,18 @@ def other_extra(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]])
                 what = "other rows" if key == "fingerprint" else f"{key} {about[key]}, not {now[name][key]}"
                 return f"asked the extra set {name} with {what} (eval.extra)"
     return ""
+
+
+def _refuse_other_adapter(run: RunDir, then: str | None, now: str | None) -> None:
+    """A run goes on from the adapter that it started from, wherever that lies. Raises UserError."""
+    if then == now:
+        return
+    if then and now:
+        raise UserError(
+            f"{ADAPTER} is not the adapter that the run {run.path} started from: {short(then)} → {short(now)}"
+        )
+    how = "with an adapter (--from)" if then else "without an adapter; leave --from out"
+    raise UserError(f"the run {run.path} was started {how}")
 
 
 def is_free(path: Key) -> bool:

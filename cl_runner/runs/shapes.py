@@ -67,6 +67,7 @@ class Identity(Shape):
     data: dict[str, dict[str, SplitFacts]] = {}
     extra: dict[str, ExtraFacts] = {}
     plugins: dict[str, str] = {}
+    adapter: str = ""
     revision: Whole = 1
     computes: str = ""
 

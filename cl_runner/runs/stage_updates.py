@@ -22,6 +22,7 @@ from cl_runner.adapters.lora_folder import LoraFolder
 from cl_runner.adapters.merged_folder import MergedFolder, open_folder
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.peft_folder import own_pair
+from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import read_json
 from cl_runner.errors import UserError, first_line
 from cl_runner.metrics.updates.update import Update
@@ -133,7 +134,10 @@ def _changes(run: RunDir, names: Sequence[str], index: int, base: Callable[[], B
     if left.record.saved.own == "prompts":
         raise UserError("soft prompts change no weight")
     begun = None
-    if index and StageState.read(folder).start != "base":
+    given = run.stage_dir(-1, GIVEN)
+    if given.is_dir() and (not index or StageState.read(folder).start == "base"):
+        begun = Left.by(given, answers=True)
+    elif index and StageState.read(folder).start != "base":
         begun = Left.by(run.stage_dir(index - 1, names[index - 1]), answers=False)
     differs = bool(begun and left.paired and begun.trained_on_by(left))
     if left.record.saved.own == "model":

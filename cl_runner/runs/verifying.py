@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cl_runner.adapters.saved import GIVEN, given_name
 from cl_runner.errors import UserError
 from cl_runner.report.verified import Check
 from cl_runner.runs.file_check import check_run_files, check_stage_files, others
@@ -79,6 +80,8 @@ def _check_stages(run: RunDir, about: dict[str, Any], folder: Folder, stage: int
     scoring = ScoreCheck(tasks, foreign)
     found: dict[int, StageScores | None] = {}
     base = [-1] if _is_there(run, -1, "base") else []
+    if stage is None and _is_there(run, -1, GIVEN):
+        folder.checks.append(check_stage_files(run.stage_dir(-1, GIVEN), GIVEN, given_name(1), about))
     for index in [*base, *folder.there]:
         name = folder.names[index] if index >= 0 else "base"
         path, of = run.stage_dir(index, name), title(index, name)

@@ -26,6 +26,7 @@ FLAGS = {
     "order": "--order",
     "seed": "--seed",
     "model.name": "--model",
+    "model.adapter": "--from",
     "model.trust_remote_code": "--trust-remote-code",
     "method.name": "--method",
     "data.dir": "--data-dir",

@@ -10,11 +10,12 @@ from cl_runner.engine.process import Place
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.resume_guard import computes
 from cl_runner.training.checkpoint import restore_stage
+from cl_runner.training.given import is_committed, restore_given
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import Tokens, open_room, open_stage
 from cl_runner.training.stage import StageRun
 
-BASE = -1  # in the place of a stage's index: the untouched base
+BASE = -1  # in the place of a stage's index: the base as the first stage found it
 
 
 @contextmanager
@@ -27,7 +28,10 @@ def as_committed(plan: Plan, rundir: RunDir, index: int, place: Place) -> Iterat
     plan.computes = computes(rundir.about()["identity"])
     room, tokens = open_room(plan, place)
     stage = open_stage(room, plan.config, max(index, 0), evaluating=True)
-    if index == BASE:
+    if index == BASE and is_committed(rundir):
+        with readable(rundir, RuntimeError, AssertionError):
+            restore_given(room, rundir)
+    elif index == BASE:
         room.adapters.show(None)
     else:
         with readable(rundir, RuntimeError, AssertionError):  # torch's, of other shapes than the model's

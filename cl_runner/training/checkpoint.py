@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_runner.adapters.base import Held
-from cl_runner.adapters.saved import Saved
+from cl_runner.adapters.saved import GIVEN, Saved, is_given
 from cl_runner.atomic import read_json, write_json
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
@@ -199,6 +199,8 @@ def _referenced(stage: StageRun, folder: Path, name: str, reference: Reference) 
 
 
 def _folder_name(stage: StageRun, name: str) -> str:
+    if is_given(name):
+        return f"00-{GIVEN}"
     index = next(i for i, plan in enumerate(stage.order) if plan.name == name)
     # The draft stands beside the stages, as its final place does, so that a relative path is right from both.
     return f"{index + 1:02d}-{name}"

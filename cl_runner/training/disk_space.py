@@ -65,7 +65,8 @@ def _adapter(plan: Plan, room: Room, index: int) -> int:
     dense = plan.method.dense or not (alone or "factors" in plan.kind.folds)
     adapter = plan.config.adapter
     rank = adapter.largest * (2 if adapter.borrows else 1)  # with what it began with
-    return room.adapters.folder_bytes(1 if alone else index + 1, rank, dense)
+    pairs = (1 if alone else index + 1) + (plan.config.model.adapter is not None)
+    return room.adapters.folder_bytes(pairs, rank, dense)
 
 
 def _state(plan: Plan, room: Room, trained: int, index: int) -> int:

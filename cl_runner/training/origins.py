@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cl_runner.config.schema import DataConfig, RunConfig
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.models.identity import differing_model, model_identity, short
+from cl_runner.models.identity import adapter_identity, differing_model, model_identity, short
 from cl_runner.models.locate import locate
 from cl_runner.report.verified import Check
 from cl_runner.runs.folder import RunDir
@@ -109,9 +111,24 @@ def _model(identity: Mapping[str, Any], config: RunConfig) -> Check:
         check.unchecked.append(f"base model: {error}")
         return check
     check.holds(*(f"model.{line}" for line in differing_model(then, now)))
+    if known := identity.get("adapter"):
+        _adapter(known, config.model.adapter, check)
     if not {"files", "file", "commit"} & set(now):
         check.unchecked.append("base model: its files, which are the hub's; only the revision is known")
     return check
+
+
+def _adapter(then: str, folder: str | None, check: Check) -> None:
+    """The adapter that the run started from, of which it has a copy."""
+    if folder is None or not os.path.lexists(folder):
+        check.unchecked.append(f"model.adapter: {folder} is not there; the run has its copy in stages/00-from")
+        return
+    try:
+        now = adapter_identity(Path(folder))
+    except (UserError, OSError) as error:
+        check.unchecked.append(f"model.adapter: {error}")
+        return
+    check.holds(*([f"model.adapter: {short(then)} → {short(now)}"] if then != now else []))
 
 
 def _plugins(identity: Mapping[str, Any], check: Check) -> None:

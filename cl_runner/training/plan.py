@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cl_runner.adapters.kind import Kind
@@ -21,6 +23,7 @@ from cl_runner.training.compatibility import check_method, check_quantized, fitt
 from cl_runner.training.data import Data
 from cl_runner.training.options import make_options
 from cl_runner.training.sampling import BatchPlan
+from cl_runner.training.starting import refuse_starting, starting
 
 LARGE = 1024  # a rank from which on what trains may not fit into memory, which the layers' shapes tell
 
@@ -36,6 +39,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     data: Data
     extra: tuple[ExtraSet, ...] = ()  # that are scored beside the tasks (``eval.extra``)
+    starts: str = ""  # what becomes of the adapter that the run starts from (``model.adapter``), once it was read
     grows: str = ""  # how much the method will carry, where that is known beforehand
     only: Sequence[str] | None = None  # the tasks that it will be evaluated on; None where it trains
     computes: str | None = None  # what the run computes in on a CPU under ``precision: auto``; None: to be decided
@@ -50,6 +54,8 @@ class Plan:
         method = make_method(config)
         kind = fitting_kind(config, method)
         check_quantized(config, method, kind)
+        if only is None:
+            refuse_starting(config, method, kind)
         stages = tuple(method.plan([task.name for task in tasks]))
         if only is None:
             cls._check_training(config, method, stages)
@@ -91,7 +97,8 @@ class Plan:
         named = "update" in self.kind.offers and bool(adapter.target_modules or adapter.patterns)
         by_shape = [method.by_shape or any(option.wanted(of, method) for option in options) for of, method in stages]
         large = self.method.has_rank and max([adapter.largest, *adapter.rank_pattern.values()]) >= LARGE
-        if not (named or large or self.kind.by_shape or any(by_shape)):
+        given = _folder(self.config.model.adapter)
+        if not (given or named or large or self.kind.by_shape or any(by_shape)):
             return
         from cl_runner.models.base import outline
 
@@ -102,6 +109,19 @@ class Plan:
             self.method.trained = self.kind.trained_count(layers)
             check_method(self.config, self.stages, shapes, self.method.trained, list(layers))
             self.grows = self.method.grows(self.config, shapes)
+            if given is not None:
+                self._check_given(given, model)
+
+    def _check_given(self, folder: Path, model: Any) -> None:
+        """Refuse an adapter to start from that is none of this base's, or of other layers than the run's."""
+        from cl_runner.adapters import patterns
+        from cl_runner.adapters.given import Given
+        from cl_runner.adapters.targets import is_linear, shape_of
+
+        linear = {name: shape_of(module) for name, module in model.named_modules() if is_linear(module)}
+        layers, adapter = self.kind.layers(model), self.config.adapter
+        ranks = dict.fromkeys(layers, adapter.largest) | patterns.ranks(adapter, list(layers))
+        self.starts = starting(Given(folder, layers, linear), self.method, self.kind, self.config, ranks).said
 
     def notes(self) -> list[str]:
         """Lines on how files were read, and on what is left out or will be missed.
@@ -214,6 +234,11 @@ class Plan:
     def last(self, task: str, index: int) -> int:
         """The last stage up to ``index`` that trains a task, from 0; -1 where none does."""
         return max((i for i, plan in enumerate(self.stages[: index + 1]) if task in plan.tasks), default=-1)
+
+
+def _folder(name: str | None) -> Path | None:
+    """The adapter's folder, where there is one; that there has to be is said where it is hashed."""
+    return Path(name) if name is not None and os.path.isdir(name) else None  # noqa: PTH112 - Path's takes no long name
 
 
 def reading(config: RunConfig) -> tuple[Any, ...]:

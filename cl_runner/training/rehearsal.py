@@ -125,7 +125,7 @@ class _Measuring:
         stage, room = self.stage_run, self.room
         began = time.perf_counter()
         if stage.plan.start == "base":
-            room.adapters.restore([], room.adapters.kept, None)
+            room.to_base()
         room.method.build(stage)
         trained = train_stage(
             stage,

@@ -13,8 +13,10 @@ import torch
 
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place, memory
+from cl_runner.runs.folder import RunDir
 from cl_runner.training.disk_space import bytes_to_write, check_disk_space, free_bytes
 from cl_runner.training.forecast import Memory, StageForecast, about_time, forecast, seconds_of_base
+from cl_runner.training.given import start
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import open_room
 from cl_runner.training.rehearsal import Rehearsal, rehearse
@@ -96,6 +98,8 @@ def resources(
     engine.start(place)
     program = 0 if place.device == "cuda" else resident()
     room, tokens = open_room(plan, place)
+    if plan.config.model.adapter is not None:
+        start(plan, room, RunDir(folder))
     loading = time.perf_counter() - began
     if full := check_disk_space(folder, plan, room, done, copied):
         say(full)

@@ -51,7 +51,9 @@ def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
     for index, plan in enumerate(stages):
         # Of a run's settings the whole ones too: a method may look at them beside the stage's own.
         configs = {"run": config, "stage": stage_config(config, index, plan)}
-        unread = {f"method.{key}" for key in method.since_second} if index == 0 else set()
+        # An adapter that the run starts from is a past to the first stage.
+        first = index == 0 and config.model.adapter is None
+        unread = {f"method.{key}" for key in method.since_second} if first else set()
         settings = {
             f"{where} {dotted(path)}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
             for where, of in configs.items()

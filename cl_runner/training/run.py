@@ -30,6 +30,7 @@ from cl_runner.training.accounting import Counts, parameters
 from cl_runner.training.checkpoint import answers_to, committed, restore_stage, save_stage
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.extra_sets import ExtraScored, score_extra
+from cl_runner.training.given import commit_given, is_committed, restore_given
 from cl_runner.training.health import Health
 from cl_runner.training.keeping import Keeper
 from cl_runner.training.loop import train_stage
@@ -84,6 +85,8 @@ class Run:
         self.entered, self.keeps = engine.broadcast_object(self.place, (self.entered, self.keeps))
         batches = self.plan.batches(self.place.ranks)
         self.screen.begin(self.plan.shown(), done)
+        if self.plan.config.model.adapter is not None:
+            self._start(room)
         wanted = self.plan.config.eval.future or self.plan.extra
         if wanted and not (self.rundir.stage_dir(-1, "base") / "DONE").exists():
             self._base_scores(room, tokens)
@@ -100,10 +103,21 @@ class Run:
             write_results(self.rundir)
         return read_matrix(self.rundir)
 
+    def _start(self, room: Room) -> None:
+        """Hold the adapter that the run starts from, as the run has it; the first process of a run makes that copy."""
+        if not is_committed(self.rundir):
+            if self.place.rank == 0:
+                said = commit_given(self.plan, room, self.rundir)
+                if not self.plan.starts:  # which only a model without code of its own tells before it is loaded
+                    self.screen.line(said)
+            self._wait()
+        restore_given(room, self.rundir)
+
     def _base_scores(self, room: Room, tokens: Tokens) -> None:
-        """a0: the untouched base on every task (``eval.future``) and on extra sets, before stage 1."""
+        """a0: the base, and the adapter that the run starts from, on every task (``eval.future``) and extra set."""
         stage = open_stage(room, self.plan.config, 0, evaluating=True)
-        room.adapters.show(None)
+        if room.initial is None:
+            room.adapters.show(None)
         tests = tokens.test if self.plan.config.eval.future else {}
         scored = evaluate(stage, tests, self._tick_evaluation)
         extra = score_extra(stage, tokens.extra, self._tick_evaluation)
@@ -123,7 +137,7 @@ class Run:
         self.screen.stage(index + 1, len(self.names), name, batch.steps, entered.step if entered else 0)
         try:
             if stage.plan.start == "base":
-                room.adapters.restore([], room.adapters.kept, None)
+                room.to_base()
             room.method.build(stage)
             self._say_what_trains(stage)
             own = tokens.source(stage.plan)

@@ -148,7 +148,7 @@ class Session:
         return settled
 
     def _introduce(self, screen: Screen) -> None:
-        notes = [*self.resolved.notes, *self.plan.notes(), *([self.plan.grows] if self.plan.grows else [])]
+        notes = [*self.resolved.notes, *self.plan.notes(), *filter(None, [self.plan.starts, self.plan.grows])]
         if self.taken and self.taken.key == "reuses":
             notes.append(f"{self.taken.said}: not trained again")
         for line in [self.located.note, *notes, *free_devices(self.place)]:

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cl_runner.adapters.base import Adapters
+from cl_runner.adapters.base import Adapters, Held
+from cl_runner.adapters.folding import summed
 from cl_runner.adapters.pairs import FactorGroup, Pair
 from cl_runner.adapters.targets import is_transposed
 from cl_runner.adapters.terms import Term
@@ -54,8 +55,23 @@ class Room:
     root: Autocast
     order: tuple[StagePlan, ...]
     options: tuple[Option, ...] = field(default_factory=make_options)
+    initial: Held | None = None  # the adapter that the run starts from, if it does
     told: set[str] = field(default_factory=set)  # what is said once a run, and has been
     compute: Compute = field(default_factory=lambda: Compute(False))  # what ``root`` computes in, and why
+
+    def to_base(self) -> None:
+        """Hold nothing that was learned, but what is kept by stage and what the run started from."""
+        held = self.initial or Held()
+        self.adapters.restore(held.folded, self.adapters.kept, None, sums=held.sums, dense=held.dense)
+
+    def from_base(self, target: str) -> Tensor | None:
+        """ΔW (m, n) that the run started from at a target, where it was folded; None of none."""
+        held = self.initial or Held()
+        total = held.sums.get(target)
+        if total is not None:
+            return total
+        pairs = [pair.of(target) for pair in held.folded if target in pair.A]
+        return summed(pairs, self.adapters.past[target].weight.device) if pairs else None
 
 
 class StageRun:
@@ -632,9 +648,16 @@ def commit_update(method: Method, stage: StageRun) -> None:
     elif how == "dense":
         stage.adapters.fold_dense(stage.plan.name, method.dense_update(stage))
     elif how == "replace":
-        stage.adapters.replace(stage.plan.name, method.replacement(stage))
+        total = method.replacement(stage)
+        if stage.plan.start == "base" and stage.room.initial is not None:
+            total = {target: _added(update, stage.room.from_base(target)) for target, update in total.items()}
+        stage.adapters.replace(stage.plan.name, total)
     else:
         stage.adapters.keep_live()
+
+
+def _added(update: Tensor, begun: Tensor | None) -> Tensor:
+    return update if begun is None else update + begun.to(update)
 
 
 def _reads_encoder(target: str) -> bool:

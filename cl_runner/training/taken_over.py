@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import sync
 from cl_runner.runs.folder import RunDir
 
@@ -66,8 +67,11 @@ class TakenOver:
             verify(stage, removed=stage is not folders[-1])
 
     def _folders(self) -> list[Path]:
-        base = self.run.stage_dir(-1, "base")
-        return [*([base] if base.is_dir() else []), *map(self.run.stage_dir, range(len(self.stages)), self.stages)]
+        before = [self.run.stage_dir(-1, name) for name in ("base", GIVEN)]
+        return [
+            *(folder for folder in before if folder.is_dir()),
+            *map(self.run.stage_dir, range(len(self.stages)), self.stages),
+        ]
 
 
 def _linked(source: str, target: str) -> None:

@@ -195,12 +195,12 @@ def test_a_config_file_of_the_user_names_plugins(made: Path) -> None:
         (
             "plugins: [mine.py]\ndata: {source: backward}",
             (),
-            "mine.yaml:2:16: data.source must be one of auto, folder, hub, synthetic, backwards; did you mean 'back",
+            "mine.yaml:2:16: data.source must be one of auto, folder, hub, synthetic, trace, backwards; did you mean 'back",
         ),
         (
             "tasks: {dbpedia: {data.source: hubb}}",
             (),
-            "mine.yaml:1:32: tasks.dbpedia.data.source must be one of auto, folder, hub, synthetic; did you mean 'hub'",
+            "mine.yaml:1:32: tasks.dbpedia.data.source must be one of auto, folder, hub, synthetic, trace; did you mean 'hub'",
         ),
     ],
 )
@@ -223,7 +223,7 @@ def test_lists_and_the_schema_have_what_a_plugin_brings(made: Path) -> None:
     assert call("show", "small", *flag, "--json", cwd=made).json["settings"]["weight"]["default"] == 0.1
     schema = call("config", "schema", *flag, cwd=made).json
     assert "small" in [each["title"] for each in schema["properties"]["method"]["anyOf"]]
-    assert schema["$defs"]["DataConfig"]["properties"]["source"]["enum"][-2:] == ["synthetic", "backwards"]
+    assert schema["$defs"]["DataConfig"]["properties"]["source"]["enum"][-2:] == ["trace", "backwards"]
     shown = call(
         "data", "show", "--order", "two.yaml", "--task", "amazon", "-n", "1", "--data", "backwards", *flag, cwd=made
     )

@@ -191,6 +191,10 @@ class CoLoRA(Rounds):
         soft = "makes a round's gate at its end, and routing: soft answers by it"
         return super().answers_later or (soft if self.config.routing == "soft" else "")
 
+    @property
+    def no_folder(self) -> str:
+        return "routes rows to its experts, and `adapter/` has their mean" if self.config.fold == "keep" else ""
+
     def fold(self, stage: Stage) -> Fold:
         if self.config.fold == "mean":
             return "factors"

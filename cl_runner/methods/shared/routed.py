@@ -77,6 +77,10 @@ class Routed(Method):
         each = 4 * pair_parameters(config.adapter, shapes)
         return f"carries {size(each)} a task, {size(self.stages * each)} in all: pairs of {len(shapes)} layers"
 
+    @property
+    def no_folder(self) -> str:
+        return "weighs its pairs row by row, and `adapter/` has them by their mean weights"
+
     def reads_past(self) -> Mapping[str, str]:
         return {}
 

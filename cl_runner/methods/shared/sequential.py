@@ -19,6 +19,7 @@ class Sequential(Method):
 
     frozen = "the base"
     past_as = "none"
+    trains_on = True
     carried = "A, B"
     growth = "constant"
 

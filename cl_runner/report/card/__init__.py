@@ -1,0 +1,1 @@
+"""The model card of what is exported of a run."""
