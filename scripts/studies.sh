@@ -78,14 +78,17 @@ case "$name" in
     [ -s "$results/tuning.jsonl" ] || { echo "studies.sh: scripts/tune.sh goes first" >&2; exit 2; }
     best=() order=order1
     [ "$name" = methods ] || { best=("$results/methods.jsonl"); order=order4; }
-    while read -r method settings; do
-      vary=()
-      # Settings that go together: their names, then their values.
-      [ -z "$settings" ] || vary=(--vary "$(sed 's/=[^ ]*//g; s/ /,/g' <<<"$settings")=$(sed 's/[^ ]*=//g; s/ /,/g' <<<"$settings")")
-      cells --orders "$order" --methods "$method" --seeds "1 2 3" "${vary[@]}" -- --preset tiny --data synthetic \
-        --set data.max_train=$([ "$name" = methods ] && echo 400 || echo 200) \
-        --set data.max_test=$([ "$name" = methods ] && echo 100 || echo 40) </dev/null
-    done < <("$python" "$here/leaderboard.py" "$results/tuning.jsonl" --chosen "${best[@]}" | cut -f1)
+    chosen=$("$python" "$here/leaderboard.py" "$results/tuning.jsonl" --chosen "${best[@]}" | cut -f1)
+    for seed in 1 2 3; do # every method once before any of them twice
+      while read -r method settings; do
+        vary=()
+        # Settings that go together: their names, then their values.
+        [ -z "$settings" ] || vary=(--vary "$(sed 's/=[^ ]*//g; s/ /,/g' <<<"$settings")=$(sed 's/[^ ]*=//g; s/ /,/g' <<<"$settings")")
+        cells --orders "$order" --methods "$method" --seeds "$seed" "${vary[@]}" -- --preset tiny --data synthetic \
+          --set data.max_train=$([ "$name" = methods ] && echo 400 || echo 200) \
+          --set data.max_test=$([ "$name" = methods ] && echo 100 || echo 40) </dev/null
+      done <<<"$chosen"
+    done
     ;;
   coefficients)
     mkdir -p "$runs" && validation
