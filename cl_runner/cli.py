@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +89,10 @@ RunName = Annotated[
 ]
 FolderName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", help="Train on so many GPUs (processes without any).")]
+Hostfile = Annotated[
+    Path | None,
+    typer.Option("--hostfile", metavar="FILE", help="Train on these machines, reached by ssh: HOST slots=N a line."),
+]
 Extend = Annotated[
     str | None,
     typer.Option(
@@ -166,6 +171,7 @@ def train(
     name: FolderName = None,
     seed: Seed = None,
     gpus: Gpus = None,
+    hostfile: Hostfile = None,
     set_: Sets = None,
     extend: Extend = None,
     restart: Restart = False,
@@ -181,7 +187,7 @@ def train(
         order, method, model, from_, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
     )
     anew = {"restart": restart, "restart_stage": restart_stage}
-    raise typer.Exit(command.train(request, gpus=gpus, **anew, dry_run=dry_run, as_json=as_json))
+    raise typer.Exit(command.train(request, gpus=gpus, hostfile=hostfile, **anew, dry_run=dry_run, as_json=as_json))
 
 
 @app.command()
@@ -199,6 +205,7 @@ def plan(
     name: FolderName = None,
     seed: Seed = None,
     gpus: Gpus = None,
+    hostfile: Hostfile = None,
     set_: Sets = None,
     extend: Extend = None,
     restart: Restart = False,
@@ -211,7 +218,7 @@ def plan(
     request = _request(
         order, method, model, from_, preset, plugin, config, data_dir, data, output_dir, name, seed, set_, extend
     )
-    command.plan(request, gpus=gpus, restart=restart, restart_stage=restart_stage, as_json=as_json)
+    command.plan(request, gpus=gpus, hostfile=hostfile, restart=restart, restart_stage=restart_stage, as_json=as_json)
 
 
 @app.command()
@@ -796,14 +803,22 @@ def outcome(arguments: list[str]) -> int:
 
 
 def _told(error: BaseException, code: int, message: str | None = None) -> int:
-    """Say it, by one process of a run alone; returns the exit code."""
+    """Say it, by one process of a run alone (without a launcher of ours, of each machine); returns the exit code."""
     from cl_runner.engine.process import assigned
-    from cl_runner.launch.channel import TOLD, Channel
+    from cl_runner.launch.channel import STOP, TOLD, Channel
 
-    part = assigned()
+    part, channel = assigned(), Channel.given()
+    if code == 130 and channel and STOP not in channel.heard():
+        return 1  # another process of the run has failed: the one that started them says of what
     if part is None or part.rank == 0:
         say_error(error, message)
-        Channel.given().say(TOLD)
+        channel.say(f"{TOLD}{code}")
+    elif code == 130:  # it was stopped with the others
+        pass
+    elif channel:
+        channel.fail(part.rank, one_line(message or str(error)))
+    elif part.local_rank == 0:  # on another machine than rank 0's there may be other reasons
+        say_error(error, f"process {part.rank} on {socket.gethostname()}: {message or error}")
     return code
 
 

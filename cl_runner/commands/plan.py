@@ -7,6 +7,7 @@ rehearsed (``training/rehearsal.py``). The run's folder is looked at as ``train`
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_runner.commands.request import Request
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
     from cl_runner.training.resources import Resources
 
 
-def plan(request: Request, *, gpus: int | None, restart: bool, restart_stage: bool, as_json: bool) -> None:
+def plan(
+    request: Request,
+    *,
+    gpus: int | None,
+    hostfile: Path | None,
+    restart: bool,
+    restart_stage: bool,
+    as_json: bool,
+) -> None:
     """Load the model, rehearse the run, and say what it will take. Raises UserError for what ``train`` refuses."""
     began = time.perf_counter()
-    run = Prepared.of(request, gpus, restart, restart_stage)
+    run = Prepared.of(request, gpus, hostfile, restart, restart_stage)
     if run.part is not None and run.part.ranks > 1:
-        raise UserError("cl-runner plan measures on one process: start it without a launcher, and say --gpus N")
+        raise UserError(
+            "cl-runner plan measures on one process: start it without a launcher, and say --gpus N or --hostfile"
+        )
     if run.done == len(run.plan.stages):
         say_done(run.folder)
         print_plan(run, as_json)

@@ -85,7 +85,7 @@ def _planned(file: Path, cell: Cell) -> PlannedRun:
     reuses = bool(settings.pop("output.reuse", False))
     try:
         request = _request(Cell(cell.label, settings))
-        run = Prepared.of(request, None, restart=False)
+        run = Prepared.of(request, None, None, restart=False)
     except UserError as error:
         raise UserError(f"{file}: {cell.label or 'the run'}: {error}") from None
     config, shown = run.resolved.config, run.plan.shown()

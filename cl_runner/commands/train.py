@@ -18,6 +18,8 @@ from cl_runner.commands.report import print_result, write_page
 from cl_runner.commands.request import Request
 from cl_runner.engine.process import Assigned, assigned
 from cl_runner.errors import UserError
+from cl_runner.launch.channel import Channel
+from cl_runner.launch.hostfile import Host, read_hostfile
 from cl_runner.models.identity import adapter_identity, model_identity
 from cl_runner.models.locate import Located, check, locate
 from cl_runner.runs import catalog, checkpoints
@@ -52,15 +54,20 @@ class Prepared:
     step: int
     processes: int
     part: Assigned | None
+    hosts: Sequence[Host]
 
     @classmethod
-    def of(cls, request: Request, gpus: int | None, restart: bool, restart_stage: bool = False) -> Prepared:
+    def of(
+        cls, request: Request, gpus: int | None, hostfile: Path | None, restart: bool, restart_stage: bool = False
+    ) -> Prepared:
         """Check all that can be checked without torch. Raises UserError."""
         check_platform()
         resolved, order = request.with_order()
         config = resolved.config
         part = assigned()
-        check_gpus(gpus, part)
+        hosts = hosts_of(hostfile, gpus, part)
+        if hostfile is None:
+            check_gpus(gpus, part)
         refuse_missing(config.output.trackers)
         folder = name_of(resolved, restart)
         refuse_unwritable(folder.path)
@@ -68,7 +75,7 @@ class Prepared:
         check(located)
         plan = Plan.make(config, order.name, order.tasks)
         plan.check_shapes()
-        processes = part.ranks if part else gpus or 1
+        processes = part.ranks if part else sum(host.slots for host in hosts) or gpus or 1
         identity = {
             "model": model_identity(located, config.model.quantize),
             **plan.identity(processes),
@@ -88,7 +95,7 @@ class Prepared:
         step = 0
         if folder.exists() and done < len(plan.stages) and not restart_stage:
             step = step_to_enter(folder, plan, done, processes)
-        return cls(resolved, located, plan, identity, folder, taken, done, step, processes, part)
+        return cls(resolved, located, plan, identity, folder, taken, done, step, processes, part, hosts)
 
 
 def started_from(adapter: str | None, run: RunDir) -> dict[str, Any]:
@@ -107,14 +114,21 @@ def started_from(adapter: str | None, run: RunDir) -> dict[str, Any]:
 
 
 def train(
-    request: Request, *, gpus: int | None, restart: bool, restart_stage: bool, dry_run: bool, as_json: bool
+    request: Request,
+    *,
+    gpus: int | None,
+    hostfile: Path | None,
+    restart: bool,
+    restart_stage: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Train what is asked for, or say that it is done; returns the exit code.
 
     Raises:
         UserError, TrainingError, Stopped: before there was a run to tell the end of.
     """
-    run = Prepared.of(request, gpus, restart, restart_stage)
+    run = Prepared.of(request, gpus, hostfile, restart, restart_stage)
     folder, part = run.folder, run.part
     if dry_run:
         print_plan(run, as_json)
@@ -125,13 +139,13 @@ def train(
             say_done(folder)
             print_result(folder, as_json, folder.page_file if folder.page_file.is_file() else None)
         return 0
-    if run.processes > 1 and part is None:
+    if part is None and (run.hosts or run.processes > 1):
         if folder.exists():
             with folder.lock():  # rather now than when all processes are up
                 pass
-        from cl_runner.launch.local import launch
+        from cl_runner.launch import hosts, local
 
-        return launch(run.processes, sys.argv[1:])
+        return hosts.launch(run.hosts, sys.argv[1:]) if run.hosts else local.launch(run.processes, sys.argv[1:])
     session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.taken, restart_stage)
     code = session.run()
     if code == 0 and session.place.rank == 0:
@@ -143,6 +157,25 @@ def check_platform() -> None:
     """Training needs Linux. Raises UserError elsewhere."""
     if not sys.platform.startswith("linux"):
         raise UserError(f"cl-runner trains on Linux; this is {sys.platform} (WSL 2, a container or a GPU box will do)")
+
+
+def hosts_of(hostfile: Path | None, gpus: int | None, part: Assigned | None) -> list[Host]:
+    """The machines to train on, where these are asked for and nobody has started the processes there yet.
+
+    Raises:
+        UserError: the file is wrong, or another launcher or ``--gpus`` says something else.
+    """
+    if hostfile is None:
+        return []
+    if gpus is not None:
+        raise UserError("--gpus and --hostfile: the slots of the hostfile say how many; leave --gpus out")
+    if part is None:
+        return read_hostfile(hostfile)
+    if not Channel.given():
+        raise UserError(
+            f"--hostfile: another launcher has started {part.ranks} processes already; leave --hostfile out"
+        )
+    return []  # this is one of those processes
 
 
 def check_gpus(gpus: int | None, part: Assigned | None) -> None:

@@ -356,7 +356,29 @@ class TrainingConfig(Section):
         default=False, description="Compute activations again in the backward instead of keeping them: slower, smaller."
     )
     deepspeed: str | None = Field(default=None, description="DeepSpeed JSON merged over ours; keys we own are refused.")
-    offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory.")
+    zero: Literal[0, 1, 2] = Field(
+        default=2,
+        description="DeepSpeed's ZeRO: each process holds its part of the optimizer states (1), and of the gradients "
+        "(2), or all of both (0). The same numbers but for rounding.",
+    )
+    offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory (zero 1 or 2).")
+
+    @field_validator("zero", mode="before")
+    @classmethod
+    def _not_partitioned(cls, value: Any) -> Any:
+        if value in (3, "3"):
+            raise ValueError(
+                "cannot be 3: it splits the base's weights too, so that no process computes a forward alone; but each "
+                "answers its own share of the test rows, and past updates are folded into whole weights. For a base "
+                "that does not fit a device take model.quantize"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> TrainingConfig:
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("zero 0 keeps optimizer states where the parameters are; offload_optimizer needs 1 or 2")
+        return self
 
     @model_validator(mode="after")
     def _any_micro_batch(self) -> TrainingConfig:

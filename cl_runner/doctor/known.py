@@ -36,6 +36,7 @@ NEEDED = (
     Package("pydantic", "pydantic"),
     Package("pyyaml", "yaml"),
     Package("filelock", "filelock"),
+    Package("psutil", "psutil"),
     Package("rich", "rich"),
     Package("typer", "typer"),
 )

@@ -34,7 +34,12 @@ class Place:
         return torch.device("cuda", self.local_rank) if self.device == "cuda" else torch.device("cpu")
 
     def export(self) -> None:
-        """Tell torch.distributed and DeepSpeed through the environment."""
+        """Tell torch.distributed and DeepSpeed through the environment.
+
+        Gloo takes the interface of the machine's own name, which on many machines leads nowhere (127.0.1.1).
+        """
+        if self.ranks > 1 and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(self.address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),
@@ -102,6 +107,34 @@ def memory(device: str) -> tuple[str, int]:
 
         return "one GPU", int(torch.cuda.get_device_properties(0).total_memory)
     return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def addresses() -> list[str]:
+    """This machine's IPv4 addresses that others may reach it by."""
+    import psutil
+
+    found = [one for each in psutil.net_if_addrs().values() for one in each if one.family == socket.AF_INET]
+    return [one.address for one in found if not one.address.startswith("127.")]
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface that leads to an address; None for one of this machine alone, or where nothing leads there.
+
+    Where it leads to this machine itself, the interface that has the address.
+    """
+    import psutil
+
+    try:
+        family, kind, number, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, number) as probe:
+            probe.connect(where)  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, each in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == mine for one in each):
+            return None if mine == "::1" or mine.startswith("127.") else str(name)
+    return None
 
 
 def free_port() -> int:

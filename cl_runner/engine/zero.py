@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO-2, on one process or many, GPU or CPU. The only file that imports deepspeed.
+"""DeepSpeed ZeRO 1 and 2, on one process or many, GPU or CPU. The only file that imports deepspeed.
+
+Under ZeRO-2 each rank has its part of the gradients and of what the rules keep; under ZeRO-1 gradients are whole on
+each until the step. What stands whole on every rank (ZeRO-0) is ``replicated.py``.
 
 Measured facts this file rests on (deepspeed 0.19): a parameter that trains is fp32 and its own master as long as
 DeepSpeed's ``bf16`` section stays off; gradient clipping left unset means 1.0; an in-place write to a parameter is
@@ -46,12 +49,13 @@ OWNED = {
     "communication_data_type": "training.precision",
     "zero_optimization.offload_optimizer": "training.offload_optimizer",
     "zero_optimization.zenflow": "training.offload_optimizer",
+    "zero_optimization.offload_param": "training.zero",
 }
 
 # What ``start`` sets, and what it was before: a child process must not take this one's port and rank for its own.
 _EXPORTED = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("DS_ACCELERATOR", "DS_BUILD_OPS"),
+    *("DS_ACCELERATOR", "DS_BUILD_OPS", "GLOO_SOCKET_IFNAME"),
 )
 _environment: dict[str, str | None] = {}
 
@@ -134,6 +138,14 @@ def broadcast_object(place: Place, value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(place: Place, value: Any) -> list[Any]:
+    """Every rank's value, on every rank. *Collective*; needs ``start`` where there are several."""
+    found = [value] * place.ranks
+    if place.ranks > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 class Engine:
@@ -248,6 +260,8 @@ class Engine:
             if zero._hp_mapping is not None:
                 yield zero._hp_mapping.get_lp_grad_fragment(zero._index_in_param_group)
 
+    _counts = True  # whether what this rank has of the gradients is no other's too
+
     @property
     def offloads(self) -> bool:
         """Optimizer states in CPU memory: DeepSpeed looks at gradients as they come then, not as they are edited."""
@@ -261,7 +275,7 @@ class Engine:
         either; finite ones change no bit. So the device is waited for once a step, whatever there is to be known.
         """
         square = torch.zeros((), dtype=torch.float64, device=self.place.torch_device)
-        fragments = list(self._fragments())
+        fragments = list(self._fragments()) if self._counts else []
         for norm in torch._foreach_norm(fragments) if fragments else ():  # a rank may own nothing but padding
             square += norm.double().to(square.device) ** 2
         for value in also:
@@ -447,7 +461,7 @@ def deepspeed_config(training: TrainingConfig, *, micro_batch: int, accumulation
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": training.zero, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every forward
         "wall_clock_breakdown": False,
@@ -455,11 +469,12 @@ def deepspeed_config(training: TrainingConfig, *, micro_batch: int, accumulation
     if training.offload_optimizer:
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         ours["zero_force_ds_cpu_optimizer"] = False
-    return _merge(ours, read_deepspeed_json(training.deepspeed))
+    return _merge(ours, read_deepspeed_json(training))
 
 
-def read_deepspeed_json(file: str | None) -> dict[str, Any]:
+def read_deepspeed_json(training: TrainingConfig) -> dict[str, Any]:
     """The user's DeepSpeed JSON, checked for keys that we own; ``{}`` without one."""
+    file = training.deepspeed
     if file is None:
         return {}
     try:
@@ -471,8 +486,13 @@ def read_deepspeed_json(file: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"training.deepspeed: {file}: must be a JSON object")
     zero = given.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 2) != 2:
-        raise UserError(f"training.deepspeed: {file}: zero_optimization.stage must be 2")
+    if not isinstance(zero, dict):
+        raise UserError(f"training.deepspeed: {file}: zero_optimization must be a JSON object")
+    if (stage := zero.get("stage", training.zero)) != training.zero:
+        raise UserError(
+            f"training.deepspeed: {file}: zero_optimization.stage is {stage}, and training.zero is {training.zero}; "
+            "set training.zero, and remove it from the file"
+        )
     for key, ours in OWNED.items():
         section, _, name = key.rpartition(".")
         if name in (given.get(section, {}) if section else given):

@@ -7,13 +7,18 @@ whole stages.
 from __future__ import annotations
 
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from cl_runner.atomic import read_json, sha256, sync, write_folder, write_json
-from cl_runner.errors import UserError
+from cl_runner.errors import TrainingError, UserError
 from cl_runner.runs.folder import RunDir
 from cl_runner.runs.state import NEXT, TENSORS, StageState
+
+SEEN = 60.0  # seconds: what a disk of a network remembers of a folder it forgets after 30
 
 
 def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) -> Path:
@@ -29,6 +34,21 @@ def commit(run: RunDir, index: int, name: str, write: Callable[[Path], None]) ->
 
     write_folder(final, whole)
     return final
+
+
+def await_committed(run: RunDir, index: int, name: str, seconds: float = SEEN) -> None:
+    """Until this process sees a stage that another has committed: on a network's disk a machine remembers what was not.
+
+    Raises:
+        TrainingError: it does not come to see it.
+    """
+    folder, until = run.stage_dir(index, name), time.monotonic() + seconds
+    while not (folder / "DONE").exists():
+        if time.monotonic() > until:
+            raise TrainingError(f"{folder} was committed by process 0, and is not seen on {socket.gethostname()}")
+        for above in (run.path.parent, run.path, run.stages_dir, folder):
+            (above / uuid.uuid4().hex).exists()  # a name that nobody has asked for: the folder is looked at anew
+        time.sleep(0.1)
 
 
 def sealed(folder: Path) -> dict[str, str]:

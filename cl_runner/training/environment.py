@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir
 from cl_runner.terminal.masking import masked
 from cl_runner.training.plan import Plan
-
-PACKAGES = (
-    "torch", "transformers", "peft", "deepspeed", "datasets", "accelerate", "safetensors", "tokenizers",
-    "sentencepiece", "numpy",
-)  # fmt: skip
+from cl_runner.versions import PACKAGES, version
 
 
 def record_environment(folder: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +57,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
         "command": masked(shlex.join(["cl-runner", *sys.argv[1:]])),
         **_checkout(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _packages(plan) if (version := _version(name))},
+        "packages": {name: found for name in _packages(plan) if (found := version(name))},
         "platform": platform.platform(),
         "device": device_name(place),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -76,19 +71,11 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
 
 
 def _packages(plan: Plan) -> list[str]:
-    """The libraries that this run computes, reads or scores with."""
+    """The libraries that this run computes, reads or scores with; one of a GGUF file in the cache need not be there."""
     model = plan.config.model
     extras = ["bitsandbytes"] * bool(model.quantize) + ["gguf"] * model.name.endswith(".gguf")
     scored_by = dict.fromkeys(package_of(task.metric, task.labels) for task in plan.data.tasks.values())
     return [*PACKAGES, *extras, *filter(None, scored_by)]
-
-
-def _version(name: str) -> str:
-    """Of a package; empty where it is not installed, as of a GGUF file that is in the cache it need not be."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _others(plan: Plan) -> dict[str, str]:

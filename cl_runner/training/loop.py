@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.engine.optim import WHOLE, Muon, ParameterGroup
+from cl_runner.engine.replicated import engine_for
 from cl_runner.engine.zero import Engine
 from cl_runner.errors import beginning, out_of_memory
 from cl_runner.methods.protocol import Source, overrides
@@ -157,7 +158,7 @@ def train_stage(
 
 def _engine(stage: StageRun, plan: BatchPlan, groups: Sequence[ParameterGroup]) -> Engine:
     """Fresh, with the plan's batch arithmetic."""
-    return Engine(
+    return engine_for(stage.config.training)(
         stage.room.root,
         groups,
         stage.config.training,

@@ -84,7 +84,7 @@ class Plan:
             if of_stage.training.deepspeed is not None:
                 from cl_runner.engine.zero import read_deepspeed_json
 
-                read_deepspeed_json(of_stage.training.deepspeed)
+                read_deepspeed_json(of_stage.training)
 
     def check_shapes(self) -> None:
         """Refuse what only the layers' names and shapes tell, by the model's config. Raises UserError.

@@ -26,6 +26,7 @@ from cl_runner.models.vocabulary import Vocabulary
 from cl_runner.tasks.rows import Rows
 from cl_runner.tasks.task import Task
 from cl_runner.terminal.console import size
+from cl_runner.training.agreement import refuse_other_base
 from cl_runner.training.compatibility import check_method, stage_config
 from cl_runner.training.computing import computing, rounded
 from cl_runner.training.data import Data
@@ -147,6 +148,7 @@ def open_room(plan: Plan, place: Place) -> tuple[Room, Tokens]:
     full = plan.method.full
     model = config.model.model_copy(update={"dtype": "fp32"}) if full else config.model  # what trains is fp32
     base = load_base(model, place.torch_device, chat_template=config.data.chat_template)
+    refuse_other_base(place, base.model)
     most = config.eval.max_new_tokens
     tokens = Tokens.make(plan.data, base, most, plan.only)
     _add_extra(tokens, plan, base)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from cl_runner.adapters.base import Held
+from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import append_jsonl, read_json, write_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
@@ -18,7 +19,7 @@ from cl_runner.methods.protocol import overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.checkpoints import Checkpoint
-from cl_runner.runs.commit import commit, remove_models
+from cl_runner.runs.commit import await_committed, commit, remove_models
 from cl_runner.runs.extra_scores import FILE as EXTRA
 from cl_runner.runs.extra_scores import read_extra
 from cl_runner.runs.folder import RunDir
@@ -110,7 +111,7 @@ class Run:
                 said = commit_given(self.plan, room, self.rundir)
                 if not self.plan.starts:  # which only a model without code of its own tells before it is loaded
                     self.screen.line(said)
-            self._wait()
+            self._wait(-1, GIVEN)
         restore_given(room, self.rundir)
 
     def _base_scores(self, room: Room, tokens: Tokens) -> None:
@@ -124,7 +125,7 @@ class Run:
         stage.close()
         if self.place.rank == 0:
             commit(self.rundir, -1, "base", lambda folder: _write_scores(folder, "base", [], scored, extra, {}))
-        self._wait()
+        self._wait(-1, "base")
         if scored:
             self._show_scores(scored)
         self._show_extra(extra)
@@ -187,7 +188,7 @@ class Run:
                 )
                 commit(self.rundir, index, name, write)
                 write_results(self.rundir)
-            self._wait()
+            self._wait(index, name)
             committed(self.rundir, stage)
             keeper.committed()
             keep = self.plan.config.output.keep_stages
@@ -390,9 +391,11 @@ class Run:
             append_jsonl(self.rundir.path / "log.jsonl", [{**row, "time": round(time.time(), 3)}])
             self.logged()
 
-    def _wait(self) -> None:
+    def _wait(self, index: int, name: str) -> None:
+        """Until rank 0 has committed a stage, and this process sees it."""
         if self.place.ranks > 1:
             torch.distributed.barrier()
+            await_committed(self.rundir, index, name)
 
 
 def _write_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import sys
@@ -23,7 +24,7 @@ from cl_runner.errors import (
     out_of_memory,
 )
 from cl_runner.imports import light_imports
-from cl_runner.launch.channel import FAILED, STOP, TOLD, Channel
+from cl_runner.launch.channel import ANOTHER, STOP, TOLD, Channel
 from cl_runner.models.locate import Located
 from cl_runner.runs import catalog, checkpoints
 from cl_runner.runs.checkpoints import Checkpoint
@@ -81,6 +82,7 @@ class Session:
         with light_imports():
             from cl_runner.engine import zero as engine
             from cl_runner.terminal.progress import Screen
+            from cl_runner.training.agreement import refuse_apart
             from cl_runner.training.disk_space import check_disk_space
             from cl_runner.training.run import Run
 
@@ -93,6 +95,7 @@ class Session:
         try:
             with Screen(enabled=self.place.rank == 0) as screen, ExitStack() as stack:
                 self.folder = RunDir(Path(self._agreed(str(self.folder.path))))
+                refuse_apart(self.place, self.folder.path, self.resolved.config, self.identity)
                 self.trackers = Trackers(self.resolved.config.output.trackers, screen.line)
                 run = Run(self.plan, self.folder, self.place, screen, self.trackers.hear)
                 new = not self.folder.exists()
@@ -239,7 +242,7 @@ class Session:
             if first:
                 return self._tell(run, screen, error)
             if not isinstance(error, Stopped | KeyboardInterrupt):  # which is no failure of this process
-                self.channel.say(FAILED + f"process {self.place.rank}: {why(error)}")
+                self.channel.fail(self.place.rank, why(error))
             raise
         if first:
             self.folder.set_status("done")
@@ -281,12 +284,13 @@ class Session:
         again = f"{self._again()} --set {without}" if without else self._again()
         keeps = f"kept: {self._kept(kept)}" if self._kept(kept) else "no stage is finished yet"
         screen.close()
-        self.channel.say(TOLD)
+        code = 130 if stopped else 2 if isinstance(error, UserError) or _of_memory(reason) else 1
+        self.channel.say(f"{TOLD}{code}")
         screen.line(f"{what}; {keeps}; go on: {again}")
         with suppress(OSError):  # a full disk must not hide what is being told
             self.folder.set_status("stopped" if stopped or limited else "failed", message=reason)
         self.trackers.close(stopped or limited)
-        return 130 if stopped else 2 if isinstance(error, UserError) or OUT_OF_MEMORY in reason else 1
+        return code
 
     def _kept(self, done: Sequence[str]) -> str:
         """What is on disk: ``dbpedia, and amazon to step 120``."""
@@ -296,12 +300,14 @@ class Session:
 
     def _reason(self, error: BaseException) -> tuple[bool, str]:
         """Whether this is a stop that was asked for, and why the run ends."""
+        if lost(error):
+            self.channel.await_failure()
         others = self.channel.failures()
         asked = stopping.asked()
         if asked or isinstance(error, KeyboardInterrupt | Stopped):
             # The launcher ends us with SIGTERM too, when another process of the run has ended.
             if asked == "SIGTERM" and self.channel and STOP not in self.channel.heard():
-                return False, others[0] if others else "another process of the run ended, or its launcher"
+                return False, others[0] if others else f"{ANOTHER}, or its launcher"
             return True, f"by {asked or str(error) or 'SIGINT'}"
         if others and not isinstance(error, UserError | TrainingError | OSError | MemoryError):
             return False, others[0]
@@ -329,10 +335,21 @@ def why(error: BaseException) -> str:
         return no_memory(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
-    if kind.startswith("Dist") or (kind == "RuntimeError" and any(word in text for word in lost)):
-        return "another process of the run ended (killed, or out of memory?); --debug shows more"
+    if lost(error):
+        return f"{ANOTHER} (killed, or out of memory?); --debug shows more"
     return f"{kind}: {text} (--debug shows where)"
+
+
+def _of_memory(reason: str) -> bool:
+    """Whether a process had no memory left, this one or another that has said so."""
+    return re.match(rf"(host \S+: )?(process \d+: )?{OUT_OF_MEMORY}", reason) is not None
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    kind, text = type(error).__name__, str(error)
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return kind.startswith("Dist") or (kind == "RuntimeError" and any(word in text for word in words))
 
 
 def free_devices(place: Place) -> list[str]:

@@ -23,7 +23,7 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.engine.optim import ParameterGroup, by_learning_rate, ordinary_groups
 from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
-from cl_runner.engine.zero import Autocast, Engine
+from cl_runner.engine.zero import Autocast, Engine, gather_objects
 from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.protocol import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
@@ -593,10 +593,7 @@ class StageRun:
 
     def gather(self, mine: dict[int, Any]) -> dict[int, Any]:
         """The union of every rank's numbered results, on every rank. *Collective*."""
-        if self.ranks == 1:
-            return mine
-        parts: list[dict[int, Any]] = [{} for _ in range(self.ranks)]
-        torch.distributed.all_gather_object(parts, mine)
+        parts: list[dict[int, Any]] = gather_objects(self.room.place, mine)
         return {number: value for part in parts for number, value in part.items()}
 
     def sum(self, tensor: Tensor) -> Tensor:

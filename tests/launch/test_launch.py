@@ -156,7 +156,7 @@ PARENT = """
 import sys
 from cl_runner import cli
 from cl_runner.launch import local
-cli.app = lambda arguments, standalone_mode: local.launch(2, arguments, module="stand_in")
+cli.app = lambda arguments, **named: local.launch(2, arguments, module="stand_in")
 sys.exit(cli.outcome(sys.argv[1:]))
 """
 

@@ -8,7 +8,7 @@ import pytest
 
 from cl_runner.metrics.scores import METRICS, package_of
 from cl_runner.runs.drift import EFFECTS, drift
-from cl_runner.training.environment import PACKAGES
+from cl_runner.versions import PACKAGES
 
 FIRST: dict[str, Any] = {
     "cl_runner": "0.1.0", "git_commit": "a" * 40, "git_dirty": False, "python": "3.11.1", "device": "x86_64",

@@ -84,6 +84,7 @@ def test_a_sweep_that_is_killed_waits_for_what_goes_on_and_does_the_rest(folder:
     same(folder, "killed")
 
 
+@wide
 def test_ctrl_c_stops_its_runs_which_keep_what_they_hold(folder: Path) -> None:
     written(folder, "stopped", {"slots": 1})
     first = start("sweep", "stopped.yaml", cwd=folder)

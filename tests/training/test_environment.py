@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner.training import environment
+from cl_runner.versions import version
 from tests.conftest import Finished
 
 
@@ -62,4 +63,4 @@ def test_a_run_says_what_may_change_its_numbers(finished: Finished) -> None:
 
 def test_a_package_that_is_not_installed_is_none_of_the_run() -> None:
     """A GGUF file whose weights are in the cache is read without the package that dequantised them."""
-    assert environment._version("torch") and environment._version("no-such-package") == ""
+    assert version("torch") and version("no-such-package") == ""
