@@ -27,11 +27,11 @@ def version(name: str) -> str:
 def versions() -> dict[str, str]:
     """Of all that must be the same on every machine of a run; ``cl-runner`` with a digest of its code."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"cl-runner": f"{__version__} ({_code()})", "Python": python, **{name: version(name) for name in PACKAGES}}
+    return {"cl-runner": f"{__version__} ({code()})", "Python": python, **{name: version(name) for name in PACKAGES}}
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """Of every Python file of this package: a checkout may have changed, and its version not."""
     package = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=4)

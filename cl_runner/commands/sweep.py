@@ -51,7 +51,8 @@ def sweep(
             print(shlex.join(["cl-runner", "train", *cell.words]))
         return 0
     check_platform()
-    runs = [_planned(file, cell) for cell in cells(asked, output_dir)]
+    processes = _processes(asked, engine)
+    runs = [_planned(file, cell, processes) for cell in cells(asked, output_dir)]
     share(runs)
     if form == "dry-run":
         found = cost(runs, _silent if as_json else say) if measure else None
@@ -79,13 +80,13 @@ def sweep(
     return _tell(queue.standing, folder, as_json)
 
 
-def _planned(file: Path, cell: Cell) -> PlannedRun:
-    """A run as ``train`` would prepare it. Raises UserError where it would be refused."""
+def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
+    """A run as ``train`` would prepare it, of so many processes. Raises UserError where it would be refused."""
     settings = dict(cell.settings)
     reuses = bool(settings.pop("output.reuse", False))
     try:
         request = _request(Cell(cell.label, settings))
-        run = Prepared.of(request, None, None, restart=False)
+        run = Prepared.of(request, None, None, restart=False, elsewhere=processes)
     except UserError as error:
         raise UserError(f"{file}: {cell.label or 'the run'}: {error}") from None
     config, shown = run.resolved.config, run.plan.shown()
@@ -102,6 +103,7 @@ def _planned(file: Path, cell: Cell) -> PlannedRun:
         done=run.done,
         begun=run.folder.exists(),
         reuses=reuses,
+        lends=config.output.keep_stages == "all" or not run.plan.method.full,
     )
 
 
@@ -119,7 +121,21 @@ def _request(cell: Cell) -> Request:
 
 
 def _list(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    return [str(each) for each in (value if isinstance(value, list) else [value]) if each is not None]
+
+
+def _processes(asked: Sweep, engine: str | None) -> int:
+    """How many processes a run will have: its micro-batches depend on it."""
+    settings = dict(asked.file.engine)
+    name = str(settings.pop("name", "local"))
+    gpus = settings.get("gpus", 1) if engine in (None, name) else 1
+    if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 2:
+        return 1
+    if name != "local":
+        return gpus
+    from cl_runner.launch.local import visible_devices
+
+    return gpus if visible_devices() else 1
 
 
 def _engine(asked: Sweep, engine: str | None, slots: int | None, folder: Path) -> tuple[str, Engine]:

@@ -58,9 +58,18 @@ class Prepared:
 
     @classmethod
     def of(
-        cls, request: Request, gpus: int | None, hostfile: Path | None, restart: bool, restart_stage: bool = False
+        cls,
+        request: Request,
+        gpus: int | None,
+        hostfile: Path | None,
+        restart: bool,
+        restart_stage: bool = False,
+        elsewhere: int = 1,
     ) -> Prepared:
-        """Check all that can be checked without torch. Raises UserError."""
+        """Check all that can be checked without torch. Raises UserError.
+
+        elsewhere: processes that the run will have on another machine, where none is asked for here.
+        """
         check_platform()
         resolved, order = request.with_order()
         config = resolved.config
@@ -75,7 +84,7 @@ class Prepared:
         check(located)
         plan = Plan.make(config, order.name, order.tasks)
         plan.check_shapes()
-        processes = part.ranks if part else sum(host.slots for host in hosts) or gpus or 1
+        processes = part.ranks if part else sum(host.slots for host in hosts) or gpus or elsewhere
         identity = {
             "model": model_identity(located, config.model.quantize),
             **plan.identity(processes),

@@ -60,10 +60,10 @@ def launch(hosts: Sequence[Host], arguments: Sequence[str]) -> int:
     environment = variables(os.environ)
     with ExitStack() as stack:
         inbox: SimpleQueue[tuple[Machine | None, dict[str, Any]]] = SimpleQueue()
-        machines = []
+        machines: list[Machine] = []
+        stack.callback(close, machines)
         for host in hosts:
-            machines.append(machine := Machine(host, inbox))
-            stack.callback(machine.close)
+            machines.append(Machine(host, inbox))  # noqa: PERF401  where one fails, those before it are closed
         run = Run(machines, inbox)
         run.begin(arguments, environment)
         return run.wait()
@@ -153,16 +153,28 @@ class Machine:
             return f"host {self.name}: has no cl-runner where this machine has it ({sys.executable}): {last}"
         return f"host {self.name}: cl-runner does not start there: {last}"
 
-    def close(self) -> None:
-        """It ends what still runs there, and itself; where that takes too long, the connection ends."""
+    def hang_up(self) -> None:
+        """Upon which it ends what still runs there, and itself."""
         with suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+    def wait(self, until: float) -> None:
+        """For its end; from then on, by ``time.monotonic``, the connection is ended."""
         try:
-            self._process.wait(GRACE if self.trains else CLOSE)
+            self._process.wait(max(until - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def close(machines: Sequence[Machine]) -> None:
+    """End all connections, and with them what still runs at their other ends."""
+    for machine in machines:
+        machine.hang_up()
+    until = time.monotonic() + (GRACE if any(machine.trains for machine in machines) else CLOSE)
+    for machine in machines:
+        machine.wait(until)
 
 
 def _python_path() -> str:
@@ -187,7 +199,7 @@ class Run:
             machine.tell("look", folder=str(Path.cwd()), slots=machine.slots, environment=dict(environment))
         found = self._answers(machines, "ready", LOOK)
         self._refuse_differing(found)
-        address, port = self._meet(environment)
+        address, port = self._meet()
         world = {machine.name: about["devices"] for machine, about in zip(machines, found, strict=True)}
         for number, machine in enumerate(machines):
             machine.trains = True
@@ -224,20 +236,21 @@ class Run:
                 have = ["has no GPU, and", "has GPUs, and"][about["gpu"]]
                 raise UserError(f"host {machine.name}: {have} {first} has {'some' if found[0]['gpu'] else 'none'}")
 
-    def _meet(self, environment: Mapping[str, str]) -> tuple[str, int]:
+    def _meet(self) -> tuple[str, int]:
         """Where the processes will meet: an address of the first machine that all others reach. Raises UserError.
 
         MASTER_ADDR and MASTER_PORT, where they are set here, decide.
         """
         first, others = self.machines[0], self.machines[1:]
         given, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "0")
-        if not port.isdecimal():
-            raise UserError(f"MASTER_PORT={port}: must be a whole number")
+        if not port.isdecimal() or int(port) > 65535:
+            raise UserError(f"MASTER_PORT={port}: must be a whole number, 65535 at most")
         first.tell("listen", port=int(port))
         (about,) = self._answers([first], "listening", CONNECT)
         if not others:
             return "127.0.0.1", about["port"]
-        addresses = [given] if given else sorted(about["addresses"], key=lambda one: one not in _resolved(first.name))
+        named = _resolved(first.name)
+        addresses = [given] if given else sorted(about["addresses"], key=lambda one: one not in named)
         for machine in others:
             machine.tell("reach", addresses=addresses, port=about["port"], word=about["word"])
         reached = [each["addresses"] for each in self._answers(others, "reached", CONNECT)]

@@ -94,12 +94,18 @@ def remove(run: RunDir, index: int, name: str, parts: Sequence[str]) -> None:
 
 
 def remove_models(run: RunDir, names: Sequence[str], keep: int) -> None:
-    """Of the committed stages remove the weights, but of the last ``keep``, and those that the last one names."""
-    newest = StageState.read(run.stage_dir(len(names) - 1, names[-1])).answers
+    """Of full fine-tuning's committed stages remove the weights, but of the last ``keep`` and those that one names.
+
+    Adapters stay: a stage to come may need the pair of any before it.
+    """
+    folder = run.stage_dir(len(names) - 1, names[-1])
+    if not (folder / "model").is_dir():
+        return
+    newest = StageState.read(folder).answers
     for index, name in enumerate(names[:-keep]):
         if name not in newest.kept:
             # What the method carried is of no use without the weights.
-            remove(run, index, name, ("adapter", "model", NEXT, TENSORS))
+            remove(run, index, name, ("model", NEXT, TENSORS))
 
 
 def clear_drafts(run: RunDir) -> None:

@@ -49,13 +49,18 @@ def cells(sweep: Sweep, output_dir: str | None = None) -> list[Cell]:
     if output_dir is not None:
         always["output.dir"] = output_dir
     found: dict[str, Cell] = {}
+    met: set[int] = set()  # conditions that fit a run
     for own in _combinations(sweep):
-        settings = _under_conditions(sweep, {**always, **own})
+        settings = _under_conditions(sweep, {**always, **own}, met)
         if settings is not None:
             cell = Cell(_label(settings, sweep), settings)
-            found.setdefault(repr(cell.words), cell)
+            found.setdefault(repr(sorted(settings.items(), key=lambda item: item[0])), cell)
     if not found:
         raise UserError(f"{sweep.document.file}: when skips every run")
+    for index, (wanted, *_) in enumerate(sweep.conditions):
+        if index not in met:
+            what = ", ".join(f"{key}: {as_yaml(value)}" for key, value in wanted.items())
+            raise UserError(f"{sweep.document.position(('when', index, 'if'))}: when.{index}.if: no run has {what}")
     return list(found.values())
 
 
@@ -73,10 +78,11 @@ def _combinations(sweep: Sweep) -> Iterator[Settings]:
                 yield {**entry, **varied, **seed}
 
 
-def _under_conditions(sweep: Sweep, settings: Settings) -> Settings | None:
+def _under_conditions(sweep: Sweep, settings: Settings, met: set[int]) -> Settings | None:
     """What the conditions make of a run's settings, one after the other; None where one skips it."""
-    for wanted, changed, dropped, skip in sweep.conditions:
+    for index, (wanted, changed, dropped, skip) in enumerate(sweep.conditions):
         if all(_fits(settings.get(key), value) for key, value in wanted.items()):
+            met.add(index)
             if skip:
                 return None
             settings = {key: value for key, value in {**settings, **changed}.items() if key not in dropped}
@@ -85,7 +91,12 @@ def _under_conditions(sweep: Sweep, settings: Settings) -> Settings | None:
 
 def _fits(value: Any, wanted: Any) -> bool:
     """Whether a setting is what a condition wants, or one of several."""
-    return any(as_yaml(value) == as_yaml(each) for each in (wanted if isinstance(wanted, list) else [wanted]))
+    return any(_same(value, each) for each in ([wanted, *wanted] if isinstance(wanted, list) else [wanted]))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """1 and 1.0 are, true and 1 are not."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _label(settings: Settings, sweep: Sweep) -> str:

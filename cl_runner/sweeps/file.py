@@ -88,6 +88,8 @@ class Sweep:
             self._check_key(key, path)
             if key in found:
                 raise self._wrong(path, f"{key} is set twice", key=True)
+            if key == "order" and not isinstance(value, str | list):
+                raise self._wrong(path, "order must be a name or a YAML file")
             found[key] = value
         return found
 

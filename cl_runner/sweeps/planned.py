@@ -17,7 +17,7 @@ class PlannedRun:
     sort: what the cost of a step depends on, the method first. words: behind ``cl-runner train``. steps, rows: of each
     stage the optimizer steps, and the test rows that are asked after it. decided: of each a digest of what decides it
     (``training/reuse.py``). done: stages that are committed. begun: whether its folder is there. reuses: whether it
-    takes stages over.
+    takes stages over. lends: whether all that it commits stays there (``output.keep_stages``).
     """
 
     label: str
@@ -31,6 +31,7 @@ class PlannedRun:
     done: int
     begun: bool
     reuses: bool
+    lends: bool
     donor: PlannedRun | None = field(default=None, repr=False)
     shared: int = 0  # first stages that are the donor's
 
@@ -58,9 +59,13 @@ def share(runs: Sequence[PlannedRun]) -> None:
                 "one out, or give each its own output.name"
             )
     for index, run in enumerate(runs):
-        if run.begun or not run.reuses:
-            continue
-        for other in runs[:index]:
-            count = common(run.decided, other.decided)
-            if count > run.shared:
-                run.donor, run.shared = other, count
+        choose(run, runs[:index])
+
+
+def choose(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
+    """Of these runs, the one that a run which is not begun has most first stages in common with; None of none."""
+    run.donor, run.shared = None, 0
+    for other in others if run.reuses and not run.begun else ():
+        count = common(run.decided, other.decided)
+        if count > run.shared and other.lends:
+            run.donor, run.shared = other, count

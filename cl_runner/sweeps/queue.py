@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cl_runner.sweeps.engines.protocol import Ended, Engine, Job
-from cl_runner.sweeps.planned import PlannedRun
+from cl_runner.sweeps.planned import PlannedRun, choose
 from cl_runner.sweeps.record import Record
 
 STOPPED = 130
@@ -86,6 +86,8 @@ class Queue:
             one = self._named[end.name]
             if end.code == 0:
                 self._end(one, "done")
+            elif end.code == REFUSED and one.run.folder.exists() and one.run.folder.locked():
+                one.elsewhere = True  # a process that an earlier sweep has left was there first
             elif end.code == STOPPED and not self.engine.moves:
                 self._end(one, "stopped", end.said or "stopped")
             elif end.code != REFUSED and one.attempts <= self.retries:
@@ -122,7 +124,8 @@ class Queue:
 
     def _startable(self) -> list[Standing]:
         ready = (one for one in self.standing if one.state == "waiting" and self._ready(one))
-        return list(islice(ready, self.engine.room()))
+        elsewhere = sum(one.elsewhere and one.state == "running" for one in self.standing)
+        return list(islice(ready, max(0, self.engine.room() - elsewhere)))
 
     def _after(self, one: Standing) -> tuple[str, ...]:
         """The job that has to end first, where the engine sees to that."""
@@ -134,6 +137,10 @@ class Queue:
 
     def _ready(self, one: Standing) -> bool:
         """Whether the stages that it shares are there, or nobody will train them any more."""
+        if one.run.donor and self._of[id(one.run.donor)].over and one.run.waits():
+            # It died on the way: of those that wait for these stages one trains them.
+            before = self.standing[: self.standing.index(one)]
+            choose(one.run, [other.run for other in before if not other.over])
         if not one.run.waits():
             return True
         assert one.run.donor is not None

@@ -168,7 +168,7 @@ def _choices(record: Mapping[str, Any]) -> tuple[str, ...]:
         columns = [letter for letter in LETTERS if letter in record]
         if columns != list(LETTERS[: len(columns)]):
             raise Fault(f": has choices {', '.join(columns)}, and one between them is missing")
-        filled = [record[letter] for letter in columns if str(record[letter] or "").strip()]
+        filled = [record[letter] for letter in columns if record[letter] is not None and str(record[letter]).strip()]
         given = [record[letter] for letter in columns[: len(filled)]]
     elif "choices" not in record:
         raise Fault(f": has no 'choices' (a list, or columns A, B, …), only {', '.join(map(str, record)) or 'nothing'}")
@@ -212,7 +212,7 @@ def _answer(record: Mapping[str, Any], choices: Sequence[str]) -> int:
     meant = {choices.index(text)} if text in choices else set()
     if len(text) == 1 and text.upper() in letters:
         meant.add(letters.index(text.upper()))
-    elif text.isascii() and text.isdigit() and int(text[:4]) < len(choices):
+    elif text.isascii() and text.isdigit() and int(text[:9]) < len(choices):
         meant.add(int(text))
     if not meant:
         raise Fault(f": answer {text[:40]!r} is not among its choices; {these}")

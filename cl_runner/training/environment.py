@@ -20,7 +20,7 @@ from cl_runner.registry import METHODS, OURS, SOURCES
 from cl_runner.runs.folder import RunDir
 from cl_runner.terminal.masking import masked
 from cl_runner.training.plan import Plan
-from cl_runner.versions import PACKAGES, version
+from cl_runner.versions import PACKAGES, code, version
 
 
 def record_environment(folder: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def device_name(place: Place) -> str:
 def environment(plan: Plan, place: Place) -> dict[str, Any]:
     """``environment.json``: versions of what may change a number, git commit, device, data.
 
-    ``git_dirty`` is whether the checkout's code, presets or orders are not those of its commit; ``cpu`` is what
-    instructions torch's own loops are in (``AVX512``).
+    ``code`` is a digest of this package's files; ``git_dirty`` is whether the checkout's code, presets or orders are
+    not those of its commit; ``cpu`` is what instructions torch's own loops are in (``AVX512``).
     """
     import torch
 
@@ -56,6 +56,7 @@ def environment(plan: Plan, place: Place) -> dict[str, Any]:
         "cl_runner": __version__,
         "command": masked(shlex.join(["cl-runner", *sys.argv[1:]])),
         **_checkout(),
+        "code": code(),
         "python": platform.python_version(),
         "packages": {name: found for name in _packages(plan) if (found := version(name))},
         "platform": platform.platform(),

@@ -132,7 +132,13 @@ class Plan:
         left = [*data.without_gold(), *data.left_out(), *data.scored_unknown()]
         extra = [f"eval.extra {each.name}: {note}" for each in self.extra for note in each.notes]
         rows = [*data.read_as(), *extra, *left, *data.in_train(), *data.unseen(), *data.constant()]
-        return [*unused, *self._of_options(), *self._no_past(), *rows]
+        return [*unused, *self._of_options(), *self._no_past(), *self._none_removed(), *rows]
+
+    def _none_removed(self) -> list[str]:
+        """A line where models are to be removed, and there are none."""
+        if self.config.output.keep_stages == "all" or self.method.full:
+            return []
+        return [f"output.keep_stages has no effect: {self.method.name} trains an adapter, and these stay"]
 
     def _no_past(self) -> list[str]:
         """A line where past pairs are to read the dropped-out input, and there is no dropout or no past pair."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from cl_runner.runs import catalog
 from cl_runner.runs.drift import drift
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.resume_guard import is_free
+from cl_runner.runs.shapes import read_metrics
 from cl_runner.settings import dotted, settings_of
 from cl_runner.settings.layers import SETTABLE
 from cl_runner.training.compatibility import stage_config
@@ -68,6 +70,9 @@ def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
             "whole": whole,
             "settings": settings,
             "tasks": {task: [_compared(identity[key].get(task)) for key in _BY_TASK] for task in tasks},
+            # Of a stage of several tasks, or a task that is only scored, no stage's config has what is set for it.
+            "settings of tasks": {task: config.tasks[task] for task in tasks if task in config.tasks},
+            "deepspeed": [_text(of.training.deepspeed) for of in configs.values()],
             **{key: identity[key][index] for key in _BY_STAGE if key in identity},
         }
         before = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -87,8 +92,11 @@ class Reused(TakenOver):
 
     @classmethod
     def find(cls, root: Path, config: RunConfig, identity: Mapping[str, Any]) -> Reused | None:
-        """The run under ``root`` that has committed most of the first stages of a run with these settings."""
-        wanted, best = decided(config, identity), None
+        """The run under ``root`` that has committed most of the first stages of a run with these settings.
+
+        ``others`` of it have as many or fewer: where its machine or code is another, one of them may do.
+        """
+        wanted, found = decided(config, identity), []
         for run in catalog.all_runs(root):
             # A run that cannot be read has nothing to give, which is no fault of this one.
             with suppress(UserError), readable(run):
@@ -96,21 +104,48 @@ class Reused(TakenOver):
                 count = common(wanted, [stage.get("decided") for stage in stages])
                 names = [str(stage["name"]) for stage in stages[:count]]
                 names = names[: run.committed(names)]
-                if len(names) > (len(best.stages) if best else 0) and _is_whole(run, names):
-                    best = cls(run, tuple(names))
-        return best
+                if names and _is_whole(run, names) and _as_asked(run, names, config):
+                    found.append(cls(run, tuple(names)))
+        if not found:
+            return None
+        best, *others = sorted(found, key=lambda one: -len(one.stages))  # of equal ones the newest
+        return replace(best, others=tuple(others))
 
     def otherwise(self, now: Mapping[str, Any]) -> list[str]:
         try:
             self.verify()
         except UserError as error:
             return [str(error)]
-        return list(drift(self.run.environment(), now, "its stages"))
+        before = self.run.environment()
+        if any(of.get("code", now["code"]) != now["code"] for of in [before, *before.get("later", [])]):
+            return ["its stages were trained by other code of cl-runner"]
+        return list(drift(before, now, "its stages"))
 
 
 def _is_whole(run: RunDir, names: list[str]) -> bool:
     """Whether nothing was removed of stages (``output.keep_stages``)."""
     return not any(read_json(run.stage_dir(index, name) / "DONE").get("removed") for index, name in enumerate(names))
+
+
+def _as_asked(run: RunDir, names: Sequence[str], config: RunConfig) -> bool:
+    """Whether nothing came of settings that are free to differ: a step left out, a smaller micro-batch, a probe."""
+    for index, name in enumerate(names):
+        metrics = read_metrics(run.stage_dir(index, name))
+        trained = metrics["training"]
+        if (
+            trained.get("skipped_steps")
+            or trained.get("micro_batches")
+            or bool(metrics.get("probe")) != bool(config.eval.probe_every)
+        ):
+            return False
+    return True
+
+
+def _text(file: str | None) -> str | None:
+    """What stands in a file of settings; None without, or where it is gone."""
+    with suppress(OSError):
+        return Path(file).read_text("utf-8", "replace") if file else None
+    return None
 
 
 def _compared(value: Any) -> Any:

@@ -99,7 +99,7 @@ class Session:
                 self.trackers = Trackers(self.resolved.config.output.trackers, screen.line)
                 run = Run(self.plan, self.folder, self.place, screen, self.trackers.hear)
                 new = not self.folder.exists()
-                self.taken = self._settle_taken(screen) if new and self.taken else None
+                self.taken = self._settle_taken(screen) if new else None
                 if not new:
                     self._open(stack, screen)
                 if not new or self.taken:
@@ -119,7 +119,7 @@ class Session:
                     if room.compute.kept:
                         self.identity = {**self.identity, "computes": room.compute.name}
                     if self.place.rank == 0:
-                        self.folder.create(*self._new())  # or another process has, meanwhile
+                        self._create(screen)
                     self._open(stack, screen)
                 run.entered = self.entered
                 if embedded:
@@ -143,12 +143,28 @@ class Session:
         """What is taken over of another run, by rank 0's word, and only what this process would have trained alike."""
         from cl_runner.engine import zero as engine
 
-        taken = self.taken
-        if taken and self.place.rank == 0 and (lines := taken.otherwise(environment(self.plan, self.place))):
-            screen.line(f"nothing is taken over of the run {taken.run.path}: {lines[0]}")
-            taken = None
+        taken: TakenOver | None = None
+        if self.taken and self.place.rank == 0:
+            now = environment(self.plan, self.place)
+            for one in (self.taken, *self.taken.others):
+                if not (lines := one.otherwise(now)):
+                    taken = one
+                    break
+                screen.line(f"nothing is taken over of the run {one.run.path}: {lines[0]}")
         settled: TakenOver | None = engine.broadcast_object(self.place, taken)
         return settled
+
+    def _create(self, screen: Screen) -> None:
+        """Make the run's folder, unless another process has, meanwhile."""
+        try:
+            self.folder.create(*self._new())
+        except UserError as error:
+            if self.taken is None or self.taken.key == "extends":
+                raise
+            # The run that they are of goes on, and may have removed what its settings let it remove.
+            screen.line(f"nothing is taken over of the run {self.taken.run.path} after all: {error}")
+            self.taken = None
+            self.folder.create(*self._new())
 
     def _introduce(self, screen: Screen) -> None:
         notes = [*self.resolved.notes, *self.plan.notes(), *filter(None, [self.plan.starts, self.plan.grows])]
@@ -167,6 +183,13 @@ class Session:
         taken = ", ".join(f"{name} {len(rows)} of {len(rows) + rows.cut}" for name, rows in cut.items())
         notes = [*([f"train rows taken: {taken}"] if taken else []), *plan.data.without_gold()]
         notes += [*plan.data.scored_unknown(), *plan.data.in_train()]
+        stages: list[dict[str, Any]] = [
+            {"name": stage.name, "tasks": list(stage.tasks), "steps": shown.steps, "test_rows": shown.rows}
+            for stage, shown in zip(plan.stages, plan.shown(), strict=True)
+        ]
+        if not (self.taken and self.taken.key == "extends"):  # they were trained elsewhere, or not scored on all tasks
+            for one, by in zip(stages, decided(config, self.identity), strict=True):
+                one["decided"] = by
         about = {
             "order": plan.order,
             "method": config.method.name,
@@ -182,16 +205,7 @@ class Session:
             "notes": notes,
             "tasks": list(plan.data.tasks),
             "metrics": {name: task.metric for name, task in plan.data.tasks.items()},
-            "stages": [
-                {
-                    "name": stage.name,
-                    "tasks": list(stage.tasks),
-                    "steps": shown.steps,
-                    "test_rows": shown.rows,
-                    "decided": by,
-                }
-                for stage, shown, by in zip(plan.stages, plan.shown(), decided(config, self.identity), strict=True)
-            ],
+            "stages": stages,
             "identity": dict(self.identity),
         }
         if self.taken:

@@ -20,6 +20,7 @@ class TakenOver:
 
     run: RunDir
     stages: tuple[str, ...]
+    others: tuple[TakenOver, ...] = ()  # that may do where this one may not be taken
     key: ClassVar[str] = "extends"  # in run.json
 
     @property

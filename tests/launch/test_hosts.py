@@ -149,6 +149,7 @@ def last_line(ended: Result) -> str:
     return ended.err.splitlines()[-1]
 
 
+@wide
 def test_two_machines_give_the_run_of_one(machines: Machines, cwd: Path) -> None:
     assert call(*TRAIN, "--name", "alone", cwd=cwd).code == 0
     ended = finish(on(machines, *TRAIN, "--name", "mine", "--json", cwd=cwd))
@@ -235,6 +236,7 @@ def test_a_folder_that_is_not_shared(
     assert not any((cwd / "runs").iterdir())
 
 
+@wide
 def test_a_machine_that_cannot_take_part(machines: Machines, cwd: Path, tmp_path: Path) -> None:
     """Nobody by that name; nothing there to start; another version of it. Nothing is written."""
     given = cwd / "given"

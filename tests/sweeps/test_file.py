@@ -73,6 +73,23 @@ when:
     assert [cell.settings.get("training.epochs") for cell in found] == [None, None, None, 3, None, 3, None, 3]
 
 
+def test_numbers_and_lists_in_conditions(tmp_path: Path) -> None:
+    found = swept(
+        tmp_path,
+        """
+base: {order: order1, adapter.target_modules: [q, v], presets: null}
+grid: {method.lambda1: [1, 2]}
+when:
+  - {if: {method.lambda1: 1.0}, set: {training.epochs: 3}}
+  - {if: {adapter.target_modules: [q, v]}, set: {seed: 5}}
+  - {if: {method.lambda1: 2}, set: {method.lambda1: 1, training.epochs: 3}}
+""",
+    )
+    assert [(cell.settings["training.epochs"], cell.settings["seed"]) for cell in found] == [(3, 5)], (
+        "two come out alike"
+    )
+
+
 def test_its_own_output_and_reuse(tmp_path: Path) -> None:
     (cell,) = swept(tmp_path, "name: other\nbase: {order: order1, output: {dir: here, reuse: false}}\n")
     assert (cell.settings["output.dir"], cell.settings["output.reuse"]) == ("here", False)
@@ -108,6 +125,8 @@ def test_its_own_output_and_reuse(tmp_path: Path) -> None:
         ("base: {method: olora}\nwhen: [{if: {}, skip: true}]", "2:13", "must not be empty"),
         ("base: {method: olora}\nwhen: [{if: {method: olora}, drop: [adapter.r]}]", "2:36", "no run sets adapter.r"),
         ("base: {method: olora}\nwhen: [{if: {method: olora}, skip: true}]", "", "when skips every run"),
+        ("base: {method: olora}\nwhen: [{if: {method: n-lora}, skip: true}]", "2:13", "no run has method.name: n-lora"),
+        ("base: {order: {name: x}}", "1:15", "order must be a name or a YAML file"),
         ("retries: -1", "1:10", "must be at least 0"),
         ("name: a/b", "1:7", "must be letters, digits"),
         ("base: [", "", "trial.yaml"),

@@ -21,7 +21,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.settings import resolve
 from cl_runner.training.checkpoint import verify
 from cl_runner.training.plan import Plan
-from tests.command_line import SMALL, STAGES, call, environment, results
+from tests.command_line import ORDER, SMALL, STAGES, call, environment, results
 
 TWO = "name: two\ntasks: [dbpedia, amazon]\n"
 THREE = "name: three\ntasks: [dbpedia, amazon, agnews]\n"
@@ -255,3 +255,26 @@ def needed(tmp_path: Path, go: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
     words = go().err.split("need about ")[1].split()
     assert words[1] == "MB;"
     return float(words[0])
+
+
+def test_of_adapters_nothing_is_removed(tmp_path: Path) -> None:
+    """A pair may be needed by any stage to come: at this rank only once a third one has been trained."""
+    (tmp_path / "three.yaml").write_text(ORDER)
+    more = ("--set", "adapter.r=32", "--set", "output.keep_stages=1", "--name", "all-there")
+    asked = (
+        "train",
+        "--order",
+        "three.yaml",
+        "--method",
+        "olora",
+        "--preset",
+        "tiny",
+        "--data",
+        "synthetic",
+        *SMALL,
+        *more,
+    )
+    result = call(*asked, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "output.keep_stages has no effect: olora trains an adapter" in result.err
+    assert len(list((tmp_path / "runs/all-there").glob("stages/*/adapter/adapter_model.safetensors"))) == 3

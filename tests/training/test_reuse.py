@@ -158,6 +158,57 @@ def test_a_damaged_run_is_not_taken_over(alone: Path) -> None:
     assert not stages_of(alone / "runs/damaged")
 
 
+def test_what_is_set_for_one_task_of_several_counts(alone: Path) -> None:
+    train(alone, "--order", "three.yaml", "--method", "mtl", "--name", "all")
+    own = ("--set", "tasks.dbpedia.data.add_task_name=false")
+    for method, settings, count in (("mtl", own, 0), ("mtl", (), 1)):
+        asked = (
+            *NANO,
+            "--order",
+            "three.yaml",
+            "--method",
+            method,
+            *settings,
+            *REUSE,
+            "--name",
+            "n",
+            "--dry-run",
+            "--json",
+        )
+        assert call("train", *asked, cwd=alone).json["stages_done"] == count
+
+
+def test_other_code_of_ours_shares_nothing_and_another_run_may_do(alone: Path) -> None:
+    shutil.copytree(alone / "runs/first", alone / "runs/second")
+    file = alone / "runs/first/environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "code": "0" * 8}))
+    asked = ("--order", "three.yaml", "--method", "olora", "--set", "method.lambda1=9", "--name", "other", *REUSE)
+    said = train(alone, *asked).err
+    assert "not trained again" in said and "those of the run second" in said.replace("is that", "those")
+    shutil.rmtree(alone / "runs/second")
+    shutil.rmtree(alone / "runs/other")
+    assert "trained by other code of cl-runner" in train(alone, *asked).err
+    assert not stages_of(alone / "runs/other")
+
+
+def test_what_an_extended_run_has_is_not_lent(alone: Path) -> None:
+    (alone / "four.yaml").write_text(ORDER.replace("name: three", "name: four").replace("agnews]", "agnews, MNLI]"))
+    extended = call("train", "--extend", "first", "--order", "four.yaml", "--name", "longer", cwd=alone)
+    assert extended.code == 0, extended.err
+    about = json.loads((alone / "runs/longer/run.json").read_text())
+    assert not any("decided" in stage for stage in about["stages"])
+
+
+def test_text_of_deepspeed_counts(alone: Path) -> None:
+    (alone / "ds.json").write_text("{}")
+    more = ("--order", "three.yaml", "--method", "olora", "--set", "training.deepspeed=ds.json")
+    train(alone, *more, "--name", "ds")
+    shown = (*NANO, *more, *REUSE, "--name", "n", "--dry-run", "--json")
+    assert call("train", *shown, cwd=alone).json["stages_done"] == 3
+    (alone / "ds.json").write_text('{"gradient_predivide_factor": 3}')
+    assert call("train", *shown, cwd=alone).json["stages_done"] == 0
+
+
 @pytest.mark.parametrize("method", narrowed(DECLARED, ["olora", "ewc", "lwf"]))
 def test_the_first_stage_does_not_read_what_the_method_says_it_does_not(folder: Path, method: str) -> None:
     own = {key: value for key, value in OWN.get(method, {}).items() if key not in DECLARED[method]}

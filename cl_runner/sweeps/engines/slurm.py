@@ -117,7 +117,8 @@ class Slurm(Engine):
         return ids
 
     def attach(self, name: str, job: str) -> bool:
-        if not self._tells(name).is_file() and job not in self._queued():
+        queued = self._queued()
+        if not self._tells(name).is_file() and queued is not None and job not in queued:
             return False
         self.jobs[name] = job
         return True
@@ -127,6 +128,7 @@ class Slurm(Engine):
         if time.monotonic() - self._looked > LOOK:
             self._looked = time.monotonic()
             queued = self._queued()
+            queued = set(self.jobs.values()) if queued is None else queued
             gone = {name for name, job in self.jobs.items() if job not in queued} - found.keys()
             # Twice: a job that has just ended may still be about to write what came of it.
             for name in gone & self._missing:
@@ -170,10 +172,10 @@ class Slurm(Engine):
     def _gpus(self) -> list[str]:
         return ["--gpus", str(self.config.gpus)] if self.config.gpus > 1 else []
 
-    def _queued(self) -> set[str]:
-        """The ids of all jobs of this user that wait or run."""
+    def _queued(self) -> set[str] | None:
+        """The ids of all jobs of this user that wait or run; None where Slurm does not answer."""
         asked = ["squeue", "--noheader", "--array", "--format=%i", "--user", str(os.getuid())]
         with suppress(OSError, subprocess.SubprocessError):
             said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
             return {line.strip() for line in said.stdout.splitlines()}
-        return set(self.jobs.values())  # Slurm does not answer: nothing is known to be gone
+        return None
