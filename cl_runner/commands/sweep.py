@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ def sweep(
     """
     asked = Sweep(file)
     if form == "print-commands":
-        for cell in cells(asked, output_dir):
-            print(shlex.join(["cl-runner", "train", *cell.words]))
+        commands = [["cl-runner", "train", *cell.words] for cell in cells(asked, output_dir)]
+        print_json({"commands": commands}) if as_json else print("\n".join(map(shlex.join, commands)))
         return 0
     check_platform()
+    name, config = _settings_of_engine(asked, engine, slots)
     processes = _processes(asked, engine)
     runs = [_planned(file, cell, processes) for cell in cells(asked, output_dir)]
     share(runs)
@@ -68,8 +70,8 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    name, started = _engine(asked, engine, slots, folder)
-    with lock.held(folder):
+    started = ENGINES.get(name)(config, folder / "sweep")
+    with _alone(folder):
         queue = Queue(runs, started, Record(folder, asked.name, name), asked.file.retries, say)
         say(_plan_line(runs))
         try:
@@ -138,8 +140,19 @@ def _processes(asked: Sweep, engine: str | None) -> int:
     return gpus if visible_devices() else 1
 
 
-def _engine(asked: Sweep, engine: str | None, slots: int | None, folder: Path) -> tuple[str, Engine]:
-    """The engine by name: the flag's, or the file's. Raises UserError."""
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of the runs. Raises UserError where another sweep does."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock.held(folder))
+        except UserError as error:
+            raise UserError(f"another sweep is at work in {folder} ({error}); wait for it, or stop it") from None
+        yield
+
+
+def _settings_of_engine(asked: Sweep, engine: str | None, slots: int | None) -> tuple[str, Any]:
+    """The engine by name, the flag's or the file's, and its settings. Raises UserError."""
     settings = dict(asked.file.engine)
     in_file = str(settings.pop("name", "local"))
     name = engine or in_file
@@ -147,14 +160,18 @@ def _engine(asked: Sweep, engine: str | None, slots: int | None, folder: Path) -
         settings = {}  # which are those of another
     if slots is not None:
         settings["slots"] = slots
-    found = ENGINES.get(name)
+    try:
+        found = ENGINES.get(name)
+    except UserError as error:
+        where = "--engine" if engine else asked.document.position(("engine", "name"))
+        raise UserError(f"{where}: {error}") from None
     config, at, problem = _checked(found, settings)
     if config is None:
         where = (
             f"--slots {slots}" if at == ("slots",) and slots is not None else asked.document.position(("engine", *at))
         )
         raise UserError(f"{where}: engine.{'.'.join(map(str, at))}: {problem}")
-    return name, found(config, folder / "sweep")
+    return name, config
 
 
 def _checked(found: type[Engine], settings: dict[str, Any]) -> Any:
@@ -167,7 +184,11 @@ def _plan_line(runs: Sequence[PlannedRun]) -> str:
     done = sum(run.finished for run in runs)
     stages, shared = _stages(runs)
     more = f", {shared} of them shared and trained once" if shared else ""
-    return f"sweep: {len(runs)} runs{f', {done} of them done' if done else ''}; {stages} stages{more}"
+    return f"sweep: {_counted(len(runs), 'run')}{f', {done} of them done' if done else ''}; {stages} stages{more}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _stages(runs: Sequence[PlannedRun]) -> tuple[int, int]:
@@ -213,10 +234,10 @@ def _plan_text(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> 
         rows.append([str(number[id(run)]), run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
     about = _about(asked, runs, None)
     numbers = [
-        f"{len(runs)} runs, {about['stages']} stages, {about['steps']} optimizer steps",
+        f"{_counted(len(runs), 'run')}, {about['stages']} stages, {about['steps']} optimizer steps",
         f"{about['shared']} stages and {about['steps_shared']} steps of them are shared and trained once"
         if about["shared"]
-        else "no two runs begin with the same stage",
+        else "no two runs that are not begun have a first stage in common",
     ]
     if found:
         taken = f"about {duration(found.seconds)} on this machine, one run after the other (measured: "
@@ -229,7 +250,9 @@ def _plan_text(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> 
 
 def _left(standing: Sequence[Standing], engine: Engine, file: Path) -> str:
     done = sum(one.state == "done" for one in standing)
+    found = sum(one.elsewhere and one.state == "running" for one in standing)
     stays = "; jobs that were started go on" if engine.stays else ""
+    stays += f"; {found} that an earlier process has started go on" if found else ""
     return f"sweep: stopped with {done} of {len(standing)} runs done{stays}; go on: cl-runner sweep {file}"
 
 

@@ -140,7 +140,7 @@ def other_extra(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]])
     if then.keys() != now.keys():
         return f"was begun with the extra sets {', '.join(then) or '-'}, and not {', '.join(now) or '-'} (eval.extra)"
     for name, about in then.items():
-        for key in ("fingerprint", "by", "shots"):
+        for key in ("by", "shots", "fingerprint"):
             if about[key] != now[name][key]:
                 what = "other rows" if key == "fingerprint" else f"{key} {about[key]}, not {now[name][key]}"
                 return f"asked the extra set {name} with {what} (eval.extra)"

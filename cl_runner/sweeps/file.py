@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ class SweepFile(Section):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     entries: Annotated[list[dict[str, Any]], Field(min_length=1)] = Field(alias="list", default=[{}])
     seeds: Annotated[list[int], Field(min_length=1)] | None = None
-    when: Sequence[Condition] = ()
+    when: list[Condition] = Field(default_factory=list)
     retries: int = Field(default=1, ge=0, le=100)
     engine: dict[str, Any] = Field(default_factory=dict)
 
@@ -66,7 +66,8 @@ class Sweep:
         self.file = found
         self.name = found.name or path.stem
         if not re.fullmatch(r"\w[\w.+-]{0,59}", self.name):
-            raise self._wrong(("name",), "must be letters, digits and . + - _: runs go to a folder of that name")
+            problem = "must be letters, digits and . + - _: runs go to a folder of that name"
+            raise self._wrong(("name",), problem if found.name else f"'{path.stem}' will not do, say one: it {problem}")
         self.fixed = self._settings(found.base, ("base",))
         self.entries = [self._settings(entry, ("list", index)) for index, entry in enumerate(found.entries)]
         self.grid = dict(self._dimensions())

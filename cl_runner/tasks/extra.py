@@ -93,6 +93,9 @@ def load_extra(config: ExtraConfig) -> ExtraSet:
         of_dev = _of_file(config.dev, name) if config.file is not None else _of_hub(config, config.dev, name)
         dev = of_dev[0]
         _check_dev(name, config, rows, dev)
+        shown = {row.question for row in dev}
+        if same := sum(row.question in shown for row in rows) if config.shots else 0:
+            notes = (*notes, f"{same} of its questions are among the dev rows: a shot may tell the answer")
     return ExtraSet(name, config.by, config.shots, source, rows, dev, notes)
 
 
