@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.config.schema import TrainingConfig
-from cl_runner.engine.zero import Engine
-from cl_runner.errors import TrainingError
+from cl_runner.engine.zero import Engine, adam_step
 
 
 def engine_for(training: TrainingConfig) -> type[Engine]:
@@ -88,8 +87,7 @@ class Replicated(Engine):
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         """Replace Adam's moments of a parameter (after at least one step)."""
-        if not self._has_moments(name):
-            raise TrainingError(f"{name} has no moments before the first step, nor under another rule than adamw")
+        self._refuse_no_moments(name)
         kept = self._optimizer.state[self.parameters[name]]
         for key, value in moments.items():
             kept[key].copy_(value)
@@ -105,19 +103,13 @@ class Replicated(Engine):
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
         """Go on from what an engine's ``state`` gave; of one that has taken no step."""
-        steps, self.skipped = counts["steps"], counts["skipped"]
-        self.write({name: tensors[f"parameter.{name}"] for name in self.parameters})
-        self._engine.global_steps, self._engine.skipped_steps = steps, self.skipped
-        self._engine.micro_steps = steps * self.accumulation
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind != "parameter":
-                parameter = self.parameters[name]
-                self._optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+        taken, kept = self._restore(tensors, counts)
+        for (name, key), value in kept.items():
+            parameter = self.parameters[name]
+            self._optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
         for group, made in zip(self.groups, self._optimizer.param_groups, strict=True):
-            for parameter in group.parameters.values() if group.rule == "adamw" and steps > self.skipped else ():
-                where = parameter.device if made.get("fused") or made.get("capturable") else "cpu"
-                self._optimizer.state[parameter]["step"] = torch.tensor(float(steps - self.skipped), device=where)
+            for parameter in group.parameters.values() if group.rule == "adamw" and taken else ():
+                self._optimizer.state[parameter]["step"] = adam_step(taken, made, parameter.device)
 
     def optimizer_bytes(self) -> int:
         """Of what this rank's optimizer holds by now beside the parameters."""

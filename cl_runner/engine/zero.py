@@ -148,6 +148,11 @@ def gather_objects(place: Place, value: Any) -> list[Any]:
     return found
 
 
+def adam_step(taken: int, made: Mapping[str, Any], device: torch.device) -> Tensor:
+    """The count that torch's Adam keeps beside its moments, where that group of its (``made``) looks for it."""
+    return torch.tensor(float(taken), device=device if made.get("fused") or made.get("capturable") else "cpu")
+
+
 class Engine:
     """One stage's optimisation.
 
@@ -360,12 +365,15 @@ class Engine:
         adamw = any(name in group.parameters and group.rule == "adamw" for group in self.groups)
         return adamw and self._engine.global_steps > self._engine.skipped_steps
 
+    def _refuse_no_moments(self, name: str) -> None:
+        if not self._has_moments(name):
+            raise TrainingError(f"{name} has no moments before the first step, nor under another rule than adamw")
+
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         """Replace Adam's moments of a parameter (after at least one step)."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        if not self._has_moments(name):
-            raise TrainingError(f"{name} has no moments before the first step, nor under another rule than adamw")
+        self._refuse_no_moments(name)
         for key, value in moments.items():
             safe_set_full_optimizer_state(self.parameters[name], value.to(torch.float32).contiguous(), key)
 
@@ -391,29 +399,35 @@ class Engine:
         """Go on from what ``state`` gave; of an engine that has taken no step. The same on every rank."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        steps, self.skipped = counts["steps"], counts["skipped"]
-        self.write({name: tensors[f"parameter.{name}"] for name in self.parameters})
-        self._engine.global_steps, self._engine.skipped_steps = steps, self.skipped
-        self._engine.micro_steps = steps * self.accumulation
-        if steps == self.skipped:
+        taken, kept = self._restore(tensors, counts)
+        if not taken:
             return
-        kept: dict[tuple[str, str], Tensor] = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind != "parameter":
-                kept[name, kind] = value
         for group, made in zip(self.groups, self._optimizer.optimizer.param_groups, strict=True):
             part = made["params"][0]
             keys = [key for name, key in kept if name == next(iter(group.parameters))]
             if keys:  # as a first step would make them
                 state = {key: torch.zeros_like(part) for key in keys}
                 if group.rule == "adamw":
-                    where = part.device if made.get("fused") or made.get("capturable") else "cpu"
-                    state["step"] = torch.tensor(float(steps - self.skipped), device=where)
+                    state["step"] = adam_step(taken, made, part.device)
                 self._optimizer.optimizer.state[part] = state
         self._link_moments()
         for (name, key), value in kept.items():
             safe_set_full_optimizer_state(self.parameters[name], value.contiguous(), key)
+
+    def _restore(
+        self, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]
+    ) -> tuple[int, dict[tuple[str, str], Tensor]]:
+        """Parameters and counts as ``state`` gave them; steps taken by then, and by name and key what rules keep."""
+        steps, self.skipped = counts["steps"], counts["skipped"]
+        self.write({name: tensors[f"parameter.{name}"] for name in self.parameters})
+        self._engine.global_steps, self._engine.skipped_steps = steps, self.skipped
+        self._engine.micro_steps = steps * self.accumulation
+        kept: dict[tuple[str, str], Tensor] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind != "parameter":
+                kept[name, kind] = value
+        return steps - self.skipped, kept
 
     def optimizer_bytes(self) -> int:
         """Of what this rank's optimizer holds by now: moments, and the masters of what trains."""
