@@ -13,7 +13,7 @@ from cl_runner.models.base import Layout
 from cl_runner.models.batch import Batch
 from cl_runner.models.forward import accepted, model_inputs, unwrapped
 from cl_runner.models.heads import Head, can_be_cut
-from cl_runner.models.verify import padded, prompt_inputs
+from cl_runner.models.verify import over_prompts, padded
 
 # Takes numbers of rows, and what each has said (t ids at most); gives the scores (rows, 1 + t, V) of what it says next:
 # behind the prompt, and behind each id. A row that was left out once is not asked again.
@@ -64,12 +64,8 @@ def _decoder_only(model: nn.Module, prompts: Batch, layout: Layout, head: Head |
     """
     asked: Any = model
     takes = accepted(model)
-    given = prompt_inputs(model, prompts, head)
+    given, first, cache = over_prompts(model, prompts, head)
     mask: Tensor = given["attention_mask"]
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    out = asked(**given, **last, use_cache=True)
-    first: Tensor = out.logits[:, -1:]
-    cache = out.past_key_values
     held = list(range(prompts.size))  # rows in the cache
 
     def ask(rows: list[int], said: Sequence[Sequence[int]]) -> Tensor:

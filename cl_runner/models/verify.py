@@ -90,11 +90,19 @@ def _says_gold(scores: Tensor, targets: Sequence[Sequence[int]], layout: Layout)
     return [bool(row) for row in (right | (labels == IGNORE)).all(1).tolist()]
 
 
-def prompt_inputs(model: nn.Module, prompts: Batch, head: Head | None) -> dict[str, Any]:
-    """What a decoder-only model reads of prompts, behind their head where there is one."""
+def over_prompts(model: nn.Module, prompts: Batch, head: Head | None) -> tuple[dict[str, Any], Tensor, Any]:
+    """A decoder-only model's one pass over prompts, behind their head where there is one.
+
+    Returns what it was given, the scores (b, 1, V) of what comes next, and its keys and values.
+    """
     if head is None:
-        return model_inputs(model, prompts)
-    return {**behind_head(rest_of(prompts, head.length)), "past_key_values": head.spread(prompts.size)}
+        given = model_inputs(model, prompts)
+    else:
+        given = {**behind_head(rest_of(prompts, head.length)), "past_key_values": head.spread(prompts.size)}
+    asked: Any = model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in accepted(model) else {}
+    out = asked(**given, **last, use_cache=True)
+    return given, out.logits[:, -1:], out.past_key_values
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
@@ -147,12 +155,8 @@ def _decoder_only(
     """
     asked: Any = model
     takes = accepted(model)
-    given = prompt_inputs(model, prompts, head)
+    given, first, cache = over_prompts(model, prompts, head)
     mask: Tensor = given["attention_mask"]
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    out = asked(**given, **last, use_cache=True)
-    first = out.logits[:, -1:]
-    cache = out.past_key_values
     s = mask.shape[1]
     behind = padded([target[:-1] for target in targets], layout.pad_id, first.device)
     scores = first
