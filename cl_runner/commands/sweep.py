@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,12 +12,13 @@ from typing import Any
 from cl_runner.commands.compare import compare
 from cl_runner.commands.request import Request
 from cl_runner.commands.train import Prepared, check_platform
+from cl_runner.config.validation import first_fault
 from cl_runner.errors import UserError
 from cl_runner.registry import ENGINES
 from cl_runner.runs import lock
 from cl_runner.runs.shapes import read_metrics
 from cl_runner.settings import load_plugins
-from cl_runner.sweeps.cells import Cell, cells
+from cl_runner.sweeps.cells import FLAGS, Cell, cells
 from cl_runner.sweeps.cost import Cost, cost
 from cl_runner.sweeps.engines.protocol import Engine
 from cl_runner.sweeps.file import Sweep
@@ -52,13 +52,13 @@ def sweep(
         print_json({"commands": commands}) if as_json else print("\n".join(map(shlex.join, commands)))
         return 0
     check_platform()
-    name, config = _settings_of_engine(asked, engine, slots)
-    processes = _processes(asked, engine)
+    kind, config = _engine(asked, engine, slots)
+    processes = kind.processes(config)
     runs = [_planned(file, cell, processes) for cell in cells(asked, output_dir)]
     share(runs)
     if form == "dry-run":
         found = cost(runs, _silent if as_json else say) if measure else None
-        print_json(_about(asked, runs, found)) if as_json else print(_plan_text(asked, runs, found))
+        print_json(_about(asked, runs, found)) if as_json else print(_plan_text(runs, found))
         return 0
     if measure:
         raise UserError("--measure: goes with --dry-run")
@@ -70,9 +70,9 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    started = ENGINES.get(name)(config, folder / "sweep")
+    started = kind(config, folder / "sweep")
     with _alone(folder):
-        queue = Queue(runs, started, Record(folder, asked.name, name), asked.file.retries, say)
+        queue = Queue(runs, started, Record(folder, asked.name, kind.name), asked.file.retries, say)
         say(_plan_line(runs))
         try:
             queue.run()
@@ -101,7 +101,7 @@ def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
         stages=run.plan.names,
         steps=[stage.steps for stage in shown],
         rows=[stage.rows for stage in shown],
-        decided=decided(config, json.loads(json.dumps(run.identity))),
+        decided=decided(config, run.identity),
         done=run.done,
         begun=run.folder.exists(),
         reuses=reuses,
@@ -111,33 +111,12 @@ def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
 
 def _request(cell: Cell) -> Request:
     """What ``cl-runner train`` makes of the run's words. Raises UserError."""
-    settings = dict(cell.settings)
-    presets, plugins = (_list(settings.pop(key, [])) for key in ("presets", "plugins"))
+    plugins = cell.given("plugins")
     load_plugins(plugins)
-    order = settings.pop("order", None)
-    words = cell.words
-    sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
-    flagged = ("method.name", "model.name", "seed", "data.dir", "data.source", "output.dir", "output.name")
-    flags = {key: settings[key] for key in flagged if settings.get(key) is not None}
-    return Request(None if order is None else str(order), presets, None, flags, sets, plugins)
-
-
-def _list(value: Any) -> list[str]:
-    return [str(each) for each in (value if isinstance(value, list) else [value]) if each is not None]
-
-
-def _processes(asked: Sweep, engine: str | None) -> int:
-    """How many processes a run will have: its micro-batches depend on it."""
-    settings = dict(asked.file.engine)
-    name = str(settings.pop("name", "local"))
-    gpus = settings.get("gpus", 1) if engine in (None, name) else 1
-    if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 2:
-        return 1
-    if name != "local":
-        return gpus
-    from cl_runner.launch.local import visible_devices
-
-    return gpus if visible_devices() else 1
+    several = ("order", "presets", "plugins")
+    flags = {key: value for key in FLAGS if key not in several and (value := cell.settings.get(key)) is not None}
+    order = cell.settings.get("order")
+    return Request(None if order is None else str(order), cell.given("presets"), None, flags, cell.sets, plugins)
 
 
 @contextmanager
@@ -151,7 +130,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _settings_of_engine(asked: Sweep, engine: str | None, slots: int | None) -> tuple[str, Any]:
+def _engine(asked: Sweep, engine: str | None, slots: int | None) -> tuple[type[Engine], Any]:
     """The engine by name, the flag's or the file's, and its settings. Raises UserError."""
     settings = dict(asked.file.engine)
     in_file = str(settings.pop("name", "local"))
@@ -165,35 +144,34 @@ def _settings_of_engine(asked: Sweep, engine: str | None, slots: int | None) -> 
     except UserError as error:
         where = "--engine" if engine else asked.document.position(("engine", "name"))
         raise UserError(f"{where}: {error}") from None
-    config, at, problem = _checked(found, settings)
+    config, at, problem = first_fault(found.Config, settings)
     if config is None:
         where = (
             f"--slots {slots}" if at == ("slots",) and slots is not None else asked.document.position(("engine", *at))
         )
         raise UserError(f"{where}: engine.{'.'.join(map(str, at))}: {problem}")
-    return name, config
-
-
-def _checked(found: type[Engine], settings: dict[str, Any]) -> Any:
-    from cl_runner.config.validation import first_fault
-
-    return first_fault(found.Config, settings)
+    return found, config
 
 
 def _plan_line(runs: Sequence[PlannedRun]) -> str:
-    done = sum(run.finished for run in runs)
-    stages, shared = _stages(runs)
-    more = f", {shared} of them shared and trained once" if shared else ""
-    return f"sweep: {_counted(len(runs), 'run')}{f', {done} of them done' if done else ''}; {stages} stages{more}"
+    done, sums = sum(run.finished for run in runs), _sums(runs)
+    more = f", {sums['shared']} of them shared and trained once" if sums["shared"] else ""
+    said = f"{_counted(len(runs), 'run')}{f', {done} of them done' if done else ''}; {sums['stages']} stages{more}"
+    return f"sweep: {said}"
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _stages(runs: Sequence[PlannedRun]) -> tuple[int, int]:
-    """How many stages the runs have, and how many of them an earlier run has as well."""
-    return sum(len(run.stages) for run in runs), sum(run.shared for run in runs)
+def _sums(runs: Sequence[PlannedRun]) -> dict[str, int]:
+    """How many stages and optimizer steps the runs have, and how many of these an earlier run has as well."""
+    return {
+        "stages": sum(len(run.stages) for run in runs),
+        "shared": sum(run.shared for run in runs),
+        "steps": sum(sum(run.steps) for run in runs),
+        "steps_shared": sum(sum(run.steps[: run.shared]) for run in runs),
+    }
 
 
 def _silent(_: str) -> None:
@@ -201,13 +179,9 @@ def _silent(_: str) -> None:
 
 
 def _about(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> dict[str, Any]:
-    stages, shared = _stages(runs)
     return {
         "sweep": asked.name,
-        "stages": stages,
-        "shared": shared,
-        "steps": sum(sum(run.steps) for run in runs),
-        "steps_shared": sum(sum(run.steps[: run.shared]) for run in runs),
+        **_sums(runs),
         **({"cost": asdict(found)} if found else {}),
         "runs": [
             {
@@ -225,18 +199,18 @@ def _about(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> dict
     }
 
 
-def _plan_text(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> str:
+def _plan_text(runs: Sequence[PlannedRun], found: Cost | None) -> str:
     """A row a run, and below it the sums: what is trained, and what is not trained twice."""
     rows, number = [], {id(run): at for at, run in enumerate(runs, 1)}
     for run in runs:
         state = "done" if run.finished else f"goes on after stage {run.done}" if run.begun else "new"
         with_ = f"{run.shared} with {number[id(run.donor)]}" if run.donor else ""
         rows.append([str(number[id(run)]), run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
-    about = _about(asked, runs, None)
+    sums = _sums(runs)
     numbers = [
-        f"{_counted(len(runs), 'run')}, {about['stages']} stages, {about['steps']} optimizer steps",
-        f"{about['shared']} stages and {about['steps_shared']} steps of them are shared and trained once"
-        if about["shared"]
+        f"{_counted(len(runs), 'run')}, {sums['stages']} stages, {sums['steps']} optimizer steps",
+        f"{sums['shared']} stages and {sums['steps_shared']} steps of them are shared and trained once"
+        if sums["shared"]
         else "no two runs that are not begun have a first stage in common",
     ]
     if found:

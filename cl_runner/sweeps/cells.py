@@ -26,18 +26,21 @@ class Cell:
     label: str
     settings: Settings
 
+    def given(self, key: str) -> list[str]:
+        """What a flag is given, each time once; nothing where the setting is null or not there."""
+        value = self.settings.get(key)
+        return [str(each) for each in (value if isinstance(value, list) else [value]) if each is not None]
+
+    @property
+    def sets(self) -> list[str]:
+        """What ``--set`` is given: the settings without a flag of their own."""
+        return [f"{key}={as_yaml(value)}" for key, value in self.settings.items() if key not in FLAGS]
+
     @property
     def words(self) -> list[str]:
         """What goes behind ``cl-runner train``."""
-        words: list[str] = []
-        for key, flag in FLAGS.items():
-            if (value := self.settings.get(key)) is not None:
-                for each in value if isinstance(value, list) else [value]:
-                    words += [flag, str(each)]
-        for key, value in self.settings.items():
-            if key not in FLAGS:
-                words += ["--set", f"{key}={as_yaml(value)}"]
-        return words
+        flags = [word for key, flag in FLAGS.items() for each in self.given(key) for word in (flag, each)]
+        return [*flags, *(word for each in self.sets for word in ("--set", each))]
 
 
 def cells(sweep: Sweep, output_dir: str | None = None) -> list[Cell]:

@@ -45,7 +45,6 @@ class Queue:
         """retries: how often a run that failed is started again. tell: takes a line for the screen."""
         self.engine, self.record, self.retries, self.tell = engine, record, retries, tell
         self.standing = [Standing(run) for run in runs]
-        self._of = {id(one.run): one for one in self.standing}
         self._named = {one.run.folder.name: one for one in self.standing}
 
     def run(self) -> None:
@@ -127,33 +126,32 @@ class Queue:
         elsewhere = sum(one.elsewhere and one.state == "running" for one in self.standing)
         return list(islice(ready, max(0, self.engine.room() - elsewhere)))
 
+    def _awaited(self, one: Standing) -> Standing | None:
+        """The run whose stages it waits for; None where they are there, or nobody will train them any more."""
+        donor = one.run.donor
+        found = self._named[donor.folder.name] if donor and one.run.waits() else None
+        return None if found is None or found.over else found
+
     def _after(self, one: Standing) -> tuple[str, ...]:
         """The job that has to end first, where the engine sees to that."""
-        if not (self.engine.holds and one.run.waits()):
-            return ()
-        assert one.run.donor is not None
-        donor = self._of[id(one.run.donor)]
-        return () if donor.over else (donor.job,)
+        awaited = self._awaited(one) if self.engine.holds else None
+        return (awaited.job,) if awaited else ()
 
     def _ready(self, one: Standing) -> bool:
-        """Whether the stages that it shares are there, or nobody will train them any more."""
-        if one.run.donor and self._of[id(one.run.donor)].over and one.run.waits():
-            # It died on the way: of those that wait for these stages one trains them.
+        """Whether it waits for nobody, or the engine itself sees to that."""
+        if one.run.waits() and not self._awaited(one):
+            # Who would have trained them died on the way: of those that wait for these stages one trains them.
             before = self.standing[: self.standing.index(one)]
             choose(one.run, [other.run for other in before if not other.over])
-        if not one.run.waits():
-            return True
-        assert one.run.donor is not None
-        donor = self._of[id(one.run.donor)]
-        return donor.over or (self.engine.holds and donor.state == "running" and bool(donor.job))
+        awaited = self._awaited(one)
+        return awaited is None or (self.engine.holds and awaited.state == "running" and bool(awaited.job))
 
     def _beside(self, one: Standing) -> str:
-        shared = one.run.shared if one.run.donor else 0
-        if not shared:
+        donor, shared = one.run.donor, one.run.shared
+        if donor is None:
             return ""
-        assert one.run.donor is not None
         what = "first stage is that" if shared == 1 else f"first {shared} stages are those"
-        return f" (its {what} of {one.run.donor.label})"
+        return f" (its {what} of {donor.label})"
 
     def _end(self, one: Standing, state: str, said: str = "") -> None:
         self._set(one, state, said)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from cl_runner.config.schema import Section
 from cl_runner.errors import UserError
-from cl_runner.sweeps.engines.protocol import Ended, Engine, Job, last_line
+from cl_runner.sweeps.engines.protocol import Ended, Engine, Job, last_line, on_gpus
 
 GRACE = 120.0  # seconds that runs get to keep what they hold
 
@@ -57,6 +57,13 @@ class Local(Engine):
         self.threads = max(1, cores // self.slots)
         self.running: list[_Running] = []
 
+    @classmethod
+    def processes(cls, config: Any) -> int:
+        from cl_runner.launch.local import visible_devices
+
+        wanted = super().processes(config)
+        return wanted if wanted > 1 and visible_devices() else 1
+
     def room(self) -> int:
         return self.slots - len(self.running)
 
@@ -65,15 +72,13 @@ class Local(Engine):
             slot = min(set(range(self.slots)) - {one.slot for one in self.running})
             self.logs.mkdir(parents=True, exist_ok=True)
             log = self.logs / f"{job.name}.log"
-            words = list(job.words) + (
-                ["--gpus", str(self.config.gpus)] if self.config.gpus > 1 and self.devices else []
-            )
+            words = on_gpus(job.words, self.config.gpus if self.devices else 0)
             # In a session of its own: Ctrl-C is for the sweep, which hands it on.
-            with log.open("wb") as said, Path(os.devnull).open("wb") as nothing:
+            with log.open("wb") as said:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "cl_runner", *words],
                     stdin=subprocess.DEVNULL,
-                    stdout=nothing,
+                    stdout=subprocess.DEVNULL,
                     stderr=said,
                     env=self._environment(slot),
                     start_new_session=True,

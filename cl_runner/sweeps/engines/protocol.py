@@ -52,6 +52,11 @@ class Engine:
         self.config: Any = config
         self.logs = logs
 
+    @classmethod
+    def processes(cls, config: Any) -> int:
+        """How many processes each of its runs has, which decides micro-batches: one for each GPU of ``config``."""
+        return max(1, int(getattr(config, "gpus", 1)))
+
     def room(self) -> int:
         """How many more jobs may be started now."""
         return 10_000
@@ -73,6 +78,11 @@ class Engine:
 
     def close(self) -> None:
         """The sweep is over."""
+
+
+def on_gpus(words: Sequence[str], gpus: float) -> list[str]:
+    """The words of a job whose run has so many GPUs."""
+    return [*words, "--gpus", str(int(gpus))] if gpus > 1 else list(words)
 
 
 def last_line(file: Path, of: int = 4096) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 from cl_runner.config.schema import Section
 from cl_runner.errors import UserError
 from cl_runner.sweeps.engines.child import Child
-from cl_runner.sweeps.engines.protocol import Ended, Engine, Job
+from cl_runner.sweeps.engines.protocol import Ended, Engine, Job, on_gpus
 
 
 class Ray(Engine):
@@ -70,8 +70,7 @@ class Ray(Engine):
         train = self.ray.remote(**wants)(_train)
         started = []
         for job in jobs:
-            words = [*job.words, *(["--gpus", str(int(self.gpus))] if self.gpus > 1 else [])]
-            ref = train.remote(words, str(Path.cwd()))
+            ref = train.remote(on_gpus(job.words, self.gpus), str(Path.cwd()))
             self.refs[ref] = job.name
             started.append(ref.hex())
         return started

@@ -18,7 +18,7 @@ from cl_runner.atomic import read_json, write_json
 from cl_runner.config.schema import Section
 from cl_runner.errors import UserError
 from cl_runner.sweeps.engines.child import Child
-from cl_runner.sweeps.engines.protocol import Ended, Engine, Job
+from cl_runner.sweeps.engines.protocol import Ended, Engine, Job, on_gpus
 
 STOPPED = 130
 KILLED_WITHIN = 90.0  # seconds in which Slurm kills what it has told to end
@@ -103,7 +103,10 @@ class Slurm(Engine):
             batch = list(group)
             for job in batch:
                 self._tells(job.name).unlink(missing_ok=True)
-            tasks = [Train([*job.words, *self._gpus()], str(Path.cwd()), str(self._tells(job.name))) for job in batch]
+            tasks = [
+                Train(on_gpus(job.words, self.config.gpus), str(Path.cwd()), str(self._tells(job.name)))
+                for job in batch
+            ]
             try:
                 self.executor.update_parameters(**self._parameters(after))
                 with self.executor.batch():  # several are one array
@@ -151,7 +154,7 @@ class Slurm(Engine):
 
     def _parameters(self, after: Sequence[str]) -> dict[str, Any]:
         asked = self.config
-        wanted = {
+        return {
             "job_name": self.logs.parent.name[:60],
             "partition": asked.partition,
             "account": asked.account,
@@ -167,10 +170,6 @@ class Slurm(Engine):
             "dependency": f"afterany:{':'.join(after)}" if after else None,
             "additional_parameters": {"requeue": True, **asked.more},
         }
-        return wanted
-
-    def _gpus(self) -> list[str]:
-        return ["--gpus", str(self.config.gpus)] if self.config.gpus > 1 else []
 
     def _queued(self) -> set[str] | None:
         """The ids of all jobs of this user that wait or run; None where Slurm does not answer."""
