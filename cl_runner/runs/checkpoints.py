@@ -21,8 +21,7 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.errors import UserError
 from cl_runner.runs.commit import refuse_other, sealed
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.resume_guard import is_free
-from cl_runner.settings import dotted, settings_of
+from cl_runner.runs.resume_guard import deciding
 
 ABOUT = "checkpoint.json"
 
@@ -113,7 +112,7 @@ def facts(run: RunDir, config: RunConfig, index: int, ranks: int, batch: Mapping
         "processes": ranks,
         **batch,
         "the stage before it": [sha256(file) for file in before],
-        **{dotted(key): value for key, value in settings_of(config) if not is_free(key)},
+        **deciding(config),
     }
 
 

@@ -16,7 +16,7 @@ from cl_runner.methods import make_method
 from cl_runner.models.identity import differing_model, short
 from cl_runner.registry import plugins
 from cl_runner.runs.folder import RunDir, kept_order, readable
-from cl_runner.settings import differing, dotted, read_dump
+from cl_runner.settings import differing, dotted, read_dump, settings_of
 from cl_runner.tasks.order import Order, load_order
 
 # What may differ when a run goes on: it changes no number, or is compared by what it leads to (tasks and data by
@@ -157,6 +157,11 @@ def _refuse_other_adapter(run: RunDir, then: str | None, now: str | None) -> Non
         )
     how = "with an adapter (--from)" if then else "without an adapter; leave --from out"
     raise UserError(f"the run {run.path} was started {how}")
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """Every setting that may not differ, by its dotted key."""
+    return {dotted(path): value for path, value in settings_of(config) if not is_free(path)}
 
 
 def is_free(path: Key) -> bool:

@@ -23,8 +23,7 @@ from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.models.identity import differing_model
-from cl_runner.runs.resume_guard import is_free
-from cl_runner.settings import dotted, settings_of
+from cl_runner.runs.resume_guard import deciding
 from cl_runner.versions import differing, versions
 
 SOME = 16  # numbers of each parameter, from end to end
@@ -41,8 +40,7 @@ def refuse_apart(place: Place, folder: Path, config: RunConfig, identity: Mappin
     if place.ranks == 1:
         return
     # Where files lie may be each machine's own, as it may be when a run goes on.
-    settings = {dotted(path): value for path, value in settings_of(config) if not is_free(path)}
-    ours = {"versions": versions(), "settings": settings, "identity": dict(identity)}
+    ours = {"versions": versions(), "settings": deciding(config), "identity": dict(identity)}
     theirs, first = engine.broadcast_object(place, (socket.gethostname(), ours))
     with _written(place, folder) as (file, word):
         wrong = _otherwise(first, ours)

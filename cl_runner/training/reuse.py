@@ -24,9 +24,8 @@ from cl_runner.methods.protocol import StagePlan
 from cl_runner.runs import catalog
 from cl_runner.runs.drift import drift
 from cl_runner.runs.folder import RunDir, readable
-from cl_runner.runs.resume_guard import is_free
+from cl_runner.runs.resume_guard import deciding
 from cl_runner.runs.shapes import read_metrics
-from cl_runner.settings import dotted, settings_of
 from cl_runner.settings.layers import SETTABLE
 from cl_runner.training.compatibility import stage_config
 from cl_runner.training.taken_over import TakenOver
@@ -57,10 +56,10 @@ def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
         first = index == 0 and config.model.adapter is None
         unread = {f"method.{key}" for key in method.since_second} if first else set()
         settings = {
-            f"{where} {dotted(path)}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
+            f"{where} {key}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
             for where, of in configs.items()
-            for path, value in settings_of(of)
-            if path[0] not in SETTABLE and not is_free(path) and dotted(path) not in unread
+            for key, value in deciding(of).items()
+            if key.partition(".")[0] not in SETTABLE and key not in unread
         }
         # With eval.future all tasks are scored after every stage.
         seen = [task for stage in stages[: index + 1] for task in stage.tasks]
