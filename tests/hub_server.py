@@ -13,35 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.local_server import Handler, LocalServer
 
-class HubServer:
+
+class HubServer(LocalServer):
     """Repositories of one commit each, held in memory. ``main`` and the commit itself are their revisions."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.repositories: dict[tuple[str, str], dict[str, bytes]] = {}
         self.commits: dict[tuple[str, str], str] = {}
-        self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> HubServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def add(self, kind: str, name: str, files: dict[str, bytes], commit: str | None = None) -> str:
         """Put a repository there (kind: ``models`` or ``datasets``); its commit, made of the content if not given."""
@@ -73,25 +58,12 @@ def _commit(files: dict[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         self.hub.requests.append(f"{self.command} {url.path}")
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         if parts[0] == "api" and len(parts) >= 4:
@@ -155,15 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _error(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
 
 
 def _tree(files: dict[str, bytes], under: str, recursive: bool) -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,34 +19,20 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 from tests.command_line import environment
+from tests.local_server import Handler, LocalServer
 
 NAME = "somebody"
 
 
-class UploadServer:
+class UploadServer(LocalServer):
     """One user, ``somebody``; what they uploaded is in ``files``. ``refusing``: path → status and message."""
 
     def __init__(self, token: str, refusing: dict[str, tuple[int, str]] | None = None) -> None:
+        super().__init__(_Handler)
         self.token, self.refusing = token, refusing or {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}  # by sha256
-        self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> UploadServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path, token: str | None = None, **more: str) -> dict[str, str]:
         """The environment of a process whose hub this is; ``token``: another than the right one, empty for none."""
@@ -61,25 +45,12 @@ class UploadServer:
         }  # fmt: skip
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: UploadServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         self.hub.requests.append(f"{self.command} {path}")
         for part, (status, message) in self.hub.refusing.items():
             if part in path:
@@ -158,14 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
             **({"X-Error-Code": code} if code else {}),
         }
         self._send(status, json.dumps({"error": message}).encode(), headers)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 
 
 def _faults(card: str) -> list[dict[str, str]]:
