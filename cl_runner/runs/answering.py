@@ -94,9 +94,10 @@ def _committed(folder: Path) -> tuple[str, ...]:
     """The files of a folder, each as it was committed. Raises UserError."""
     above = next(path for path in folder.parents if (path / "DONE").is_file() or path == path.parent)
     inside = f"{folder.relative_to(above).as_posix()}/"
-    names = [name for name in sealed(above) if name.startswith(inside)]
+    hashes = sealed(above)
+    names = [name for name in hashes if name.startswith(inside)]
     if not names:
         raise UserError(f"{folder} is not there: its stage holds no such folder")
     for name in names:
-        refuse_other(above, name, sealed(above)[name])
+        refuse_other(above, name, hashes[name])
     return tuple(sorted(name.removeprefix(inside) for name in names))

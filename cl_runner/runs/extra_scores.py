@@ -8,7 +8,7 @@ from typing import Any
 
 from cl_runner.atomic import read_jsonl
 from cl_runner.errors import UserError
-from cl_runner.metrics.choices import answered, section
+from cl_runner.metrics.choices import LETTERS, answered, section
 from cl_runner.report.extra import Extra
 from cl_runner.runs.commit import refuse_other, sealed
 from cl_runner.runs.folder import RunDir, readable, stage_names
@@ -88,5 +88,5 @@ def _holds(row: Mapping[str, Any]) -> bool:
     logs, lengths = row["log_likelihoods"], row.get("lengths")
     if not all(isinstance(each, float | int) for each in logs) or not logs:
         return False
-    said = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[answered(logs, lengths)]
+    said = LETTERS[answered(logs, lengths)]
     return bool(said == row["output"] and row["correct"] == (row["gold"] == row["output"]))

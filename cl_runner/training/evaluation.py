@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -59,8 +58,7 @@ def evaluate(
             if name in settled:
                 results.append(score_task(test, settled[name]))
                 continue
-            ticking = partial(_tick, tick, name, len(test.rows))
-            ticking(0)
+            ticking = counted(tick, name, len(test.rows))
             known = name if stage.room.method.knows_task else None
             show(known)
             answers = stage.answer(test.examples, known, ticking, test.labels)
@@ -87,8 +85,10 @@ def answering(stage: StageRun) -> Iterator[Callable[[str | None], None]]:
         adapters.show(shown[0])
 
 
-def _tick(tick: Callable[[str, int, int], None], task: str, total: int, done: int) -> None:
-    tick(task, done, total)
+def counted(tick: Callable[[str, int, int], None], name: str, total: int) -> Callable[[int], None]:
+    """Takes how many rows of a task or set are answered, for ``tick``, which is told at once that none is."""
+    tick(name, 0, total)
+    return lambda done: tick(name, done, total)
 
 
 def score_task(test: TestSet, answers: Sequence[str]) -> Scored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from cl_runner.errors import UserError
@@ -12,7 +11,7 @@ from cl_runner.metrics.choices import LETTERS, answered, section
 from cl_runner.models.batch import Question
 from cl_runner.models.encoding import Encoder
 from cl_runner.tasks.extra import ExtraRow, ExtraSet
-from cl_runner.training.evaluation import answering
+from cl_runner.training.evaluation import answering, counted
 from cl_runner.training.stage import StageRun
 
 UNKNOWN = ""  # the name of no task: what a method that knows its tasks is told of questions that are of none
@@ -66,18 +65,13 @@ def score_extra(
     known = UNKNOWN if stage.room.method.knows_task else None
     with answering(stage) as show:
         for name, test in tests.items():
-            ticking = partial(_tick, tick, name, len(test.questions))
-            ticking(0)
+            ticking = counted(tick, name, len(test.questions))
             show(known)
             likely = stage.likelihoods(test.questions, known, ticking)
             logs = [[each.log for each in row] for row in likely]
             rows = [_answer(test.set, row, of) for row, of in zip(test.set.rows, logs, strict=True)]
             found.append(ExtraScored(name, rows, section(test.set.by, test.set.shots, rows)))
     return found
-
-
-def _tick(tick: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
-    tick(name, done, total)
 
 
 def _answer(extra: ExtraSet, row: ExtraRow, logs: list[float]) -> dict[str, Any]:
