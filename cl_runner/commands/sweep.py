@@ -28,7 +28,7 @@ from cl_runner.sweeps.record import Record
 from cl_runner.terminal.console import aligned, print_json, say, size
 from cl_runner.terminal.progress import duration
 from cl_runner.terminal.stopping import Stopped
-from cl_runner.training.reuse import decided
+from cl_runner.training.reuse import decided, decided_alone
 
 
 def sweep(
@@ -102,6 +102,7 @@ def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
         steps=[stage.steps for stage in shown],
         rows=[stage.rows for stage in shown],
         decided=decided(config, run.identity),
+        alone=decided_alone(config, run.identity),
         done=run.done,
         begun=run.folder.exists(),
         reuses=reuses,
@@ -168,9 +169,9 @@ def _sums(runs: Sequence[PlannedRun]) -> dict[str, int]:
     """How many stages and optimizer steps the runs have, and how many of these an earlier run has as well."""
     return {
         "stages": sum(len(run.stages) for run in runs),
-        "shared": sum(run.shared for run in runs),
+        "shared": sum(len(run.taken) for run in runs),
         "steps": sum(sum(run.steps) for run in runs),
-        "steps_shared": sum(sum(run.steps[: run.shared]) for run in runs),
+        "steps_shared": sum(run.steps[index] for run in runs for index in run.taken),
     }
 
 
@@ -191,8 +192,8 @@ def _about(asked: Sweep, runs: Sequence[PlannedRun], found: Cost | None) -> dict
                 "stages": run.stages,
                 "steps": sum(run.steps),
                 "done": run.done,
-                "shared": run.shared,
-                "with": run.donor.folder.name if run.donor else None,
+                "shared": len(run.taken),
+                "with": [donor.folder.name for donor in run.donors],
             }
             for run in runs
         ],
@@ -204,14 +205,15 @@ def _plan_text(runs: Sequence[PlannedRun], found: Cost | None) -> str:
     rows, number = [], {id(run): at for at, run in enumerate(runs, 1)}
     for run in runs:
         state = "done" if run.finished else f"goes on after stage {run.done}" if run.begun else "new"
-        with_ = f"{run.shared} with {number[id(run.donor)]}" if run.donor else ""
+        donors = ", ".join(str(number[id(donor)]) for donor in run.donors)
+        with_ = f"{len(run.taken)} with {donors}" if donors else ""
         rows.append([str(number[id(run)]), run.label, str(len(run.stages)), str(sum(run.steps)), with_, state])
     sums = _sums(runs)
     numbers = [
         f"{_counted(len(runs), 'run')}, {sums['stages']} stages, {sums['steps']} optimizer steps",
         f"{sums['shared']} stages and {sums['steps_shared']} steps of them are shared and trained once"
         if sums["shared"]
-        else "no two runs that are not begun have a first stage in common",
+        else "no two runs that are not begun have a stage in common",
     ]
     if found:
         taken = f"about {duration(found.seconds)} on this machine, one run after the other (measured: "
@@ -260,8 +262,10 @@ def _taken_over(runs: Sequence[PlannedRun]) -> tuple[int, float]:
     """How many stages of finished runs were another's, and the seconds that they took there."""
     count, seconds = 0, 0.0
     for run in runs:
-        names = run.folder.about().get("reuses", {}).get("stages", [])
-        count += len(names)
-        for index, name in enumerate(names):
-            seconds += sum(read_metrics(run.folder.stage_dir(index, name))["seconds"].values())
+        linked = len(run.folder.about().get("reuses", {}).get("stages", []))
+        for index, name in enumerate(run.stages):
+            metrics = read_metrics(run.folder.stage_dir(index, name))
+            if index < linked or metrics.get("taken_from"):
+                count += 1
+                seconds += sum(metrics["seconds"].values())
     return count, seconds

@@ -29,6 +29,8 @@ class PerTask(Method):
     frozen = "the base; other tasks have no part in a task's answer"
     past_as = "none"
     settled = "all"
+    alone = True
+    revision = 2  # 1: random numbers drawn by a task's place in the order
 
     def plan(self, order: Sequence[str]) -> list[StagePlan]:
         return [StagePlan(task, (task,), start="base") for task in order]

@@ -365,6 +365,9 @@ class Method:
     any_rank: ClassVar[bool] = False  # every stage begins a pair of its own, whose rank may be chosen (adapter.r=auto)
     trains_on: ClassVar[bool] = False  # one parameter set serves all stages, each of which goes on with it
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
+    # Every task is trained from the base as if there were no other: its random numbers are drawn by its name, not its
+    # place, and runs of other orders have the stage in common (``training/adopted.py``).
+    alone: ClassVar[bool] = False
     # Own settings that the first stage does not read, nor what it leaves: there is no past to penalise yet. Runs that
     # differ in them alone have it in common (``training/reuse.py``; a test trains both).
     since_second: ClassVar[tuple[str, ...]] = ()

@@ -25,9 +25,8 @@ class Cost:
 
 def cost(runs: Sequence[PlannedRun], tell: Callable[[str], None]) -> Cost:
     """Rehearse the longest run of each sort, and reckon the others by their steps and test rows. Raises UserError."""
-    left = [run for run in runs if not run.finished]
     sorts: dict[tuple[str, ...], list[PlannedRun]] = {}
-    for run in left:
+    for run in (run for run in runs if not run.finished):
         sorts.setdefault(run.sort, []).append(run)
     seconds, memory, disk = 0.0, 0, 0
     for of_sort in sorts.values():
@@ -40,10 +39,10 @@ def cost(runs: Sequence[PlannedRun], tell: Callable[[str], None]) -> Cost:
         rest = sum(one["seconds"]["rest"] for one in stages) / max(1, len(stages))
         memory = max(memory, about["memory"]["peak"])
         for run in of_sort:
-            begin = max(run.done, run.shared)
-            trained, asked = sum(run.steps[begin:]), sum(run.rows[begin:])
-            seconds += about["seconds"]["loading"] + trained * step + asked * row + (len(run.stages) - begin) * rest
-            disk += round(about["disk"]["bytes"] * (len(run.stages) - begin) / max(1, len(stages)))
+            left = run.left
+            trained, asked = sum(run.steps[i] for i in left), sum(run.rows[i] for i in left)
+            seconds += about["seconds"]["loading"] + trained * step + asked * row + len(left) * rest
+            disk += round(about["disk"]["bytes"] * len(left) / max(1, len(stages)))
     return Cost(seconds, memory, disk, tuple(of_sort[0].sort[0] for of_sort in sorts.values()))
 
 

@@ -16,8 +16,9 @@ class PlannedRun:
 
     sort: what the cost of a step depends on, the method first. words: behind ``cl-runner train``. steps, rows: of each
     stage the optimizer steps, and the test rows that are asked after it. decided: of each a digest of what decides it
-    (``training/reuse.py``). done: stages that are committed. begun: whether its folder is there. reuses: whether it
-    takes stages over. lends: whether all that it commits stays there (``output.keep_stages``).
+    (``training/reuse.py``). alone: of each one of what it is without other stages; none, where it is nothing without
+    them. done: stages that are committed. begun: whether its folder is there. reuses: whether it takes stages over.
+    lends: whether all that it commits stays there (``output.keep_stages``).
     """
 
     label: str
@@ -28,22 +29,32 @@ class PlannedRun:
     steps: list[int]
     rows: list[int]
     decided: list[str]
+    alone: list[str]
     done: int
     begun: bool
     reuses: bool
     lends: bool
-    donor: PlannedRun | None = field(default=None, repr=False)
-    shared: int = 0  # first stages that are the donor's
+    taken: dict[int, tuple[PlannedRun, int]] = field(default_factory=dict, repr=False)  # stage → whose, and which there
 
     @property
     def finished(self) -> bool:
         """Whether it is trained to its end."""
         return self.begun and self.folder.status().get("state") == "done"
 
-    def waits(self) -> bool:
-        """Whether stages that it shares are not there yet, and somebody is to train them."""
-        donor = self.donor
-        return donor is not None and donor.folder.committed(donor.stages) < self.shared
+    @property
+    def left(self) -> list[int]:
+        """Stages, from 0, that are not committed and are no other run's."""
+        return [index for index in range(self.done, len(self.stages)) if index not in self.taken]
+
+    @property
+    def donors(self) -> list[PlannedRun]:
+        """The runs whose stages it shares, in the order of its own."""
+        return list({id(donor): donor for _, (donor, _) in sorted(self.taken.items())}.values())
+
+    def awaits(self) -> list[PlannedRun]:
+        """The donors that have not committed yet what it shares with them."""
+        late = [donor for donor, at in self.taken.values() if donor.folder.committed(donor.stages) <= at]
+        return [donor for donor in self.donors if any(donor is one for one in late)]
 
 
 def share(runs: Sequence[PlannedRun]) -> None:
@@ -63,9 +74,18 @@ def share(runs: Sequence[PlannedRun]) -> None:
 
 
 def choose(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
-    """Of these runs, the one that a run which is not begun has most first stages in common with; None of none."""
-    run.donor, run.shared = None, 0
-    for other in others if run.reuses and not run.begun else ():
-        count = common(run.decided, other.decided)
-        if count > run.shared and other.lends:
-            run.donor, run.shared = other, count
+    """Of these runs, the one that a run which is not begun has most first stages in common with.
+
+    Of a method that trains each task alone, for each stage the first one that has it.
+    """
+    run.taken = {}
+    if not run.reuses or run.begun:
+        return
+    able = [other for other in others if other.lends]
+    best = max(able, key=lambda other: common(run.decided, other.decided), default=None)
+    if best:
+        run.taken = {index: (best, index) for index in range(common(run.decided, best.decided))}
+    for index, wanted in enumerate(run.alone):
+        for other in able:
+            if index not in run.taken and wanted in other.alone:
+                run.taken[index] = other, other.alone.index(wanted)

@@ -126,32 +126,34 @@ class Queue:
         elsewhere = sum(one.elsewhere and one.state == "running" for one in self.standing)
         return list(islice(ready, max(0, self.engine.room() - elsewhere)))
 
-    def _awaited(self, one: Standing) -> Standing | None:
-        """The run whose stages it waits for; None where they are there, or nobody will train them any more."""
-        donor = one.run.donor
-        found = self._named[donor.folder.name] if donor and one.run.waits() else None
-        return None if found is None or found.over else found
+    def _awaited(self, one: Standing) -> list[Standing]:
+        """The runs whose stages it waits for, without those that nobody will train any more."""
+        found = [self._named[donor.folder.name] for donor in one.run.awaits()]
+        return [donor for donor in found if not donor.over]
 
     def _after(self, one: Standing) -> tuple[str, ...]:
-        """The job that has to end first, where the engine sees to that."""
-        awaited = self._awaited(one) if self.engine.holds else None
-        return (awaited.job,) if awaited else ()
+        """The jobs that have to end first, where the engine sees to that."""
+        return tuple(donor.job for donor in self._awaited(one)) if self.engine.holds else ()
 
     def _ready(self, one: Standing) -> bool:
         """Whether it waits for nobody, or the engine itself sees to that."""
-        if one.run.waits() and not self._awaited(one):
+        if len(self._awaited(one)) < len(one.run.awaits()):
             # Who would have trained them died on the way: of those that wait for these stages one trains them.
             before = self.standing[: self.standing.index(one)]
             choose(one.run, [other.run for other in before if not other.over])
-        awaited = self._awaited(one)
-        return awaited is None or (self.engine.holds and awaited.state == "running" and bool(awaited.job))
+        return all(self.engine.holds and donor.state == "running" and donor.job for donor in self._awaited(one))
 
     def _beside(self, one: Standing) -> str:
-        donor, shared = one.run.donor, one.run.shared
-        if donor is None:
+        """Whose its first stages are, or which of its stages are others'."""
+        taken, donors = one.run.taken, one.run.donors
+        if not taken:
             return ""
-        what = "first stage is that" if shared == 1 else f"first {shared} stages are those"
-        return f" (its {what} of {donor.label})"
+        if len(donors) == 1 and list(taken) == list(range(len(taken))):
+            what = "first stage is that" if len(taken) == 1 else f"first {len(taken)} stages are those"
+        else:
+            names = ", ".join(one.run.stages[index] for index in sorted(taken))
+            what = f"stage {names} is that" if len(taken) == 1 else f"stages {names} are those"
+        return f" (its {what} of {' and '.join(donor.label for donor in donors)})"
 
     def _end(self, one: Standing, state: str, said: str = "") -> None:
         self._set(one, state, said)

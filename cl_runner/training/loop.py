@@ -95,7 +95,7 @@ def train_stage(
     plan = BatchPlan.make(len(examples), training, stage.ranks, stage.fit.micro_batch)
     inputs, labels = lengths(examples)
     weights = StepWeights(plan, training.loss_mean, labels.tolist(), shares)
-    steps = list(plan.step_rows(stage.config.seed, stage.index, (inputs + labels).tolist(), len(set(tasks)) > 1))
+    steps = list(plan.step_rows(stage.config.seed, stage.drawn_by, (inputs + labels).tolist(), len(set(tasks)) > 1))
     stage.steps, stage.step = plan.steps, 0
     steps = choose(plan, steps, examples, tasks)
     engine = stage.engine = _engine(stage, plan, method.parameter_groups(stage))
@@ -323,7 +323,7 @@ def _micro_batches(
 
     for slot, (number, _) in enumerate(plan.micro_batches(rows, stage.rank)):
         _seed(stage, "forward", stage.step, number)
-        stage.dropout.draw(derived_seed(stage.config.seed, stage.index, "dropout", stage.step))
+        stage.dropout.draw(derived_seed(stage.config.seed, stage.drawn_by, "dropout", stage.step))
         last = slot == plan.accumulation - 1
         computed = partial(compute, next(batches), number, last)
         if stage.config.training.auto_batch:
@@ -349,7 +349,7 @@ def _seed(stage: StageRun, *of: object) -> None:
 
     As ``torch.manual_seed``, which would seed all kinds of devices, and note the stack down for each that is not there.
     """
-    seed = derived_seed(stage.config.seed, stage.index, *of)
+    seed = derived_seed(stage.config.seed, stage.drawn_by, *of)
     torch.default_generator.manual_seed(seed)
     if stage.device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -2,7 +2,8 @@
 
 A stage is decided by what it starts from, its rows, and the settings that touch it. Of two runs that have all of these
 the same the stage is the same to the bit, whatever they do afterwards: other coefficients of a penalty on past updates
-(``Method.since_second``), other tasks, other settings of a later task.
+(``Method.since_second``), other tasks, other settings of a later task. Of a method that trains each task alone
+(``Method.alone``) a stage is decided by its own task, whatever the order: ``training/adopted.py``.
 """
 
 from __future__ import annotations
@@ -45,38 +46,75 @@ def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
             computes in the same.
     """
     method = METHODS.get(config.method.name)
-    rest = {key: value for key, value in identity.items() if key not in (*_BY_STAGE, *_BY_TASK, "computes")}
-    whole = {**rest, "order": identity["stages"] if method.by_order else None}
+    whole = {**_of_all(identity), "order": identity["stages"] if method.by_order else None}
     stages = [StagePlan(name, tuple(tasks)) for name, *tasks in identity["stages"]]
     digests, before = [], ""
     for index, plan in enumerate(stages):
-        # Of a run's settings the whole ones too: a method may look at them beside the stage's own.
-        configs = {"run": config, "stage": stage_config(config, index, plan)}
         # An adapter that the run starts from is a past to the first stage.
         first = index == 0 and config.model.adapter is None
-        unread = {f"method.{key}" for key in method.since_second} if first else set()
-        settings = {
-            f"{where} {key}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
-            for where, of in configs.items()
-            for key, value in deciding(of).items()
-            if key.partition(".")[0] not in SETTABLE and key not in unread
-        }
         # With eval.future all tasks are scored after every stage.
         seen = [task for stage in stages[: index + 1] for task in stage.tasks]
         tasks = list(identity["definitions"]) if config.eval.future else seen
-        about = {
-            "before": before,
-            "whole": whole,
-            "settings": settings,
-            "tasks": {task: [_compared(identity[key].get(task)) for key in _BY_TASK] for task in tasks},
-            # Of a stage of several tasks, or a task that is only scored, no stage's config has what is set for it.
-            "settings of tasks": {task: config.tasks[task] for task in tasks if task in config.tasks},
-            "deepspeed": [_text(of.training.deepspeed) for of in configs.values()],
-            **{key: identity[key][index] for key in _BY_STAGE if key in identity},
-        }
-        before = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        about = _about_stage(config, identity, index, plan, tasks, method.since_second if first else ())
+        before = _digest({"before": before, "whole": whole, **about})
         digests.append(before)
     return digests
+
+
+def decided_alone(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
+    """Of each stage a digest of what decides what it learns and answers of its own task, where nothing else does.
+
+    None of a method whose stages go on from each other. Arguments: as of ``decided``.
+    """
+    if not METHODS.get(config.method.name).alone:
+        return []
+    stages = [StagePlan(name, tuple(tasks)) for name, *tasks in identity["stages"]]
+    return [
+        _digest({"alone": True, "whole": _of_all(identity), **_about_stage(config, identity, i, plan, plan.tasks, ())})
+        for i, plan in enumerate(stages)
+    ]
+
+
+def _of_all(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's identity what is of all its stages."""
+    return {key: value for key, value in identity.items() if key not in (*_BY_STAGE, *_BY_TASK, "computes")}
+
+
+def _about_stage(
+    config: RunConfig,
+    identity: Mapping[str, Any],
+    index: int,
+    plan: StagePlan,
+    tasks: Sequence[str],
+    unread: Sequence[str],
+) -> dict[str, Any]:
+    """What decides a stage beside what it starts from.
+
+    Args:
+        tasks: those that have a part in it, or are scored after it.
+        unread: the method's own settings that have none.
+    """
+    # Of a run's settings the whole ones too: a method may look at them beside the stage's own.
+    configs = {"run": config, "stage": stage_config(config, index, plan)}
+    left_out = {f"method.{key}" for key in unread}
+    settings = {
+        f"{where} {key}": list(value.items()) if isinstance(value, dict) else value  # whose order counts
+        for where, of in configs.items()
+        for key, value in deciding(of).items()
+        if key.partition(".")[0] not in SETTABLE and key not in left_out
+    }
+    return {
+        "settings": settings,
+        "tasks": {task: [_compared(identity[key].get(task)) for key in _BY_TASK] for task in tasks},
+        # Of a stage of several tasks, or a task that is only scored, no stage's config has what is set for it.
+        "settings of tasks": {task: config.tasks[task] for task in tasks if task in config.tasks},
+        "deepspeed": [_text(of.training.deepspeed) for of in configs.values()],
+        **{key: identity[key][index] for key in _BY_STAGE if key in identity},
+    }
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def common(one: Sequence[str], other: Sequence[str]) -> int:
@@ -103,7 +141,7 @@ class Reused(TakenOver):
                 count = common(wanted, [stage.get("decided") for stage in stages])
                 names = [str(stage["name"]) for stage in stages[:count]]
                 names = names[: run.committed(names)]
-                if names and _is_whole(run, names) and _as_asked(run, names, config):
+                if names and fits(run, names, config):
                     found.append(cls(run, tuple(names)))
         if not found:
             return None
@@ -115,29 +153,34 @@ class Reused(TakenOver):
             self.verify()
         except UserError as error:
             return [str(error)]
-        before = self.run.environment()
-        if any(of.get("code", now["code"]) != now["code"] for of in [before, *before.get("later", [])]):
-            return ["its stages were trained by other code of cl-runner"]
-        return list(drift(before, now, "its stages"))
+        return trained_otherwise(self.run, now)
 
 
-def _is_whole(run: RunDir, names: list[str]) -> bool:
-    """Whether nothing was removed of stages (``output.keep_stages``)."""
-    return not any(read_json(run.stage_dir(index, name) / "DONE").get("removed") for index, name in enumerate(names))
+def fits(run: RunDir, names: Sequence[str], config: RunConfig) -> bool:
+    """Whether nothing was removed of a run's first stages, and nothing came of settings that are free to differ.
 
-
-def _as_asked(run: RunDir, names: Sequence[str], config: RunConfig) -> bool:
-    """Whether nothing came of settings that are free to differ: a step left out, a smaller micro-batch, a probe."""
+    Such are a step left out, a smaller micro-batch, a probe.
+    """
     for index, name in enumerate(names):
-        metrics = read_metrics(run.stage_dir(index, name))
+        folder = run.stage_dir(index, name)
+        metrics = read_metrics(folder)
         trained = metrics["training"]
         if (
-            trained.get("skipped_steps")
+            read_json(folder / "DONE").get("removed")
+            or trained.get("skipped_steps")
             or trained.get("micro_batches")
             or bool(metrics.get("probe")) != bool(config.eval.probe_every)
         ):
             return False
     return True
+
+
+def trained_otherwise(run: RunDir, now: Mapping[str, Any]) -> list[str]:
+    """In what its code, versions or machine were others than ``environment`` says of now, a line each."""
+    before = run.environment()
+    if any(of.get("code", now["code"]) != now["code"] for of in [before, *before.get("later", [])]):
+        return ["its stages were trained by other code of cl-runner"]
+    return list(drift(before, now, "its stages"))
 
 
 def _text(file: str | None) -> str | None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cl_runner.adapters.base import Held
 from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import append_jsonl, read_json, write_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
-from cl_runner.methods.protocol import overrides
+from cl_runner.methods.protocol import Source, overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
 from cl_runner.runs.checkpoints import Checkpoint
@@ -28,12 +29,15 @@ from cl_runner.runs.results import read_matrix, write_results
 from cl_runner.terminal import stopping
 from cl_runner.terminal.progress import Screen
 from cl_runner.training.accounting import Counts, parameters
+from cl_runner.training.adopted import Adopted
 from cl_runner.training.checkpoint import answers_to, committed, restore_stage, save_stage
+from cl_runner.training.environment import environment
 from cl_runner.training.evaluation import Scored, TestSet, evaluate
 from cl_runner.training.extra_sets import ExtraScored, score_extra
 from cl_runner.training.given import commit_given, is_committed, restore_given
 from cl_runner.training.health import Health
 from cl_runner.training.keeping import Keeper
+from cl_runner.training.learned import Learned
 from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering
 from cl_runner.training.plan import Plan
@@ -141,37 +145,24 @@ class Run:
                 room.to_base()
             room.method.build(stage)
             self._say_what_trains(stage)
-            own = tokens.source(stage.plan)
             tests = {task: tokens.test[task] for task in self.plan.tested(index)}
-            probe = self._probe(stage, tests)
-            trained = train_stage(
-                stage,
-                own,
-                log=self._log,
-                tick=partial(self._tick, stage),
-                warn=partial(self._say, stage),
-                state=keeper.state,
-                between=keeper.between,
-                probe=probe,
-            )
+            adopted = self._adopted(stage) if entered is None else None
+            if adopted:
+                learned = self._adopt(stage, adopted)
+            else:
+                learned = self._train(room, stage, tokens.source(stage.plan), tests, keeper)
             room.adapters.train(False)
-            health = self._health(room, stage, trained)
             before = time.perf_counter()
-            known = self._settled(tests, index)
+            known = {**self._settled(tests, index), **learned.answers}
             score = partial(self._score, stage, tests, known, keeper)
             unfolded = score("unfolded") if room.method.fold_loses else None
 
             def ask() -> tuple[list[Scored], list[ExtraScored]]:
                 return score("folded"), score_extra(stage, tokens.extra, self._tick_evaluation)
 
-            answers, (scored, extra) = self._fold(room, stage, ask)
-            seconds = {
-                "train": round(trained.seconds, 3),
-                "method": round(trained.hook_seconds, 3),
-                **({"probe": round(probe.seconds, 3)} if probe else {}),
-                "evaluate": round(time.perf_counter() - before, 3),
-                "stage": round(keeper.seconds, 3),
-            }
+            answers, (scored, extra) = self._fold(room, stage, ask, None if adopted else answering(stage))
+            evaluated = time.perf_counter() - before
+            measured = {"evaluate": round(evaluated, 3), "stage": round(keeper.seconds, 3)}
             if self.place.rank == 0:
                 write = partial(
                     self._write_stage,
@@ -180,11 +171,9 @@ class Run:
                     scored=scored,
                     extra=extra,
                     unfolded=unfolded,
-                    trained=trained,
-                    health=health,
-                    probed=probe.about() if probe else {},
+                    learned=learned,
                     settled=sum(map(len, known.values())),
-                    seconds=seconds,
+                    seconds={**learned.seconds, **measured, **learned.seconds},
                 )
                 commit(self.rundir, index, name, write)
                 write_results(self.rundir)
@@ -205,6 +194,38 @@ class Run:
         finally:
             keeper.close()
             stage.close()
+
+    def _train(self, room: Room, stage: StageRun, own: Source, tests: Mapping[str, TestSet], keeper: Keeper) -> Learned:
+        """Train the stage, from its beginning or from where it was left."""
+        probe = self._probe(stage, tests)
+        trained = train_stage(
+            stage,
+            own,
+            log=self._log,
+            tick=partial(self._tick, stage),
+            warn=partial(self._say, stage),
+            state=keeper.state,
+            between=keeper.between,
+            probe=probe,
+        )
+        return Learned.here(stage, trained, self._health(room, stage, trained), probe)
+
+    def _adopted(self, stage: StageRun) -> Adopted | None:
+        """The stage as another run has it, where it may be taken over, by rank 0's word."""
+        found = None
+        if self.place.rank == 0 and stage.config.output.reuse and stage.config.eval.probe_every is None:
+            found = Adopted.find(self.rundir, stage.index, self.plan.config, environment(self.plan, self.place))
+        adopted: Adopted | None = engine.broadcast_object(self.place, found)
+        return adopted
+
+    def _adopt(self, stage: StageRun, adopted: Adopted) -> Learned:
+        """Answer as the other run does after its stage."""
+        adopted.put(stage)
+        if self.place.rank == 0:
+            append_jsonl(self.rundir.path / "log.jsonl", adopted.log_rows())
+            self.logged()
+        self._say(stage, adopted.said)
+        return Learned.there(stage, adopted)
 
     def _keeper(self, stage: StageRun, entered: Checkpoint | None) -> Keeper:
         """What keeps the stage's checkpoints, and has the state of the one that it goes on from."""
@@ -246,14 +267,15 @@ class Run:
                 found[task] = answers
         return found
 
-    def _fold(self, room: Room, stage: StageRun, score: Callable[[], Asked]) -> tuple[Held | None, Asked]:
+    def _fold(
+        self, room: Room, stage: StageRun, score: Callable[[], Asked], values: Mapping[str, Tensor] | None
+    ) -> tuple[Held | None, Asked]:
         """Fold or keep what the stage has learned, and score what answers.
 
-        Where an option has other values answer than those that go on (``Option.answering``), they are held apart: they
-        answer beside the sum of before, and the next stage begins from what was folded without them.
+        values: where an option has others answer than those that go on (``Option.answering``). They are held apart:
+        they answer beside the sum of before, and the next stage begins from what was folded without them.
         """
         adapters = room.adapters
-        values = answering(stage)
         own = adapters.parameters()
         if values is None or all(torch.equal(own[name], value) for name, value in values.items()):
             values = None
@@ -311,36 +333,20 @@ class Run:
         scored: Sequence[Scored],
         extra: Sequence[ExtraScored],
         unfolded: Sequence[Scored] | None,
-        trained: Trained,
-        health: Health,
-        probed: Mapping[str, Any],
+        learned: Learned,
         settled: int,
         seconds: Mapping[str, float],
     ) -> None:
         sizes = save_stage(folder, stage, answers)
+        share = {} if learned.taken_from else {"free_share": stage.room.method.free_share(stage)}
         about = {
             "index": stage.index,
-            "training": {
-                "steps": trained.steps,
-                "examples": trained.examples,
-                "loss": trained.loss,
-                "penalty": trained.penalty,
-                "penalty_gradient_ratio": health.ratio,
-                "update_norm": health.update,
-                "free_share": stage.room.method.free_share(stage),
-                "rank": None,  # unless it was chosen
-                **trained.about,
-                "skipped_steps": trained.skipped,
-                "global_batch": trained.plan.global_batch,
-                "micro_batch": trained.plan.micro_batch,
-                "accumulation": trained.plan.accumulation,
-                "ranks": trained.plan.ranks,
-                **stage.fit.about(),
-            },
+            "training": {**learned.training, **share},
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
-            **({"probe": dict(probed)} if probed else {}),
+            **({"probe": dict(learned.probe)} if learned.probe else {}),
+            **({"taken_from": dict(learned.taken_from)} if learned.taken_from else {}),
             "megabytes": sizes,
-            "parameters": parameters(self.plan.kind, stage, trained.counts, folder),
+            "parameters": parameters(self.plan.kind, stage, learned.counts, folder),
             "synthetic": self.plan.data.synthetic,
             **({"settled_rows": settled} if settled else {}),  # answered by what earlier stages committed
             "seconds": dict(seconds),

@@ -50,7 +50,9 @@ class BatchPlan:
         """Optimizer steps of the stage."""
         return self.steps_per_epoch * self.epochs
 
-    def step_rows(self, seed: int, index: int, lengths: Sequence[int], mixed: bool = False) -> Iterator[list[int]]:
+    def step_rows(
+        self, seed: int, stage: int | str, lengths: Sequence[int], mixed: bool = False
+    ) -> Iterator[list[int]]:
         """The rows of every step: each epoch a new order, from seed, stage, epoch and lengths alone.
 
         A step's rows are of about equal length: the rows of ``length_window`` steps drawn at random are dealt to these
@@ -60,7 +62,7 @@ class BatchPlan:
 
         Args:
             seed: the run's.
-            index: of the stage, from 0.
+            stage: its place from 0, or its name (``StageRun.drawn_by``).
             lengths: tokens of each row.
             mixed: whether the rows are of several tasks.
         """
@@ -71,7 +73,7 @@ class BatchPlan:
         whole = self.rows // size  # full steps of an epoch
         window = 1 if mixed else self.length_window
         for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(derived_seed(seed, index, "rows", epoch))
+            generator = torch.Generator().manual_seed(derived_seed(seed, stage, "rows", epoch))
             rows = torch.randperm(self.rows, generator=generator).tolist()
             if self.length_window > 1:
                 ends = [*range(0, whole * size, window * size), whole * size, self.rows]

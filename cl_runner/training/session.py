@@ -39,7 +39,7 @@ from cl_runner.terminal.stopping import Stopped
 from cl_runner.trackers.processes import Trackers
 from cl_runner.training.environment import environment, record_environment
 from cl_runner.training.plan import Plan
-from cl_runner.training.reuse import decided
+from cl_runner.training.reuse import decided, decided_alone
 from cl_runner.training.taken_over import TakenOver
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ class Session:
         if not (self.taken and self.taken.key == "extends"):  # they were trained elsewhere, or not scored on all tasks
             for one, by in zip(stages, decided(config, self.identity), strict=True):
                 one["decided"] = by
+            for one, by in zip(stages, decided_alone(config, self.identity), strict=False):
+                one["alone"] = by
         about = {
             "order": plan.order,
             "method": config.method.name,

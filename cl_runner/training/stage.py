@@ -135,6 +135,11 @@ class StageRun:
         return self.fit.micro_batch or self.config.training.micro_batch
 
     @property
+    def drawn_by(self) -> int | str:
+        """What of the stage is in its random numbers: its place; its name, where no other has a part in it."""
+        return self.plan.name if self.room.method.alone else self.index
+
+    @property
     def options(self) -> tuple[Option, ...]:
         """What this stage has beside its method, in the order that it runs in."""
         return tuple(option for option in self.room.options if option.wanted(self.config, self.room.method))
@@ -534,7 +539,7 @@ class StageRun:
         def drawn(number: int, rows: Sequence[int]) -> list[list[int]]:
             prompts = self._prompts([examples[row] for row in rows], None)
             with torch.random.fork_rng(self._gpus()), torch.no_grad(), self.room.root.context():
-                torch.manual_seed(derived_seed(self.config.seed, self.index, "sample", number))
+                torch.manual_seed(derived_seed(self.config.seed, self.drawn_by, "sample", number))
                 return sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
 
         return self._by_batch(examples, drawn, whole=True)
@@ -612,7 +617,7 @@ class StageRun:
         return value
 
     def rng(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derived_seed(self.config.seed, self.index, purpose))
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, self.drawn_by, purpose))
 
     # Parameters.
 

@@ -102,13 +102,13 @@ class ByHand:
         return torch.func.functional_call(self.model, weights, (), inputs)
 
     def train(
-        self, config: RunConfig, index: int, own: Source, optimizer: Any = None, penalty: Penalty | None = None
+        self, config: RunConfig, stage: int | str, own: Source, optimizer: Any = None, penalty: Penalty | None = None
     ) -> Any:
-        """One stage: the whole global batch in one forward. Returns the optimizer."""
+        """One stage, by its place or name: the whole global batch in one forward. Returns the optimizer."""
         if optimizer is None:
             optimizer = torch.optim.AdamW([*self.A.values(), *self.B.values()], lr=LR, weight_decay=0.0)
         plan = BatchPlan.make(len(own.examples), config.training, 1)
-        for rows in plan.step_rows(config.seed, index, widths(own.examples), len(set(own.tasks)) > 1):
+        for rows in plan.step_rows(config.seed, stage, widths(own.examples), len(set(own.tasks)) > 1):
             loss = naive_loss(self, "t5", [own.examples[i] for i in rows])
             if penalty is not None:
                 loss = loss + penalty(self.A, self.B)

@@ -112,7 +112,7 @@ def _pertask(place: Place) -> None:
         hand = ByHand(room)
         hand.begin(room, config, index)
         learn(room, config, index)
-        hand.train(config, index, rows_of(room.order[index]))
+        hand.train(config, task, rows_of(room.order[index]))
         hands.append(hand)
         assert list(room.adapters.kept) == list("abc")[: index + 1] and room.adapters.live == task
         assert room.adapters.folded == [] and all(past.sum is None for past in room.adapters.past.values())

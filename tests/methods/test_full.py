@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def equal(a: Values, b: Values) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def by_hand(kind: Kind, config: Any, stages: list[tuple[int, Source]], ewc: float = 0.0) -> Values:
+def by_hand(kind: Kind, config: Any, stages: Sequence[tuple[int | str, Source]], ewc: float = 0.0) -> Values:
     """A loop over all parameters of the model as transformers names them, with AdamW new at every stage.
 
     ``ewc`` is λ: the Fisher information of each stage, a mean over its examples one by one, holds what came after.
@@ -59,10 +60,10 @@ def by_hand(kind: Kind, config: Any, stages: list[tuple[int, Source]], ewc: floa
     model = tiny_model(kind).requires_grad_(True)
     parameters = dict(model.named_parameters())
     held: list[tuple[Values, Values]] = []  # F, θ*
-    for index, own in stages:
+    for stage, own in stages:
         optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
         plan = BatchPlan.make(len(own.examples), config.training, 1)
-        for rows in plan.step_rows(config.seed, index, widths(own.examples), len(set(own.tasks)) > 1):
+        for rows in plan.step_rows(config.seed, stage, widths(own.examples), len(set(own.tasks)) > 1):
             optimizer.zero_grad()
             loss = naive_loss(model, kind, [own.examples[i] for i in rows])
             for F, best in held:
@@ -129,7 +130,7 @@ def answered(plan: Any) -> dict[str, scoring.TestSet]:
 
 
 def _pertask(place: Place, folder: str) -> None:
-    room, config = opened(place, "pertask", training__lr=5e-3, training__epochs=4)
+    room, config = opened(place, "pertask", training__lr=5e-3, training__epochs=6)
     base = values(room)
     rundir = RunDir(Path(folder))
     own = []
@@ -166,7 +167,8 @@ def _pertask_first_steps(place: Place) -> None:
     room, config = opened(place, "pertask")
     for index in range(2):
         found = learn(room, config, index).parameters
-        assert distance(found, by_hand("t5", config, [(index, rows_of(room.order[index]))])) < 1e-3
+        plan = room.order[index]
+        assert distance(found, by_hand("t5", config, [(plan.name, rows_of(plan))])) < 1e-3
 
 
 def test_pertask_trains_each_task_from_the_base() -> None:

@@ -77,6 +77,19 @@ def test_what_runs_share_is_trained_once_and_nothing_differs(tmp_path: Path, her
     assert "olora" in again.out and "rank" in again.out, "the runs are compared"
 
 
+def test_tasks_that_are_trained_alone_are_shared_over_orders(tmp_path: Path, here: type[Here]) -> None:
+    (tmp_path / "four.yaml").write_text("name: four\ntasks: [MNLI, agnews]\n")
+    orders = [f"{name}.yaml" for name in ("one", "two", "three", "four")]
+    written(tmp_path, grid={"order": orders, "method": ["pertask"]})
+    planned = call("sweep", "trial.yaml", "--dry-run", "--json", cwd=tmp_path).json
+    shared = [(run["shared"], [name.split("-")[0] for name in run["with"]]) for run in planned["runs"]]
+    assert shared == [(0, []), (2, ["one"]), (2, ["one"]), (2, ["two", "one"])]
+    told = swept(tmp_path, "--json")
+    assert told.code == 0, told.err
+    assert (told.json["trained"], told.json["taken_over"]) == (4, 6)
+    assert "its stages MNLI, agnews are those of two" in told.err
+
+
 def test_a_run_that_fails_is_tried_again_and_holds_up_nobody(tmp_path: Path, here: type[Here]) -> None:
     written(tmp_path, retries=1)
     names = [
