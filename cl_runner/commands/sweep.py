@@ -106,7 +106,7 @@ def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
         done=run.done,
         begun=run.folder.exists(),
         reuses=reuses,
-        lends=config.output.keep_stages == "all" or not run.plan.method.full,
+        lends=config.output.keep_stages == "all" or not run.plan.method.full or run.plan.method.alone,
     )
 
 

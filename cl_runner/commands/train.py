@@ -155,7 +155,8 @@ def train(
         from cl_runner.launch import hosts, local
 
         return hosts.launch(run.hosts, sys.argv[1:]) if run.hosts else local.launch(run.processes, sys.argv[1:])
-    session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.taken, restart_stage)
+    anew = restart or restart_stage
+    session = Session(run.resolved, run.located, run.plan, run.identity, folder, part, run.taken, restart_stage, anew)
     code = session.run()
     if code == 0 and session.place.rank == 0:
         print_result(session.folder, as_json, page_of(session.folder) if run.resolved.config.output.html else None)

@@ -366,7 +366,8 @@ class Method:
     trains_on: ClassVar[bool] = False  # one parameter set serves all stages, each of which goes on with it
     by_order: ClassVar[bool] = False  # what a stage does depends on how many the order has: no run can be extended
     # Every task is trained from the base as if there were no other: its random numbers are drawn by its name, not its
-    # place, and runs of other orders have the stage in common (``training/adopted.py``).
+    # place, and runs of other orders have the stage in common (``training/adopted.py``). No hook may read of another
+    # stage, nor keep what one will read.
     alone: ClassVar[bool] = False
     # Own settings that the first stage does not read, nor what it leaves: there is no past to penalise yet. Runs that
     # differ in them alone have it in common (``training/reuse.py``; a test trains both).

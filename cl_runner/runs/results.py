@@ -88,7 +88,7 @@ def _summary(run: RunDir, updates: bool) -> RunSummary:
         real=real_tasks(about) if about["synthetic"] else (),
         named_task=about["named_task"],
         extra=read_extra(run),
-        notes=[*about["notes"], *_by_another_rule(about), *_by_other_equations(about)],
+        notes=[*about["notes"], *_taken_over(stages), *_by_another_rule(about), *_by_other_equations(about)],
         chosen=chosen(about),
         form=about["form"],
         variant=about["variant"],
@@ -105,6 +105,12 @@ def real_tasks(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The tasks without a synthetic row."""
     data = about["identity"]["data"]
     return tuple(task for task in about["tasks"] if not any(split["synthetic"] for split in data[task].values()))
+
+
+def _taken_over(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where stages are those of other runs, which had them at other places; their seconds are of then."""
+    found = [f"{stage['stage']} (of {stage['taken_from']['run']})" for stage in stages if stage.get("taken_from")]
+    return [f"taken over of other runs, not trained again: {', '.join(found)}"] if found else []
 
 
 def _by_another_rule(about: Mapping[str, Any]) -> list[str]:

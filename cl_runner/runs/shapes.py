@@ -125,6 +125,13 @@ class Parameters(Shape):
     on_disk: dict[str, FileFacts]
 
 
+class TakenFrom(Shape):
+    """The run whose stage it is, and its place there, from 1."""
+
+    run: str
+    stage: Count = 0
+
+
 class Metrics(Shape):
     """``metrics.json`` of a stage."""
 
@@ -138,6 +145,7 @@ class Metrics(Shape):
     megabytes: dict[str, Amount] = {}
     parameters: Parameters | None = None
     training: Trained | None = None
+    taken_from: TakenFrom | None = None
 
 
 class Status(Shape):

@@ -42,7 +42,8 @@ def cost(runs: Sequence[PlannedRun], tell: Callable[[str], None]) -> Cost:
             left = run.left
             trained, asked = sum(run.steps[i] for i in left), sum(run.rows[i] for i in left)
             seconds += about["seconds"]["loading"] + trained * step + asked * row + len(left) * rest
-            disk += round(about["disk"]["bytes"] * len(left) / max(1, len(stages)))
+            written = len(run.stages) - max(run.done, run.linked)
+            disk += round(about["disk"]["bytes"] * written / max(1, len(stages)))
     return Cost(seconds, memory, disk, tuple(of_sort[0].sort[0] for of_sort in sorts.values()))
 
 

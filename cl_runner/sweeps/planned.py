@@ -35,6 +35,7 @@ class PlannedRun:
     reuses: bool
     lends: bool
     taken: dict[int, tuple[PlannedRun, int]] = field(default_factory=dict, repr=False)  # stage → whose, and which there
+    linked: int = 0  # first stages that take no room of their own
 
     @property
     def finished(self) -> bool:
@@ -76,16 +77,16 @@ def share(runs: Sequence[PlannedRun]) -> None:
 def choose(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
     """Of these runs, the one that a run which is not begun has most first stages in common with.
 
-    Of a method that trains each task alone, for each stage the first one that has it.
+    Of a method that trains each task alone, for each stage to come the first one that has it.
     """
-    run.taken = {}
-    if not run.reuses or run.begun:
-        return
-    able = [other for other in others if other.lends]
+    run.taken, run.linked = {}, 0
+    able = [other for other in others if other.lends] if run.reuses else []
     best = max(able, key=lambda other: common(run.decided, other.decided), default=None)
-    if best:
-        run.taken = {index: (best, index) for index in range(common(run.decided, best.decided))}
-    for index, wanted in enumerate(run.alone):
+    if best and not run.begun:
+        run.linked = common(run.decided, best.decided)
+        run.taken = {index: (best, index) for index in range(run.linked)}
+    to_come = run.done + 1 if run.begun else 0  # one that it is in goes on
+    for index, wanted in list(enumerate(run.alone))[to_come:]:
         for other in able:
             if index not in run.taken and wanted in other.alone:
                 run.taken[index] = other, other.alone.index(wanted)

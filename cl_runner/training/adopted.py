@@ -6,7 +6,7 @@ answers; what it learned is written again, among the stages of this run. To the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from cl_runner.atomic import read_jsonl
 from cl_runner.config.schema import RunConfig
-from cl_runner.errors import UserError
+from cl_runner.errors import TrainingError, UserError
 from cl_runner.runs import catalog
 from cl_runner.runs.folder import RunDir, readable
 from cl_runner.runs.predictions import predictions
+from cl_runner.runs.resume_guard import computes
 from cl_runner.runs.shapes import read_metrics
 from cl_runner.runs.state import METHOD, OPTION, TENSORS, StageState
 from cl_runner.training.accounting import tensors_of
@@ -30,39 +31,62 @@ from cl_runner.training.stage import StageRun
 
 @dataclass(frozen=True)
 class Adopted:
-    """A committed stage of another run: its place there, from 0, and its name."""
+    """A committed stage of another run, and all that its run says of it.
+
+    index: its place there, from 0. metrics: its ``metrics.json``. answers: what it answered to the rows of its task.
+    log: the rows of ``log.jsonl`` while it trained.
+    """
 
     run: RunDir
     index: int
     name: str
+    metrics: dict[str, Any]
+    answers: list[str]
+    log: list[dict[str, Any]]
 
     @classmethod
-    def find(cls, own: RunDir, index: int, config: RunConfig, now: Mapping[str, Any]) -> Adopted | None:
+    def find(
+        cls, own: RunDir, index: int, config: RunConfig, now: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> Adopted | None:
         """What another run beside ``own`` has committed of its stage ``index``, by the same code on the same machine.
 
-        now: ``environment.json`` of this process. None of none, and of a run of an earlier version.
+        now: ``environment.json`` of this process. tell: takes a line on a run that has it and may not be taken. None of
+        none, and of runs of an earlier version.
         """
-        wanted = own.about()["stages"][index].get("alone")
+        about = own.about()
+        wanted, precision = about["stages"][index].get("alone"), computes(about["identity"])
         for run in catalog.all_runs(own.path.parent) if wanted else ():
             # A run that cannot be read, or is damaged, has nothing to give, which is no fault of this one.
             with suppress(UserError), readable(run):
-                if run.path == own.path:
+                if run.path == own.path or computes(run.about()["identity"]) != precision:
                     continue
                 stages = run.about()["stages"]
                 names = [str(stage["name"]) for stage in stages]
                 at = next((i for i, stage in enumerate(stages) if stage.get("alone") == wanted), len(stages))
-                found = cls(run, at, names[at]) if at < run.committed(names) else None
-                if found and fits(run, names[: at + 1], config) and not trained_otherwise(run, now):
-                    verify(found.folder)
-                    if found._is_all():
-                        return found
+                if at >= run.committed(names) or not fits(run, [(at, names[at])], config):
+                    continue
+                if others := trained_otherwise(run, now):
+                    tell(f"not taken over of the run {run.name}: {others[0]}")
+                elif found := cls._read(run, at, names[at]):
+                    return found
         return None
 
-    def _is_all(self) -> bool:
-        """Whether the parameter set is all that the stage left: nothing of method or options goes on from it."""
-        state, file = StageState.read(self.folder), self.folder / TENSORS
+    @classmethod
+    def _read(cls, run: RunDir, index: int, name: str) -> Adopted | None:
+        """None where the parameter set is not all that the stage left: something of method or options goes on from it.
+
+        Raises:
+            UserError: a file is missing, broken, or not what was committed.
+        """
+        folder, log = run.stage_dir(index, name), run.path / "log.jsonl"
+        verify(folder)
+        state, file = StageState.read(folder), folder / TENSORS
         carried = [name for name in (tensors_of(file) if file.exists() else ()) if name.startswith((METHOD, OPTION))]
-        return not (state.method or state.options or state.next or carried)
+        if state.method or state.options or state.next or carried:
+            return None
+        answers = [row["output"] for row in predictions(folder)[name]]
+        rows = [row for row in read_jsonl(log) if row.get("stage") == name] if log.exists() else []
+        return cls(run, index, name, read_metrics(folder), answers, rows)
 
     @property
     def folder(self) -> Path:
@@ -79,21 +103,16 @@ class Adopted:
         """Where it is from, in a line."""
         return f"that of the run {self.run.name} (its stage {self.index + 1}): not trained again"
 
-    def metrics(self) -> dict[str, Any]:
-        """Its ``metrics.json``."""
-        return read_metrics(self.folder)
-
-    def answers(self, task: str) -> list[str]:
-        """What it answered to the rows of its task."""
-        return [row["output"] for row in predictions(self.folder)[task]]
-
-    def log_rows(self) -> list[dict[str, Any]]:
-        """What its run logged while it trained."""
-        return [row for row in read_jsonl(self.run.path / "log.jsonl") if row.get("stage") == self.name]
-
     def put(self, stage: StageRun) -> None:
-        """Answer with its parameter set, in place of one that was begun."""
-        state = StageState.read(self.folder)
-        tensors = load_file(self.folder / TENSORS) if (self.folder / TENSORS).exists() else {}
-        adapters = stage.adapters
-        adapters.show(adapters.own(self.folder / adapters.folder, self.name, state.answers.saved, tensors))
+        """Answer with its parameter set, in place of one that was begun.
+
+        Raises:
+            TrainingError: the files are gone since they were found; started again, the stage is trained.
+        """
+        try:
+            state = StageState.read(self.folder)
+            tensors = load_file(self.folder / TENSORS) if (self.folder / TENSORS).exists() else {}
+            adapters = stage.adapters
+            adapters.show(adapters.own(self.folder / adapters.folder, self.name, state.answers.saved, tensors))
+        except (UserError, OSError) as error:
+            raise TrainingError(f"the run {self.run.name}, whose stage is taken over, has changed: {error}") from None

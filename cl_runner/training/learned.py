@@ -43,7 +43,7 @@ class Learned:
             "penalty": trained.penalty,
             "penalty_gradient_ratio": health.ratio,
             "update_norm": health.update,
-            "free_share": None,  # until the update is folded
+            "free_share": None,  # known once the update is folded
             "rank": None,  # unless it was chosen
             **trained.about,
             "skipped_steps": trained.skipped,
@@ -51,18 +51,11 @@ class Learned:
             "micro_batch": trained.plan.micro_batch,
             "accumulation": trained.plan.accumulation,
             "ranks": trained.plan.ranks,
-            **stage.fit.about(),
         }
         return cls(training, trained.counts, seconds, probe.about() if probe else {})
 
     @classmethod
     def there(cls, stage: StageRun, adopted: Adopted) -> Learned:
         """What the other run says of the stage, whose parameter set answers here."""
-        metrics, task = adopted.metrics(), stage.plan.name
-        return cls(
-            metrics["training"],
-            Counts.of(stage),
-            metrics["seconds"],
-            answers={task: adopted.answers(task)},
-            taken_from=adopted.about,
-        )
+        metrics, answers = adopted.metrics, {stage.plan.name: adopted.answers}
+        return cls(metrics["training"], Counts.of(stage), metrics["seconds"], answers=answers, taken_from=adopted.about)

@@ -64,9 +64,10 @@ def decided(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
 def decided_alone(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
     """Of each stage a digest of what decides what it learns and answers of its own task, where nothing else does.
 
-    None of a method whose stages go on from each other. Arguments: as of ``decided``.
+    None of a method whose stages go on from each other, and where a probe looks at the tasks before. Arguments: as of
+    ``decided``.
     """
-    if not METHODS.get(config.method.name).alone:
+    if not METHODS.get(config.method.name).alone or config.eval.probe_every is not None:
         return []
     stages = [StagePlan(name, tuple(tasks)) for name, *tasks in identity["stages"]]
     return [
@@ -141,7 +142,7 @@ class Reused(TakenOver):
                 count = common(wanted, [stage.get("decided") for stage in stages])
                 names = [str(stage["name"]) for stage in stages[:count]]
                 names = names[: run.committed(names)]
-                if names and fits(run, names, config):
+                if names and fits(run, list(enumerate(names)), config):
                     found.append(cls(run, tuple(names)))
         if not found:
             return None
@@ -156,12 +157,12 @@ class Reused(TakenOver):
         return trained_otherwise(self.run, now)
 
 
-def fits(run: RunDir, names: Sequence[str], config: RunConfig) -> bool:
-    """Whether nothing was removed of a run's first stages, and nothing came of settings that are free to differ.
+def fits(run: RunDir, stages: Sequence[tuple[int, str]], config: RunConfig) -> bool:
+    """Whether nothing was removed of a run's stages (from 0), and nothing came of settings that are free to differ.
 
-    Such are a step left out, a smaller micro-batch, a probe.
+    Such are a step left out, smaller batches of rows or answers, a probe.
     """
-    for index, name in enumerate(names):
+    for index, name in stages:
         folder = run.stage_dir(index, name)
         metrics = read_metrics(folder)
         trained = metrics["training"]
@@ -169,6 +170,7 @@ def fits(run: RunDir, names: Sequence[str], config: RunConfig) -> bool:
             read_json(folder / "DONE").get("removed")
             or trained.get("skipped_steps")
             or trained.get("micro_batches")
+            or trained.get("eval_batch_tokens")
             or bool(metrics.get("probe")) != bool(config.eval.probe_every)
         ):
             return False

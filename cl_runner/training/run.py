@@ -64,6 +64,7 @@ class Run:
         self.current: str | None = None
         self.entered: Checkpoint | None = None  # of the first stage to train: it goes on from there (rank 0 says)
         self.keeps = True  # whether there is room for checkpoints (rank 0 says)
+        self.takes_over = False  # whether stages of other runs are taken over as it comes to them
         self._open: tuple[Room, Tokens] | None = None
         self._trains = 0  # numbers, as said last
 
@@ -153,8 +154,8 @@ class Run:
                 learned = self._train(room, stage, tokens.source(stage.plan), tests, keeper)
             room.adapters.train(False)
             before = time.perf_counter()
-            known = {**self._settled(tests, index), **learned.answers}
-            score = partial(self._score, stage, tests, known, keeper)
+            settled = self._settled(tests, index)
+            score = partial(self._score, stage, tests, {**settled, **learned.answers}, keeper)
             unfolded = score("unfolded") if room.method.fold_loses else None
 
             def ask() -> tuple[list[Scored], list[ExtraScored]]:
@@ -172,7 +173,7 @@ class Run:
                     extra=extra,
                     unfolded=unfolded,
                     learned=learned,
-                    settled=sum(map(len, known.values())),
+                    settled=sum(map(len, settled.values())),
                     seconds={**learned.seconds, **measured, **learned.seconds},
                 )
                 commit(self.rundir, index, name, write)
@@ -212,9 +213,12 @@ class Run:
 
     def _adopted(self, stage: StageRun) -> Adopted | None:
         """The stage as another run has it, where it may be taken over, by rank 0's word."""
+        if not (self.takes_over and self.plan.method.alone):
+            return None
         found = None
-        if self.place.rank == 0 and stage.config.output.reuse and stage.config.eval.probe_every is None:
-            found = Adopted.find(self.rundir, stage.index, self.plan.config, environment(self.plan, self.place))
+        if self.place.rank == 0:
+            now, tell = environment(self.plan, self.place), partial(self._say, stage)
+            found = Adopted.find(self.rundir, stage.index, self.plan.config, now, tell)
         adopted: Adopted | None = engine.broadcast_object(self.place, found)
         return adopted
 
@@ -222,7 +226,7 @@ class Run:
         """Answer as the other run does after its stage."""
         adopted.put(stage)
         if self.place.rank == 0:
-            append_jsonl(self.rundir.path / "log.jsonl", adopted.log_rows())
+            append_jsonl(self.rundir.path / "log.jsonl", adopted.log)
             self.logged()
         self._say(stage, adopted.said)
         return Learned.there(stage, adopted)
@@ -338,10 +342,10 @@ class Run:
         seconds: Mapping[str, float],
     ) -> None:
         sizes = save_stage(folder, stage, answers)
-        share = {} if learned.taken_from else {"free_share": stage.room.method.free_share(stage)}
+        known = {"free_share": stage.room.method.free_share(stage), **stage.fit.about()}
         about = {
             "index": stage.index,
-            "training": {**learned.training, **share},
+            "training": {**learned.training, **({} if learned.taken_from else known)},
             **({"scores_before_fold": {one.task: one.score for one in unfolded}} if unfolded is not None else {}),
             **({"probe": dict(learned.probe)} if learned.probe else {}),
             **({"taken_from": dict(learned.taken_from)} if learned.taken_from else {}),

@@ -61,7 +61,9 @@ class Session:
         part: Assigned | None,
         taken: TakenOver | None,
         restart_stage: bool = False,
+        anew: bool = False,
     ) -> None:
+        """anew: nothing is taken over of other runs from here on."""
         with light_imports():
             from cl_runner.engine.process import here
 
@@ -74,6 +76,7 @@ class Session:
         self.part = part
         self.taken = taken
         self.restart_stage = restart_stage
+        self.anew = anew
         self.entered: Checkpoint | None = None  # what the first stage to train goes on from
         self.channel = Channel.given()
 
@@ -122,6 +125,7 @@ class Session:
                         self._create(screen)
                     self._open(stack, screen)
                 run.entered = self.entered
+                run.takes_over = self.resolved.config.output.reuse and not self.anew
                 if embedded:
                     self._introduce(screen)
                 code = self._train(run, screen)

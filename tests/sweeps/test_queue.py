@@ -77,6 +77,13 @@ def test_what_runs_share_is_trained_once_and_nothing_differs(tmp_path: Path, her
     assert "olora" in again.out and "rank" in again.out, "the runs are compared"
 
 
+def _probed(folder: Path) -> Path:
+    asked = json.loads((folder / "trial.yaml").read_text())
+    asked["base"]["eval.probe_every"] = 1
+    (folder / "probed.yaml").write_text(json.dumps(asked))
+    return folder
+
+
 def test_tasks_that_are_trained_alone_are_shared_over_orders(tmp_path: Path, here: type[Here]) -> None:
     (tmp_path / "four.yaml").write_text("name: four\ntasks: [MNLI, agnews]\n")
     orders = [f"{name}.yaml" for name in ("one", "two", "three", "four")]
@@ -84,6 +91,8 @@ def test_tasks_that_are_trained_alone_are_shared_over_orders(tmp_path: Path, her
     planned = call("sweep", "trial.yaml", "--dry-run", "--json", cwd=tmp_path).json
     shared = [(run["shared"], [name.split("-")[0] for name in run["with"]]) for run in planned["runs"]]
     assert shared == [(0, []), (2, ["one"]), (2, ["one"]), (2, ["two", "one"])]
+    probed = call("sweep", "probed.yaml", "--dry-run", "--json", cwd=_probed(tmp_path)).json
+    assert probed["shared"] == 3, "a probe looks at the tasks before: common beginnings alone"
     told = swept(tmp_path, "--json")
     assert told.code == 0, told.err
     assert (told.json["trained"], told.json["taken_over"]) == (4, 6)

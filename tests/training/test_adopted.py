@@ -101,6 +101,42 @@ def test_a_damaged_stage_and_other_code_are_not_taken_over(folder: Path) -> None
     assert not taken_from(folder / "runs/code")
 
 
+def test_what_another_precision_computed_is_not_taken_over(folder: Path) -> None:
+    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+    file = folder / "runs/first/run.json"
+    about = json.loads(file.read_text())
+    about["identity"]["computes"] = "bf16"
+    file.write_text(json.dumps(about))
+    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    assert not taken_from(folder / "runs/taken")
+
+
+@pytest.mark.parametrize("log", [None, '{"stage": "dbpedia", "st'])
+def test_a_log_that_is_gone_or_broken_fails_nobody(folder: Path, log: str | None) -> None:
+    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+    file = folder / "runs/first/log.jsonl"
+    file.unlink() if log is None else file.write_text(log)
+    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    assert set(taken_from(folder / "runs/taken")) == (set() if log else {"agnews", "dbpedia", "amazon"})
+
+
+def test_what_is_begun_anew_takes_nothing_over(folder: Path) -> None:
+    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE, "--restart")
+    assert not taken_from(folder / "runs/taken-2") and not stages_of(folder / "runs/taken-2")
+    assert bits(folder / "runs/taken-2") == bits(folder / "runs/taken")
+
+
+def test_a_report_says_whose_stages_they_are(folder: Path) -> None:
+    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    said = "taken over of other runs, not trained again: agnews (of first), dbpedia (of first), amazon (of first)"
+    assert said in " ".join(call("report", "taken", cwd=folder).out.split())
+    one, other = (json.loads(call("report", run, "--json", cwd=folder).out) for run in ("taken", "first"))
+    assert one["megabytes"] > other["megabytes"], "four pairs, not three"
+
+
 def test_a_run_that_took_stages_over_lends_them_and_goes_on_after_a_stop(folder: Path) -> None:
     train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
     train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "second", *REUSE)

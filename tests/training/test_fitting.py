@@ -303,3 +303,20 @@ def test_what_counts_as_out_of_memory() -> None:
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert RunConfig().training.auto_batch is False
+
+
+def test_a_run_says_what_fitted_of_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StageRun._prompts
+
+    def prompts(stage: StageRun, examples: list[Example], task: str | None) -> Batch:
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(stage, examples, task)
+
+    monkeypatch.setattr(StageRun, "_prompts", prompts)
+    (tmp_path / "one.yaml").write_text("name: one\ntasks: [dbpedia]\n")
+    asked = (*NANO, "--set", "training.auto_batch=true", "--order", "one.yaml", "--method", "inclora", "--name", "one")
+    told = call("train", *asked, cwd=tmp_path)
+    assert told.code == 0, told.err
+    trained = json.loads((tmp_path / "runs/one/stages/01-dbpedia/metrics.json").read_text())["training"]
+    assert trained["eval_batch_tokens"] > 0 and f"batches of {trained['eval_batch_tokens']} tokens" in told.err
