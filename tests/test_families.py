@@ -188,7 +188,7 @@ def golds(said: list[int], end: int) -> list[list[int]]:
     ]
 
 
-@every_family
+@pytest.mark.parametrize("name", narrowed(FAMILIES, ["T5", "Gemma 3", "GPT-2", "OPT"]))
 def test_verified_answers_are_generated_ones(name: str, base: Base, plain: Any) -> None:
     sources = [example.source for example in examples_of(base)]
     free = [answer_of(plain, source, ()) for source in sources]
@@ -436,7 +436,7 @@ def on_an_order(place: Place, base: Base) -> list[list[float]]:
     return matrix
 
 
-@every_family
+@pytest.mark.parametrize("name", narrowed(FAMILIES, ["T5", "LLaMA 3", "GPT-2"]))
 def test_an_order_is_learned_and_its_first_task_forgotten(name: str, base: Base) -> None:
     [matrix] = on_ranks(1, on_an_order, base)
     assert matrix == [[100.0, 0.0], [0.0, 100.0]]

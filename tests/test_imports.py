@@ -62,8 +62,11 @@ assert "scipy.optimize" in loaded
     "more",
     [
         "from scipy.optimize import minimize",
-        "import scipy.optimize._lsap; from scipy.optimize import linear_sum_assignment as late; late([[1.0]])",
-        "import scipy.optimize as whole; assert whole.OptimizeResult",
+        pytest.param(
+            "import scipy.optimize._lsap; from scipy.optimize import linear_sum_assignment as late; late([[1.0]])",
+            marks=wide,
+        ),
+        pytest.param("import scipy.optimize as whole; assert whole.OptimizeResult", marks=wide),
     ],
 )
 def test_whoever_asks_for_more_of_a_module_has_it(more: str) -> None:
@@ -99,6 +102,7 @@ assert "scipy.optimize" not in loaded and gc.isenabled()
 """)
 
 
+@wide
 def test_rows_are_encoded_without_pandas() -> None:
     run("""
 from cl_runner.models.batch import Example
@@ -145,6 +149,7 @@ assert kernels.asked == []
 """)
 
 
+@wide
 @needs_bitsandbytes
 def test_without_it_bitsandbytes_brings_the_compiler() -> None:
     """Where this fails, nothing is gained any more."""

@@ -26,6 +26,7 @@ from tests.adapters.families import (
     with_updates,
 )
 from tests.adapters.test_peft_folder import plain as loaded_by_peft
+from tests.breadth import in_turn
 from tests.four_bits import dequantised, in_4_bits, need, twins, weight_of
 from tests.stages import Kind
 
@@ -192,8 +193,10 @@ def shaken(adapters: Any) -> None:
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=dice)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-@pytest.mark.parametrize("name", [name for name in KINDS.ours if KINDS.get(name).quantized and name != "prompts"])
+QUANTIZED = [name for name in KINDS.ours if KINDS.get(name).quantized and name != "prompts"]
+
+
+@pytest.mark.parametrize(("name", "kind"), in_turn(QUANTIZED, ["t5", "llama"]))
 def test_a_kind_makes_of_4_bits_what_it_makes_of_the_same_weights(name: str, kind: Kind) -> None:
     """As it begins, trained, folded, and with a second set beside what was folded; gradients too."""
     quantized, plain = twins(kind)

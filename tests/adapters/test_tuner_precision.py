@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.adapters.families import base_model, logits, off, with_updates
 from tests.adapters.tuners import CASES, READS_WEIGHT, SETTINGS, begun, moved, opened
+from tests.breadth import in_turn
 
 
 def low(model: Any) -> Tensor:
@@ -18,8 +19,11 @@ def low(model: Any) -> Tensor:
         return logits(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32 base", "bf16 base"])
-@pytest.mark.parametrize(("kind", "family"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "family", "dtype"),
+    in_turn(CASES, [torch.float32, torch.bfloat16]),
+    ids=lambda value: {torch.float32: "fp32 base", torch.bfloat16: "bf16 base"}.get(value),
+)
 def test_answers_in_bf16_are_as_near_as_the_bases_own(kind: str, family: str, dtype: torch.dtype) -> None:
     """Live and folded, at the first stage and beside a past, against all updates in an fp64 weight."""
     base = base_model(family, layers=1).to(dtype)

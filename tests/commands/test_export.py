@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from cl_runner.models import merged
 from cl_runner.runs.card import whence
 from tests import started
+from tests.breadth import narrowed, wide
 from tests.command_line import NANO, SMALL, call, tree
 from tests.nano import nano_t5
 
@@ -133,7 +134,11 @@ def test_one_by_task(room: Path, of: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("sapt", "it weighs its pairs row by row, and `adapter/` has them by their mean weights; `cl-runner eval`"),
+        pytest.param(
+            "sapt",
+            "it weighs its pairs row by row, and `adapter/` has them by their mean weights; `cl-runner eval`",
+            marks=wide,
+        ),
         ("l2p", "it puts prompts of its own before every input; `cl-runner eval`"),
     ],
 )
@@ -167,7 +172,7 @@ def test_another_name_of_the_base(room: Path, of: Any, tmp_path: Path) -> None:
 # Whole models.
 
 
-@pytest.mark.parametrize("name", ["olora", "llama", "dora", "from"])
+@pytest.mark.parametrize("name", narrowed(["olora", "llama", "dora", "from"], ["olora", "llama"]))
 def test_a_merged_model_answers_as_the_run_did(room: Path, of: Any, tmp_path: Path, name: str) -> None:
     run = of(name)
     found = exported(room, run, tmp_path / "it", "--merged", "--stage", "1")
@@ -261,9 +266,14 @@ def test_all_weights_are_a_model_already(room: Path, of: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("olora", ()), ("olora", ("--merged",)), ("llama", ()), ("llama", ("--merged",)),
-     ("progprompt", ("--task", "amazon"))],
-)  # fmt: skip
+    [
+        ("olora", ()),
+        pytest.param("olora", ("--merged",), marks=wide),
+        pytest.param("llama", (), marks=wide),
+        ("llama", ("--merged",)),
+        ("progprompt", ("--task", "amazon")),
+    ],
+)
 def test_the_card_s_code_runs_where_the_folder_lies(
     room: Path, of: Any, tmp_path: Path, name: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

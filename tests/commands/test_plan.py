@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import wide
 from tests.command_line import NANO, Result, call
 from tests.narrow import NARROW
 
@@ -80,7 +81,7 @@ def test_the_terminal_shows_one_table_and_a_line_of_each_resource(tmp_path: Path
     ("method", "sets", "steps"),
     [
         ("ewc", ("data.max_train=20",), [5, 5, 5]),
-        ("replay", ("method.memory_per_task=4",), [2, 3, 4]),
+        pytest.param("replay", ("method.memory_per_task=4",), [2, 3, 4], marks=wide),
         ("progprompt", ("method.length=3",), [2, 2, 2]),
         ("seqft", ("options.slow_copy={beta: 0.5}",), [2, 2, 2]),
     ],

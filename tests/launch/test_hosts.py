@@ -176,7 +176,8 @@ def test_two_machines_give_the_bits_of_two_processes(machines: Machines, cwd: Pa
     assert ours | {"metrics.json": ""} == theirs | {"metrics.json": ""}
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("srun", marks=wide)])
+@wide
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_started_by_another_launcher(machines: Machines, cwd: Path, launcher: str) -> None:
     """One process on each machine, told by variables alone, where a machine's own name leads nowhere."""
     started = []

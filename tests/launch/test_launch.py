@@ -191,7 +191,7 @@ def stand_in(cwd: Path, how: str) -> Callable[[], tuple[int, str, str]]:
                 "on after them\n",
             ),
         ),
-        (
+        pytest.param(
             "killed",
             (
                 1,
@@ -199,6 +199,7 @@ def stand_in(cwd: Path, how: str) -> Callable[[], tuple[int, str, str]]:
                 "cl-runner: a process of the run ended without a word (killed: out of memory, or by hand); "
                 "finished stages are kept, and the same command goes on after them\n",
             ),
+            marks=wide,
         ),
     ],
 )

@@ -14,7 +14,7 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.protocol import State
-from tests.breadth import wide
+from tests.breadth import narrowed, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.restarted import DROPPED, restarted
@@ -33,7 +33,6 @@ OWN: dict[str, dict[str, Any]] = {
     "sure": {"method__memory_size": 7, "method__memory_batch": 4, "method__score": "after"},
     "rkif": {"method__inner_steps": 2, "method__outer_steps": 2, "method__memory_share": 0.5},
 }
-every_method = pytest.mark.parametrize("name", list(OWN))
 
 
 def opened(place: Place, name: str, **settings: Any) -> tuple[Any, Any]:
@@ -59,7 +58,8 @@ def _resumed(place: Place, folder: str, name: str) -> None:
     assert bool(straight.method.state().tensors) == (name not in ("lwf", "migu"))
 
 
-@every_method
+# With and without weights of its own, rows that are kept, directions, a teacher, masks.
+@pytest.mark.parametrize("name", narrowed(OWN, ["ewc online", "replay", "ogd", "lwf", "migu"]))
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_runner.engine.process import Place
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, Values, by_hand, gradient, off, opposed, put, values, vector
@@ -85,7 +86,7 @@ def _penalty(place: Place, kind: Kind, online: float | None) -> None:
     assert (room.method.least > 0) == (online is None)
 
 
-@pytest.mark.parametrize(("kind", "online"), [("t5", None), ("t5", 0.9), ("llama", None)])
+@pytest.mark.parametrize(("kind", "online"), [pytest.param("t5", None, marks=wide), ("t5", 0.9), ("llama", None)])
 def test_penalty_and_steps_are_those_of_the_definition(kind: Kind, online: float | None) -> None:
     on_ranks(1, _penalty, kind, online)
 

@@ -15,6 +15,7 @@ from cl_runner.methods.agem import project
 from cl_runner.methods.gem import dual
 from cl_runner.methods.shared.memory import drawn_at_step
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, mean_loss_gradient, off, opposed, stepped, vector, watch
@@ -91,8 +92,14 @@ def _edits(place: Place, name: str, kind: Kind, margin: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "margin"),
-    [("agem", "t5", 0.0), ("agem", "llama", 0.0), ("gem", "t5", 0.0), ("gem", "llama", 0.0), ("gem", "t5", 0.5)],
-)  # fmt: skip
+    [
+        pytest.param("agem", "t5", 0.0, marks=wide),
+        ("agem", "llama", 0.0),
+        pytest.param("gem", "t5", 0.0, marks=wide),
+        ("gem", "llama", 0.0),
+        ("gem", "t5", 0.5),
+    ],
+)
 def test_edited_gradients_at_accumulation_3(name: str, kind: Kind, margin: float) -> None:
     on_ranks(1, _edits, name, kind, margin)
 

@@ -21,7 +21,7 @@ from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
 from tests.adapters.test_peft_folder import plain
-from tests.breadth import narrowed
+from tests.breadth import narrowed, wide
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
@@ -115,6 +115,7 @@ def _bf16(place: Place) -> None:
         assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in (*outcome.parameters.values(), *kept))
 
 
+@wide
 def test_in_bf16_what_trains_and_what_is_carried_is_fp32() -> None:
     on_ranks(1, _bf16)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cl_runner.engine.process import Place
 from cl_runner.models.batch import Example
+from tests.breadth import in_turn, paired, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, Values, mean_loss_gradient, off, opposed, put, stepped, vector, watch
@@ -68,7 +69,9 @@ def _rows(place: Place, kind: Kind, quantile: float, targets: list[str] | None) 
     assert not room.method.state().tensors
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("t5", None), ("llama", None), ("llama", ["q_proj", "lm_head"])])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("t5", None), pytest.param("llama", None, marks=wide), ("llama", ["q_proj", "lm_head"])]
+)
 def test_rows_that_learn_at_accumulation_3(kind: Kind, targets: list[str] | None) -> None:
     on_ranks(1, _rows, kind, 0.7, targets)
 
@@ -92,7 +95,11 @@ def _clipped(place: Place, kind: Kind, train: str) -> list[tuple[list[float], li
 
 
 @pytest.mark.parametrize(
-    ("kind", "train", "ranks"), [("llama", "lora", 1), ("llama", "full", 1), ("t5", "full", 2), ("llama", "lora", 2)]
+    ("kind", "train", "ranks"),
+    paired(
+        [("llama", "lora", 1), ("llama", "full", 1), ("t5", "full", 2), ("llama", "lora", 2)],
+        [("llama", "lora", 1), ("t5", "full", 2)],
+    ),
 )
 def test_what_is_masked_is_clipped_afterwards(kind: Kind, train: str, ranks: int) -> None:
     """As in the official code: the clip does not count what is masked, and a step is as long as it allows."""
@@ -147,7 +154,7 @@ def _in_full(place: Place, kind: Kind) -> None:
         assert not torch.equal(vector(step.after), vector(step.before))
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), ("t5", 2), ("llama", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), in_turn(["t5", "llama"], [1, 2]))
 def test_rows_of_all_weights(kind: Kind, ranks: int) -> None:
     on_ranks(ranks, _in_full, kind)
 

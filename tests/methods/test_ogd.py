@@ -17,6 +17,7 @@ from cl_runner.methods.ogd.directions import extend, project
 from cl_runner.models.base import load_base
 from cl_runner.models.batch import Example
 from cl_runner.training.compatibility import check_method
+from tests.breadth import wide
 from tests.command_line import call
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -95,7 +96,9 @@ def _steps(place: Place, kind: Kind, variant: str, vectors: int) -> None:
     assert violated > 1e-2  # projected gradients alone would not have done: Adam leaves the subspace
 
 
-@pytest.mark.parametrize(("kind", "variant"), [("t5", "gtl"), ("llama", "gtl"), ("t5", "all"), ("t5", "ave")])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [pytest.param("t5", "gtl", marks=wide), ("llama", "gtl"), ("t5", "all"), ("t5", "ave")]
+)
 def test_steps_have_no_part_on_a_stored_direction(kind: Kind, variant: str) -> None:
     on_ranks(1, _steps, kind, variant, 6)
 

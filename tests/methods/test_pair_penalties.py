@@ -25,6 +25,7 @@ from cl_runner.methods.clora.subspaces import leading, orthonormal_columns
 from cl_runner.methods.protocol import Progress
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, base_model, random_pair
+from tests.breadth import in_turn, narrowed
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
@@ -107,7 +108,6 @@ OWN: dict[str, dict[str, Any]] = {
     **{name: own for name, (own, _) in CASES.items()},
     "clora data": {"lambda1": 0.1, "k": 5, "subspace": "data"}, "inflora": {"threshold": 0.9},
 }  # fmt: skip
-every_method = pytest.mark.parametrize("name", list(OWN))
 
 
 def after(stages: int, rank: int = 4, family: str = "qwen2", **more: Any) -> Layers:
@@ -254,8 +254,7 @@ def _steps(place: Place, name: str, kind: Kind) -> None:
             hand.adapters.fold(room.adapters.folded[-1])
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize(("name", "kind"), in_turn(CASES, ["t5", "llama"]))
 def test_steps_at_accumulation_3(name: str, kind: Kind) -> None:
     on_ranks(1, _steps, name, kind)
 
@@ -265,7 +264,8 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         pass
 
 
-@every_method
+# Pairs of the past, what is kept in a state, A that is designed.
+@pytest.mark.parametrize("name", narrowed(OWN, ["grassmann", "clora data", "inflora"]))
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 
@@ -376,7 +376,7 @@ def _kept(place: Place, kind: Kind) -> None:
     assert forgotten - learned > 0.1 and abs(kept - learned) < (forgotten - learned) / 5
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", narrowed(["t5", "llama"], ["llama"]))
 def test_a_past_task_is_kept_by_cloras_penalty_from_data(kind: Kind) -> None:
     on_ranks(1, _kept, kind)
 

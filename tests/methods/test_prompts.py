@@ -26,6 +26,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.prepare import _check_prefix
 from cl_runner.training.stage import Room, StageRun
+from tests.breadth import in_turn, narrowed
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, labels, off, opposed, values, vector
@@ -38,7 +39,6 @@ OWN: dict[str, dict[str, Any]] = {
     "progprompt mlp": {"method__length": 3, "method__mlp": True},
     "lfpt5": {"method__length": 4, "method__pseudo_tokens": 12, "method__lambda_kl": 0.3, "method__pseudo": 1},
 }
-every_method = pytest.mark.parametrize("name", list(OWN))
 both_kinds = pytest.mark.parametrize("kind", ["t5", "llama"])
 
 
@@ -218,8 +218,7 @@ def _progressive(place: Place, kind: Kind, name: str) -> None:
         assert torch.equal(later, torch.cat(past).expand(6, -1, -1))
 
 
-@pytest.mark.parametrize("name", ["progprompt", "progprompt mlp"])
-@both_kinds
+@pytest.mark.parametrize(("name", "kind"), in_turn(["progprompt", "progprompt mlp"], ["t5", "llama"]))
 def test_progressive_prompts_stand_before_past_ones_that_do_not_move(kind: Kind, name: str) -> None:
     on_ranks(1, _progressive, kind, name)
 
@@ -428,7 +427,7 @@ def _resumed(place: Place, folder: str, name: str) -> None:
         stage.close()
 
 
-@every_method
+@pytest.mark.parametrize("name", narrowed(OWN, ["l2p", "progprompt"]))
 def test_restarted_at_every_stage_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     on_ranks(1, _resumed, str(tmp_path), name)
 
@@ -467,8 +466,7 @@ def _folders(place: Place, folder: str, kind: Kind, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-@pytest.mark.parametrize("name", ["l2p", "progprompt", "lfpt5"])
-@both_kinds
+@pytest.mark.parametrize(("name", "kind"), in_turn(["l2p", "progprompt", "lfpt5"], ["t5", "llama"]))
 def test_plain_peft_answers_from_the_folders(kind: Kind, name: str, tmp_path: Path) -> None:
     on_ranks(1, _folders, str(tmp_path), kind, name)
 

@@ -13,6 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.methods import make_method
 from cl_runner.methods.rkif import Importance, inner_share, leading
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, THREE, Values, off, opposed, put, values, vector
@@ -145,7 +146,13 @@ def _cycles(place: Place, kind: Kind, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer", "ranks"), [("t5", "adamw", 1), ("t5", "adamw", 2), ("llama", "adamw", 1), ("llama", "sgd", 2)]
+    ("kind", "optimizer", "ranks"),
+    [
+        ("t5", "adamw", 1),
+        pytest.param("t5", "adamw", 2, marks=wide),
+        pytest.param("llama", "adamw", 1, marks=wide),
+        ("llama", "sgd", 2),
+    ],
 )
 def test_cycles_at_accumulation_3(kind: Kind, optimizer: str, ranks: int) -> None:
     on_ranks(ranks, _cycles, kind, optimizer)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cl_runner.engine.process import Place
+from tests.breadth import narrowed
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import opposed
@@ -33,7 +34,11 @@ def _sizes(place: Place, name: str, own: dict[str, Any]) -> tuple[int, int]:
     return told, sum(tensor.nbytes for tensor in room.method.state().tensors.values())
 
 
-@pytest.mark.parametrize("name", list(CASES))
+# By entry of the weight, rows that are kept, directions, pairs, masks, subspaces, what merges.
+QUICK = ["ewc", "ogd", "sdlora", "shared-basis support", "coso", "inflora", "colora", "slao fisher", "merge ties"]
+
+
+@pytest.mark.parametrize("name", narrowed(CASES, QUICK))
 def test_what_grows_is_told_about_right(name: str) -> None:
     ((told, carried),) = on_ranks(1, _sizes, name, CASES[name])
     # How many directions a task takes is for its rows to say; under similarity the tasks' folders are told, too.

@@ -51,8 +51,8 @@ OWN: dict[str, dict[str, Any]] = {
 }
 PAIRS = ("oa", "shared-basis", "shared-basis block", "shared-basis sparse")  # folded as pairs
 DROPPED: dict[str, Any] = {"dropout": 0.2, "adapter__dropout": 0.2, "training__epochs": 3}
-# Folded whole and as pairs, kept, kept with a router; their variants and relatives are for make test-wide.
-QUICK = ["coso", "osft held", "shared-basis mixed", "shared-basis support", "sdlora", "oa", "jumplora", "gorp k"]
+# Folded whole and as pairs, kept, kept and mixed; their variants and relatives are for make test-wide.
+QUICK = ["coso", "oa", "sdlora", "shared-basis mixed"]
 every_method = pytest.mark.parametrize("name", narrowed(OWN, QUICK))
 
 
@@ -189,7 +189,8 @@ def _bf16(place: Place, base: torch.dtype) -> None:
         assert all(t.dtype == torch.float32 for t in learned(room).values())
 
 
-@pytest.mark.parametrize("base", narrowed([torch.float32, torch.bfloat16], [torch.bfloat16]))
+@wide
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_in_bf16_what_trains_and_what_is_carried_is_fp32(base: torch.dtype) -> None:
     on_ranks(1, _bf16, base)
 

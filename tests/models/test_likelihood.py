@@ -17,6 +17,7 @@ from cl_runner.models.encoding import Encoder
 from cl_runner.models.forward import model_inputs
 from cl_runner.models.heads import Head, head_of
 from cl_runner.models.likelihood import likelihoods
+from tests.breadth import in_turn
 from tests.models.test_forward import FAMILIES
 from tests.models.test_heads import EXAMPLES, HEAD, SHARING, known, model_of
 from tests.models.test_heads import LAYOUT as CAUSAL_LAYOUT
@@ -67,8 +68,7 @@ def check(model: nn.Module, base: Base, questions: Sequence[Question], prompts: 
     assert all(batch.condition.keys() == prompts.condition.keys() for batch in shown)
 
 
-@pytest.mark.parametrize("slides", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "slides"), in_turn(FAMILIES, [False, True]))
 def test_as_one_choice_at_a_time(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, slides: bool
 ) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from cl_runner.metrics.accuracy import average_accuracy
 from cl_runner.report.curves import BLOCKS, PLAIN, curve
 from cl_runner.report.watch import Picture, Seen, order
+from tests.breadth import wide
 from tests.report.test_tables import a_run, shown
 
 NUMBERS = st.floats(-1e6, 1e6)
@@ -81,7 +82,7 @@ def test_everything_is_there() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 24), (200, 50), (80, 16)])
-@pytest.mark.parametrize(("tasks", "done"), [(1, 0), (4, 4), (15, 14), (50, 31), (50, 50)])
+@pytest.mark.parametrize(("tasks", "done"), [(1, 0), (4, 4), (15, 14), (50, 31), pytest.param(50, 50, marks=wide)])
 def test_it_fits(width: int, height: int, tasks: int, done: int) -> None:
     probes = {f"task{k:02d}": [float(k)] * 9 for k in range(tasks)}
     picture = seen(tasks, done, stage=min(done, tasks - 1), probes=probes, warnings=["warning: " + "word " * 60] * 3)

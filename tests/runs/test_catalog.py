@@ -43,7 +43,7 @@ def the_run(cwd: Path) -> Path:
         ("olora",),
         pytest.param(("seqlora",), marks=wide),
         # a task's own adapter; the base scored before; the dense form of a sum, from the second stage on
-        ("pertask", "--set", "eval.future=true"),
+        pytest.param(("pertask", "--set", "eval.future=true"), marks=wide),
         pytest.param(("inclora", "--set", "adapter.r=64"), marks=wide),
     ],
     ids=lambda words: words[0],

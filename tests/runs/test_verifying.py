@@ -20,6 +20,7 @@ from cl_runner.runs import checkpoints
 from cl_runner.runs.commit import remove
 from cl_runner.runs.folder import RunDir, seals
 from cl_runner.runs.verifying import verify_folder
+from tests.breadth import narrowed
 from tests.command_line import STAGES, call, environment, times, tree
 from tests.conftest import Finished
 from tests.run_folders import RunFolder, same_plain
@@ -110,7 +111,7 @@ def test_a_flipped_bit_is_found(run: RunDir, file: str) -> None:
     assert differs(run) == []
 
 
-@pytest.mark.parametrize("file", ["DONE", "run.json", "metrics.json", "matrix.csv"])
+@pytest.mark.parametrize("file", narrowed(["DONE", "run.json", "metrics.json", "matrix.csv"], ["DONE", "run.json"]))
 def test_a_flipped_bit_is_one_line_and_exit_code_1(run: RunDir, file: str) -> None:
     path = run.path / STAGE / file if file == "DONE" else run.path / file
     whole, dice = path.read_bytes(), random.Random(file)

@@ -19,6 +19,7 @@ from cl_runner.training.accounting import parameters
 from cl_runner.training.checkpoint import save_stage
 from cl_runner.training.options import answering
 from cl_runner.training.stage import StageRun, commit_update
+from tests.breadth import in_turn
 from tests.command_line import NANO, ORDER, STAGES, call
 from tests.distributed import on_ranks
 from tests.methods.orders import rows_of
@@ -91,8 +92,7 @@ def sizes(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("family", EVERY_LAYER)
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(("kind", "family"), in_turn(SETTINGS, list(EVERY_LAYER)))
 def test_the_formula_is_what_trains(kind: str, family: str, tmp_path: Path) -> None:
     """Beside square and oblong layers; what trains is what the backward reaches, in the whole model."""
     targets = {} if kind == "ia3" else {"target_modules": EVERY_LAYER[family]}

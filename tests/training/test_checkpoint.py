@@ -30,6 +30,7 @@ from cl_runner.tasks.task import Row, Task
 from cl_runner.training import evaluation as scoring
 from cl_runner.training.checkpoint import restore_stage, save_stage, verify
 from cl_runner.training.stage import Room, StageRun, commit_update
+from tests.breadth import narrowed
 from tests.stages import some_rows, tiny_config, tiny_model, tiny_room
 
 FIFTEEN = [f"task{i}" for i in range(15)]
@@ -192,7 +193,7 @@ LONG: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", narrowed(LONG, ["olora", "seqlora", "pertask"]))
 def test_fifteen_stages_go_on_to_the_bit(name: str, tmp_path: Path) -> None:
     """Matrices of 32 × 32: side by side until stage 7, dense from stage 8 on."""
     straight = Order(LONG[name], FIFTEEN, tmp_path / "straight")
@@ -227,7 +228,7 @@ def test_olora_sees_every_past_factor_of_a_run_that_has_turned_dense(tmp_path: P
         assert torch.equal(group.past.rows("A")[0], torch.cat(first))
 
 
-@pytest.mark.parametrize("name", ["inclora", "olora paper", "olora"])
+@pytest.mark.parametrize("name", narrowed(["inclora", "olora paper", "olora"], ["inclora", "olora"]))
 def test_what_no_stage_reads_is_let_go_of_and_nothing_changes(name: str, tmp_path: Path) -> None:
     """Side by side until rank 14, dense from 16, more past rows than the matrix has from 34 on."""
     make = {**LONG, "inclora": lambda: named("inclora")}[name]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.engine.process import Place
+from tests.breadth import paired
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.stages import Kind, distance
@@ -34,7 +35,10 @@ def learned(place: Place, method: str, kind: Kind, micro: int, settings: dict[st
     return [learn(room, config, index) for index in range(2)][-1].parameters
 
 
-@pytest.mark.parametrize(("method", "kind", "settings"), FORMS, ids=[f"{m}-{k}" for m, k, _ in FORMS])
+QUICK = [FORMS[0], FORMS[1], FORMS[6], FORMS[7]]  # pairs, past pairs, a prompt, all weights
+
+
+@pytest.mark.parametrize(("method", "kind", "settings"), paired(FORMS, QUICK), ids=[f"{m}-{k}" for m, k, _ in FORMS])
 def test_any_micro_batch_and_any_number_of_processes(method: str, kind: Kind, settings: dict[str, Any]) -> None:
     [whole] = on_ranks(1, learned, method, kind, 6, settings)
     [parts] = on_ranks(1, learned, method, kind, 2, settings)

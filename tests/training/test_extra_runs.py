@@ -127,7 +127,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("method", narrowed(METHODS, ["gainlora", "pertask"]))
+@pytest.mark.parametrize("method", narrowed(METHODS, ["pertask"]))
 def test_of_every_sort_of_method(folder: Path, method: str) -> None:
     """Routers, prompts and sets of parameters, as for a task that is not known; asked again, to the digit."""
     name = f"sort-{method}"

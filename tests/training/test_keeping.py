@@ -69,8 +69,12 @@ def train(cwd: Path, name: str, *more: str, code: int = 0) -> Result:
 @pytest.mark.parametrize(
     ("stage", "given"),
     [
-        ("agnews", ["--method=olora", *settings(adapter__r="auto", adapter__max_r=4)]),
-        ("agnews", ["--method=replay", *settings(method__memory_per_task=3, method__replay_ratio=0.5)]),
+        pytest.param("agnews", ["--method=olora", *settings(adapter__r="auto", adapter__max_r=4)], marks=wide),
+        pytest.param(
+            "agnews",
+            ["--method=replay", *settings(method__memory_per_task=3, method__replay_ratio=0.5)],
+            marks=wide,
+        ),
         ("agnews", ["--method=migu", *settings(options__slow_copy={"beta": 0.7}, eval__probe_every=1)]),
         pytest.param(
             "agnews", ["--method=ewc", *settings(method__fisher_samples=4, training__optimizer="muon")], marks=wide

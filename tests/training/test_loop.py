@@ -28,6 +28,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.sampling import BatchPlan, StepWeights, derived_seed
 from cl_runner.training.schedule import learning_rate
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.stages import (
     Kind,
@@ -323,9 +324,9 @@ def same_training(ours: Outcome, theirs: tuple[Values, list[float], list[float]]
     [
         ("plain", FULL),
         ("plain", {"loss_mean": "micro", "epochs": 2}),
-        ("penalised", {"micro_batch": 2}),
+        pytest.param("penalised", {"micro_batch": 2}, marks=wide),
         ("penalised", {"micro_batch": 1, "global_batch": 6}),  # accumulation 6 on one rank, 3 on two
-        ("penalised", {"micro_batch": 4}),
+        pytest.param("penalised", {"micro_batch": 4}, marks=wide),
         ("by the loss", {"micro_batch": 1}),
         ("replay", {"epochs": 2}),
     ],

@@ -188,7 +188,7 @@ def test_a_run_that_is_cut_off_after_every_stage_ends_as_one_in_one_go(
     assert results(here / "runs/whole") == results(trained)
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("stage", narrowed(["1", "3"], ["3"]))
 def test_a_stage_is_scored_again_as_it_was(trained: Path, stage: str) -> None:
     again = call("eval", "whole", "--stage", stage, "--json", cwd=trained.parents[1]).json
     assert again["scores"] == again["committed"] and not any(again["differing_rows"].values())

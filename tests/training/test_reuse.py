@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cl_runner.methods import METHODS
-from tests.breadth import narrowed
+from tests.breadth import narrowed, wide
 from tests.command_line import NANO, ORDER, Result, call, tree
 from tests.methods.small import OWN
 
@@ -67,7 +67,9 @@ def stages_of(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "shared"),
     [
-        (("--order", "three.yaml", "--method", "olora", "--set", "method.lambda1=7"), ["dbpedia"]),
+        pytest.param(
+            ("--order", "three.yaml", "--method", "olora", "--set", "method.lambda1=7"), ["dbpedia"], marks=wide
+        ),
         (
             ("--order", "three.yaml", "--method", "olora", "--set", "tasks.agnews.training.lr=5e-3"),
             ["dbpedia", "amazon"],

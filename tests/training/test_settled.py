@@ -94,7 +94,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
 @pytest.mark.parametrize(
     ("method", "more", "taken", "often"),
     [
-        ("pertask", (), [0, 4, 8], 3),
+        pytest.param("pertask", (), [0, 4, 8], 3, marks=wide),
         ("pertask", (FUTURE, "--model", "tiny-llama"), [0, 8, 8, 8], 6),  # the base's answers too
         pytest.param("pertask", (FUTURE, "--set=method.train=full"), [0, 8, 8, 8], 6, marks=wide),
         pytest.param("progprompt", (), [0, 4, 8], 3, marks=wide),

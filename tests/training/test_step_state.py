@@ -20,7 +20,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.stage import StageRun
 from cl_runner.training.step_files import SHARED, read, write_own, write_shared
 from cl_runner.training.step_state import StepState
-from tests.breadth import ONE_OF_EACH_SORT, narrowed
+from tests.breadth import ONE_OF_EACH_SORT, narrowed, paired, wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
 from tests.methods.small import OWN
@@ -146,27 +146,28 @@ def _written(stage: Any, settings: Any, frame: Any) -> tuple[list[Example], dict
     return examples, {"drawn": 2, "well_formed": 2, "used": 2}
 
 
-@pytest.mark.parametrize("method", ["colora", "coso", "lwf", "shared-basis", "gainlora", "sapt"])
+@pytest.mark.parametrize(
+    "method", narrowed(["colora", "coso", "lwf", "shared-basis", "gainlora", "sapt"], ["coso", "lwf"])
+)
 def test_on_two_ranks_too(method: str) -> None:
     found = entered(2, method)
     assert {key: found[key] for key in SAME} == SAME
 
 
 PAIR = {"method__reorthogonalise": {"every": 1, "rescale": True}, **SLOW}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("olora", {**PAIR, "training__clip": 0.5, "training__schedule": "cosine", "training__warmup": 2}),
+    ("seqlora", {**PAIR, "bf16": True, "training__weight_decay": 0.1}),
+    ("inclora", {**SLOW, "training__optimizer": "sgd"}),
+    ("ewc", {**SLOW, "training__optimizer": "muon"}),
+    ("olora", {**SLOW, "adapter__r": "auto", "adapter__max_r": 6, "adapter__energy": 0.6}),
+    ("seqft", {**SLOW, "kind": "llama"}),
+]
+WITH_RANKS = [(*of, ranks) for of in OPTIONS for ranks in (1, 2)]
+QUICK = [row for row in WITH_RANKS if row[2] == 1 or row[0] in ("seqlora", "inclora", "seqft")]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("olora", {**PAIR, "training__clip": 0.5, "training__schedule": "cosine", "training__warmup": 2}),
-        ("seqlora", {**PAIR, "bf16": True, "training__weight_decay": 0.1}),
-        ("inclora", {**SLOW, "training__optimizer": "sgd"}),
-        ("ewc", {**SLOW, "training__optimizer": "muon"}),
-        ("olora", {**SLOW, "adapter__r": "auto", "adapter__max_r": 6, "adapter__energy": 0.6}),
-        ("seqft", {**SLOW, "kind": "llama"}),
-    ],
-)
+@pytest.mark.parametrize(("method", "settings", "ranks"), paired(WITH_RANKS, QUICK))
 def test_every_optimizer_and_option(method: str, settings: dict[str, Any], ranks: int) -> None:
     found = entered(ranks, method, **settings)
     assert "option.slow-copy" in found["held"]
@@ -196,13 +197,13 @@ def test_a_stage_that_was_left(at: int) -> None:
     [
         ("olora", "engine", {}),
         ("lwf", "method", {}),
-        ("lfpt5", "method", {}),
-        ("colora", "method", {}),
+        pytest.param("lfpt5", "method", {}, marks=wide),
+        pytest.param("colora", "method", {}, marks=wide),
         ("coso", "method", {}),
-        ("gainlora", "method", {}),
-        ("shared-basis", "method", {}),
-        ("sure", "method", {}),
-        ("rkif", "method", {}),
+        pytest.param("gainlora", "method", {}, marks=wide),
+        pytest.param("shared-basis", "method", {}, marks=wide),
+        pytest.param("sure", "method", {}, marks=wide),
+        pytest.param("rkif", "method", {}, marks=wide),
         ("inflora", "frozen", {}),
         ("ewc", "muon", {"training__optimizer": "muon"}),
         ("olora", "option.slow-copy", SLOW),

@@ -20,6 +20,7 @@ from cl_runner.methods.protocol import Method
 from cl_runner.methods.shared import limits
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.coso.test_sketch import naive_shrunk
 from tests.methods.orders import learn, order_room
@@ -145,11 +146,11 @@ def _steps(
 @pytest.mark.parametrize(
     ("kind", "every", "side", "rotate", "temperature", "ranks"),
     [
-        ("t5", 1, "output", False, 1.0, 1),
+        pytest.param("t5", 1, "output", False, 1.0, 1, marks=wide),
         ("t5", 1, "output", False, 3.0, 1),
         ("llama", 3, "input", False, 1.0, 1),
         ("t5", 2, "output", True, 1.0, 2),
-        ("llama", 2, "output", False, 3.0, 2),
+        pytest.param("llama", 2, "output", False, 3.0, 2, marks=wide),
     ],
 )
 def test_steps_against_a_loop(kind: Kind, every: int, side: str, rotate: bool, temperature: float, ranks: int) -> None:
@@ -218,7 +219,10 @@ def _orthogonal(place: Place, kind: Kind, side: str) -> tuple[float, float, int]
     return max(shares), max(gradients), len(steps)
 
 
-@pytest.mark.parametrize(("kind", "side", "ranks"), [("t5", "output", 1), ("t5", "output", 2), ("llama", "input", 2)])
+@pytest.mark.parametrize(
+    ("kind", "side", "ranks"),
+    [("t5", "output", 1), pytest.param("t5", "output", 2, marks=wide), ("llama", "input", 2)],
+)
 def test_no_step_has_a_part_in_the_past_subspace(kind: Kind, side: str, ranks: int) -> None:
     """Below 1e-5 of its norm, weight decay 0, accumulation 3 (two ranks: 2)."""
     for share, of_gradient, steps in on_ranks(ranks, _orthogonal, kind, side):
@@ -266,9 +270,9 @@ def _looks(place: Place, steps: int, every: int, looks: int) -> list[int]:
     [
         (6, 20, 0, [0]),  # by every alone
         (6, 4, 0, [0, 4]),
-        (6, 20, 10, [0, 1, 2, 3, 4, 5]),  # as many as there are steps
+        pytest.param(6, 20, 10, [0, 1, 2, 3, 4, 5], marks=wide),  # as many as there are steps
         (7, 20, 3, [0, 2, 4, 6]),  # at least three
-        (7, 1, 3, [0, 1, 2, 3, 4, 5, 6]),  # every is the most steps between two
+        pytest.param(7, 1, 3, [0, 1, 2, 3, 4, 5, 6], marks=wide),  # every is the most steps between two
     ],
 )
 def test_a_short_stage_has_looks_enough(steps: int, every: int, looks: int, seen: list[int]) -> None:

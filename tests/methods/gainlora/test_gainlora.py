@@ -15,6 +15,7 @@ from cl_runner.methods import make_method
 from cl_runner.methods.gainlora.gating import of_length, off_past, openness, path
 from cl_runner.methods.shared.gpm import Memory
 from cl_runner.training.compatibility import check_method
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, THREE, Values, off, opposed, values
@@ -212,7 +213,8 @@ def _copied(state: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "case", "ranks"), [("t5", "inflora", 1), ("llama", "olora", 2), ("t5", "renormalised", 1)]
+    ("kind", "case", "ranks"),
+    [("t5", "inflora", 1), ("llama", "olora", 2), pytest.param("t5", "renormalised", 1, marks=wide)],
 )
 def test_steps_against_a_loop(kind: Kind, case: str, ranks: int) -> None:
     found = on_ranks(ranks, _steps, kind, case)[0]

@@ -22,6 +22,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
 from cl_runner.training.stage import StageRun
 from tests.adapters.families import adapters_of, base_model
+from tests.breadth import paired
 from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
@@ -102,7 +103,11 @@ def _stages(place: Place, kind: Kind, threshold: float, by: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "threshold", "by"), [("t5", 0.95, 1), ("llama", 0.95, 1), ("llama", 0.7, 1), ("llama", 0.95, 1e4)]
+    ("kind", "threshold", "by"),
+    paired(
+        [("t5", 0.95, 1), ("llama", 0.95, 1), ("llama", 0.7, 1), ("llama", 0.95, 1e4)],
+        [("t5", 0.95, 1), ("llama", 0.95, 1e4)],
+    ),
 )
 def test_designed_trained_and_remembered(kind: Kind, threshold: float, by: float) -> None:
     """Also where one direction of an input is 10,000 times the others, that is 10⁸ in the moment."""

@@ -15,6 +15,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.jumplora.gate import as_many_over, jump
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, Values, off, opposed, values
@@ -118,7 +119,8 @@ def _stages(place: Place, kind: Kind, threshold: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "threshold", "ranks"), [("t5", "global", 1), ("llama", "block", 1), ("t5", "block", 2)]
+    ("kind", "threshold", "ranks"),
+    [("t5", "global", 1), ("llama", "block", 1), pytest.param("t5", "block", 2, marks=wide)],
 )
 def test_three_stages_against_explicit_weights(kind: Kind, threshold: str, ranks: int) -> None:
     on_ranks(ranks, _stages, kind, threshold)

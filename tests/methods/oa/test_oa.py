@@ -14,6 +14,7 @@ from cl_runner.engine.process import Place
 from cl_runner.methods import make_method, method_schema
 from cl_runner.settings import resolve
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, off, opposed, values
@@ -75,7 +76,7 @@ def _steps(place: Place, kind: Kind) -> None:
             assert int(folded.B[t].count_nonzero(dim=0).count_nonzero()) <= on[t]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), ("t5", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), pytest.param("t5", 2, marks=wide)])
 def test_three_tasks_against_adapters_behind_explicit_weights(kind: Kind, ranks: int) -> None:
     on_ranks(ranks, _steps, kind)
 

@@ -14,6 +14,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods.osft.spectral import Spectral
 from cl_runner.methods.shared import limits
 from cl_runner.training.compatibility import check_method
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import STEPS, THREE, opposed
@@ -79,7 +80,7 @@ def _steps(place: Place, kind: Kind) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), ("t5", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 1), pytest.param("t5", 2, marks=wide)])
 def test_steps_against_a_loop(kind: Kind, ranks: int) -> None:
     both = on_ranks(ranks, _steps, kind)
     wanted = by_hand(kind, list(both[0][0]), 2)
@@ -118,7 +119,7 @@ def _untouched(place: Place, kind: Kind) -> tuple[float, float, int]:
     return max(shares), max(plain), len(shares)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("t5", 2), ("llama", 1)])
+@pytest.mark.parametrize(("kind", "ranks"), [pytest.param("t5", 1, marks=wide), ("t5", 2), ("llama", 1)])
 def test_no_step_touches_the_upper_singular_subspace(kind: Kind, ranks: int) -> None:
     """Below 1e-4 of ΔW's norm on either side, weight decay 0, accumulation 3 (two ranks: 2)."""
     for share, plain, count in on_ranks(ranks, _untouched, kind):

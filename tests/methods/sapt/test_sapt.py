@@ -17,6 +17,7 @@ from cl_runner.methods.sapt.writing import longest, to_write, write
 from cl_runner.methods.shared.frame import Frame
 from cl_runner.models.batch import Example
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, THREE, Values, off, opposed, values
@@ -197,7 +198,7 @@ def _steps(place: Place, kind: Kind) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("t5", 1), ("llama", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [pytest.param("t5", 1, marks=wide), ("llama", 2)])
 def test_steps_against_a_loop(kind: Kind, ranks: int) -> None:
     found = on_ranks(ranks, _steps, kind)[0]
     assert len(found) > 1 and max(found) < 5e-3, found

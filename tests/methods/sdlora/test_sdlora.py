@@ -18,6 +18,7 @@ from cl_runner.methods.sdlora.directions import Directions
 from cl_runner.methods.sdlora.past import Past
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, off, opposed
@@ -82,7 +83,8 @@ def _steps(place: Place, kind: Kind, reference: bool) -> list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize(
-    ("kind", "reference", "ranks"), [("t5", False, 1), ("llama", True, 1), ("t5", True, 2), ("llama", False, 2)]
+    ("kind", "reference", "ranks"),
+    [("t5", False, 1), ("llama", True, 1), pytest.param("t5", True, 2, marks=wide), ("llama", False, 2)],
 )
 def test_steps_against_a_loop(kind: Kind, reference: bool, ranks: int) -> None:
     both = on_ranks(ranks, _steps, kind, reference)

@@ -31,6 +31,7 @@ from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import save_stage
 from cl_runner.training.compatibility import check_method
 from cl_runner.training.stage import StageRun
+from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import BY_LAYER, learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, off, opposed
@@ -152,7 +153,7 @@ def _pca(place: Place, **own: Any) -> list[dict[str, Tensor]]:
     return [found[0], naive, found[1]]
 
 
-@pytest.mark.parametrize(("sign", "more"), [(False, {}), (True, {}), (False, BY_LAYER)])
+@pytest.mark.parametrize(("sign", "more"), [pytest.param(False, {}, marks=wide), (True, {}), (False, BY_LAYER)])
 def test_after_stage_pca_the_basis_is_the_principal_one(sign: bool, more: dict[str, Any]) -> None:
     ((U, naive, later),) = on_ranks(1, _pca, method__shared_lr=0.0, method__non_negative=sign, **more)
     assert list(U) == list(naive) and U
@@ -228,7 +229,13 @@ def _begins(place: Place, **own: Any) -> list[float]:
 
 @pytest.mark.parametrize(
     "own",
-    [{}, {"method__form": "block"}, {"method__mixing": "similarity"}, {"method__sparse": 0.1}, {"method__pca": 2}],
+    [
+        {},
+        pytest.param({"method__form": "block"}, marks=wide),
+        {"method__mixing": "similarity"},
+        pytest.param({"method__sparse": 0.1}, marks=wide),
+        {"method__pca": 2},
+    ],
     ids=str,
 )
 def test_every_task_begins_at_what_was_there(own: dict[str, Any]) -> None:

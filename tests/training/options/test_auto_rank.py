@@ -12,7 +12,7 @@ import torch
 from cl_runner.engine.process import Place
 from cl_runner.methods.inclora import IncLoRA
 from cl_runner.training.options.auto_rank import choose_rank, smallest_rank, spectrum
-from tests.breadth import narrowed
+from tests.breadth import in_turn, narrowed
 from tests.command_line import NANO, ORDER, call
 from tests.distributed import on_ranks
 from tests.stages import Kind, naive_loss, open_stage, some_rows, tiny_config, tiny_model, tiny_room
@@ -42,8 +42,7 @@ def spectra_of(kind: Kind) -> list[list[float]]:
     return [torch.linalg.svdvals(g.double()).square().tolist() for g in gradients]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize(("kind", "ranks"), in_turn(["t5", "llama"], [1, 2]))
 def test_rank_holds_the_energy_of_the_weights_own_gradient(kind: Kind, ranks: int) -> None:
     spectra = spectra_of(kind)
     total = sum(map(sum, spectra))
@@ -61,7 +60,7 @@ def seen(place: Place, kind: Kind, k: int) -> tuple[list[float], float]:
     return [float(square) / scale**2 for square in squares], rest / scale**2
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", narrowed(["t5", "llama"], ["llama"]))
 def test_the_spectrum_of_layers_wider_than_the_probe(kind: Kind) -> None:
     """Of 32 inputs (of 16 outputs, some of llama's) 12 random directions are looked along, and 12 others."""
     spectra, k = spectra_of(kind), 12

@@ -25,7 +25,7 @@ from cl_runner.training.loop import train_stage
 from cl_runner.training.options import answering, leaving
 from cl_runner.training.options.slow_copy import SlowCopy
 from cl_runner.training.stage import StageRun, commit_update
-from tests.breadth import narrowed, wide
+from tests.breadth import narrowed, paired
 from tests.command_line import NANO, call, results
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room, rows_of
@@ -196,12 +196,11 @@ def test_where_it_changes_nothing_it_is_said() -> None:
 
 # Whole runs.
 
-# Each method with each value of both, and one of the two where all weights train.
-IN_RUNS = [
-    pytest.param(method, answers, goes_on, marks=() if answers == (goes_on == like) else wide)
-    for method, like in (("olora", "fast"), ("seqlora", "slow"), ("ewc", "fast"))
-    for answers, goes_on in COMBINATIONS
-]
+# Pairs beside each other, and one that trains on; where all weights train, the fast one answers and the slow goes on.
+IN_RUNS = paired(
+    [(method, *each) for method in ("olora", "seqlora", "ewc") for each in COMBINATIONS],
+    [("olora", True, "fast"), ("seqlora", True, "slow")],
+)
 ORDER = "name: two\ntasks: [dbpedia, amazon]\n"
 STAGES = ("01-dbpedia", "02-amazon")
 
@@ -296,7 +295,7 @@ def test_a_run_answers_with_the_one_and_goes_on_with_the_other(
 
 @pytest.mark.parametrize(
     ("answers", "goes_on"),
-    [pytest.param(*each, marks=wide if each[0] == (each[1] == "fast") else ()) for each in COMBINATIONS],
+    paired(COMBINATIONS, [(False, "slow")]),
 )
 def test_all_weights(
     answers: bool,
