@@ -102,7 +102,6 @@ assert "scipy.optimize" not in loaded and gc.isenabled()
 """)
 
 
-@wide
 def test_rows_are_encoded_without_pandas() -> None:
     run("""
 from cl_runner.models.batch import Example

@@ -96,7 +96,7 @@ def known(method: Any, adapters: Layers, name: str) -> Matrices:
     return made
 
 
-@pytest.mark.parametrize("name", PULLING)
+@pytest.mark.parametrize("name", narrowed(PULLING, ["ella", "pslora", "ewc-lora"]))
 @pytest.mark.parametrize(
     ("family", "more"),
     [
