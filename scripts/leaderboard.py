@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cl_runner.methods import METHODS, method_class
-from cl_runner.methods.shared.memory import Remembering
+from cl_runner.methods.shared.memory import WithMemory
 from cl_runner.metrics.significance import front
 from cl_runner.report.tables import named, report_json
 from cl_runner.runs import catalog
@@ -73,7 +74,7 @@ class Entry:
         name = self.method.split(" ")[0]  # a form may stand behind it
         known = method_class(name) if name in METHODS.ours else None
         told = "†" if known and known.task_id == "yes" else ""
-        kept = "§" if known and issubclass(known, Remembering) else ""
+        kept = "§" if known and issubclass(known, WithMemory) else ""
         return told + "‡" * (name in AT_ONCE) + kept
 
     @property
@@ -160,7 +161,8 @@ def figure(entries: Sequence[Entry], title: str, file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels, axes = pyplot.subplots(1, 2, figsize=(11, 5), constrained_layout=True, sharey=True)
+    several = Counter(entry.key for entry in entries)
+    panels, axes = pyplot.subplots(1, 2, figsize=(13, 8), constrained_layout=True, sharey=True)
     for axis, cost, said in zip(axes, ("seconds", "megabytes"), ("train s", "MB after the last stage"), strict=True):
         on = []
         for entry, best in zip(entries, fronts(entries, cost), strict=True):
@@ -169,11 +171,14 @@ def figure(entries: Sequence[Entry], title: str, file: Path) -> None:
             at = statistics.median(getattr(entry, cost)), statistics.fmean(entry.AA)
             colour = "tab:red" if best else "tab:blue" if entry.marks else "tab:grey"
             axis.plot(*at, "s" if entry.marks else "o", color=colour, markersize=4)
-            axis.annotate(entry.name.replace("`", ""), at, fontsize=6, xytext=(3, 2), textcoords="offset points")
+            alone = several[entry.key] == 1  # else its settings tell it from others
+            name = entry.key + entry.marks if alone else entry.name.replace("`", "")
+            axis.annotate(name, at, fontsize=6.5, xytext=(3, 2), textcoords="offset points")
             if best:
                 on.append(at)
         axis.step(*zip(*sorted(on), strict=True), where="post", color="tab:red", linewidth=0.8) if on else None
         axis.set_xscale("log")
+        axis.margins(x=0.12)
         axis.set(xlabel=f"{said} (log)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("AA, %")

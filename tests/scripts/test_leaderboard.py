@@ -34,7 +34,7 @@ def test_a_page_of_a_file_of_results(tmp_path: Path) -> None:
     lines = [
         line("seqlora", 1, 40.0, 10, 1.0), line("seqlora", 2, 44.0, 14, 1.0), line("ella", 1, 60.0, 20, 4.0),
         line("inflora", 1, 55.0, 30, 3.0), line("olora", 1, 50.0, 25, 5.0), line("mtl", 1, 95.0, 5, 0.5),
-        line("replay", 1, 90.0, 40, 2.0), line("pertask", 1, 91.0, 9, 2.0),
+        line("replay", 1, 90.0, 40, 2.0), line("pertask", 1, 91.0, 9, 2.0), line("sure", 1, 89.0, 9, 0.9),
     ]  # fmt: skip
     file.write_text("\n".join(lines) + "\n")
     said(file, "--page", page)
@@ -44,6 +44,7 @@ def test_a_page_of_a_file_of_results(tmp_path: Path) -> None:
         "| `mtl`‡ | 95.0 | 90.0 | – | 5 | 0.50 | 1 |",
         "| `pertask`† | 91.0 | 90.0 | 10.0 | 9 | 2.00 | 1 |",
         "| `replay`§ | 90.0 | 90.0 | 10.0 | 40 | 2.00 | 1 |",
+        "| `sure`§ | 89.0 | 90.0 | 10.0 | 9 | 0.90 | 1 |",
         "| **`ella`** | 60.0 | 90.0 | 10.0 | 20 | **4.00** | 1 |",
         "| `inflora` | 55.0 | 90.0 | 10.0 | 30 | **3.00** | 1 |",
         "| `olora` | 50.0 | 90.0 | 10.0 | 25 | 5.00 | 1 |",
