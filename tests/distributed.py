@@ -40,6 +40,9 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 
     """
     if ranks == 1:
         return [_alone(body, *args, **named)]
+    if ranks in _POOLS and (words := _POOLS[ranks].last_words()):
+        print(f"of {ranks} ranks that waited for work some have ended; new ones are started\n{words}")
+        _POOLS.pop(ranks).kill()
     if ranks not in _POOLS:
         _POOLS[ranks] = Processes(ranks)
     try:
@@ -130,9 +133,21 @@ class Processes:
 
     def call(self, work: bytes, timeout: float) -> list[Any]:
         """Send the same work to every rank and wait for all."""
-        for pipe in self.pipes:
-            pipe.send_bytes(work)
+        try:
+            for pipe in self.pipes:
+                pipe.send_bytes(work)
+        except ConnectionError:
+            raise AssertionError(f"a rank ended while it waited for work\n{self.last_words()}") from None
         return self._collect(timeout)
+
+    def last_words(self) -> str:
+        """How ranks ended that are not there any more, and what they said; empty where all are."""
+        ended = [(rank, code) for rank, process in enumerate(self.processes) if (code := process.poll()) is not None]
+        return "\n".join(f"--- rank {rank}: exit code {code}\n{self._said(rank)}" for rank, code in ended)
+
+    def _said(self, rank: int) -> str:
+        said = self.said[rank]
+        return said.read_text("utf-8", "replace")[-4000:] if said.exists() else ""
 
     def _collect(self, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
@@ -164,8 +179,7 @@ class Processes:
         time.sleep(0.5 if stuck else 0.0)
         lines = [f"{len(failed)} of {len(self.pipes)} ranks failed, {len(stuck)} did not come back ({timeout:.0f} s)"]
         for rank in [*failed, *stuck]:
-            said = self.said[rank].read_text("utf-8", "replace")[-4000:] if self.said[rank].exists() else ""
-            lines += [f"--- rank {rank}: {failed.get(rank, 'stuck')}", said]
+            lines += [f"--- rank {rank}: {failed.get(rank, 'stuck')}", self._said(rank)]
         return "\n".join(lines)
 
     def kill(self) -> None:
