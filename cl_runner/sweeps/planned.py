@@ -54,8 +54,8 @@ class PlannedRun:
 
     def awaits(self) -> list[PlannedRun]:
         """The donors that have not committed yet what it shares with them."""
-        late = [donor for donor, at in self.taken.values() if donor.folder.committed(donor.stages) <= at]
-        return [donor for donor in self.donors if any(donor is one for one in late)]
+        last = {id(donor): max(at for whose, at in self.taken.values() if whose is donor) for donor in self.donors}
+        return [donor for donor in self.donors if donor.folder.committed(donor.stages) <= last[id(donor)]]
 
 
 def share(runs: Sequence[PlannedRun]) -> None:
@@ -87,6 +87,6 @@ def choose(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
         run.taken = {index: (best, index) for index in range(run.linked)}
     to_come = run.done + 1 if run.begun else 0  # one that it is in goes on
     for index, wanted in list(enumerate(run.alone))[to_come:]:
-        for other in able:
-            if index not in run.taken and wanted in other.alone:
-                run.taken[index] = other, other.alone.index(wanted)
+        donor = next((other for other in able if wanted in other.alone), None)
+        if donor and index not in run.taken:
+            run.taken[index] = donor, donor.alone.index(wanted)

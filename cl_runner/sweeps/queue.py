@@ -137,7 +137,7 @@ class Queue:
 
     def _ready(self, one: Standing) -> bool:
         """Whether it waits for nobody, or the engine itself sees to that."""
-        if len(self._awaited(one)) < len(one.run.awaits()):
+        if any(self._named[donor.folder.name].over for donor in one.run.awaits()):
             # Who would have trained them died on the way: of those that wait for these stages one trains them.
             before = self.standing[: self.standing.index(one)]
             choose(one.run, [other.run for other in before if not other.over])

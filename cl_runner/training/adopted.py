@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from safetensors.torch import load_file
 
 from cl_runner.atomic import read_jsonl
 from cl_runner.config.schema import RunConfig
@@ -24,7 +21,7 @@ from cl_runner.runs.resume_guard import computes
 from cl_runner.runs.shapes import read_metrics
 from cl_runner.runs.state import METHOD, OPTION, TENSORS, StageState
 from cl_runner.training.accounting import tensors_of
-from cl_runner.training.checkpoint import verify
+from cl_runner.training.checkpoint import own_set, verify
 from cl_runner.training.reuse import fits, trained_otherwise
 from cl_runner.training.stage import StageRun
 
@@ -58,9 +55,10 @@ class Adopted:
         for run in catalog.all_runs(own.path.parent) if wanted else ():
             # A run that cannot be read, or is damaged, has nothing to give, which is no fault of this one.
             with suppress(UserError), readable(run):
-                if run.path == own.path or computes(run.about()["identity"]) != precision:
+                of_run = run.about()
+                if run.path == own.path or computes(of_run["identity"]) != precision:
                     continue
-                stages = run.about()["stages"]
+                stages = of_run["stages"]
                 names = [str(stage["name"]) for stage in stages]
                 at = next((i for i, stage in enumerate(stages) if stage.get("alone") == wanted), len(stages))
                 if at >= run.committed(names) or not fits(run, [(at, names[at])], config):
@@ -81,17 +79,12 @@ class Adopted:
         folder, log = run.stage_dir(index, name), run.path / "log.jsonl"
         verify(folder)
         state, file = StageState.read(folder), folder / TENSORS
-        carried = [name for name in (tensors_of(file) if file.exists() else ()) if name.startswith((METHOD, OPTION))]
-        if state.method or state.options or state.next or carried:
+        tensors = tensors_of(file) if file.exists() else {}
+        if state.method or state.options or state.next or any(key.startswith((METHOD, OPTION)) for key in tensors):
             return None
         answers = [row["output"] for row in predictions(folder)[name]]
         rows = [row for row in read_jsonl(log) if row.get("stage") == name] if log.exists() else []
         return cls(run, index, name, read_metrics(folder), answers, rows)
-
-    @property
-    def folder(self) -> Path:
-        """Of the stage."""
-        return self.run.stage_dir(self.index, self.name)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -110,9 +103,6 @@ class Adopted:
             TrainingError: the files are gone since they were found; started again, the stage is trained.
         """
         try:
-            state = StageState.read(self.folder)
-            tensors = load_file(self.folder / TENSORS) if (self.folder / TENSORS).exists() else {}
-            adapters = stage.adapters
-            adapters.show(adapters.own(self.folder / adapters.folder, self.name, state.answers.saved, tensors))
+            stage.adapters.show(own_set(stage, self.run.stage_dir(self.index, self.name), self.name))
         except (UserError, OSError) as error:
             raise TrainingError(f"the run {self.run.name}, whose stage is taken over, has changed: {error}") from None

@@ -193,9 +193,18 @@ def _referenced(stage: StageRun, folder: Path, name: str, reference: Reference) 
     verify(other)
     if sealed(other).get(Path(*Path(reference.file).parts[2:]).as_posix()) != reference.sha256:
         raise UserError(f"{other} is not the stage that {folder.name} was committed with")
-    where, saved = _newest(other, stage)
-    tensors = load_file(other / TENSORS) if saved.own == "state" else {}
-    return stage.adapters.own(other / where, name, saved, _named(tensors, NEXT_PREFIX) if where == NEXT else tensors)
+    return own_set(stage, other, name)
+
+
+def own_set(stage: StageRun, folder: Path, name: str) -> Any:
+    """The own parameter set of a stage, as later ones went on from it, read from its folder in whosever run.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    where, saved = _newest(folder, stage)
+    tensors = load_file(folder / TENSORS) if saved.own == "state" else {}
+    return stage.adapters.own(folder / where, name, saved, _named(tensors, NEXT_PREFIX) if where == NEXT else tensors)
 
 
 def _folder_name(stage: StageRun, name: str) -> str:

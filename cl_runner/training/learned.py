@@ -18,9 +18,9 @@ from cl_runner.training.step_log import Trained
 class Learned:
     """For ``metrics.json``.
 
-    training: its section. counts: of what trained. seconds: of parts that are over; what is measured later does not
-    count where it is there already. probe: its section. answers: of tasks that need not be asked. taken_from: whose
-    stage it is, where it is not this run's own.
+    training: its section. counts: of what trained. seconds: of parts that are over; of another run's stage, of all.
+    probe: its section. answers: of tasks that need not be asked. taken_from: whose stage it is, where it is not this
+    run's own.
     """
 
     training: Mapping[str, Any]

@@ -174,7 +174,7 @@ class Run:
                     unfolded=unfolded,
                     learned=learned,
                     settled=sum(map(len, settled.values())),
-                    seconds={**learned.seconds, **measured, **learned.seconds},
+                    seconds=learned.seconds if learned.taken_from else {**learned.seconds, **measured},
                 )
                 commit(self.rundir, index, name, write)
                 write_results(self.rundir)
