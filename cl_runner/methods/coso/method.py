@@ -51,6 +51,7 @@ class CoSO(Method):
     past_as = "other"
     dense = True
     by_shape = True
+    revision = 2  # 1: a whole SVD of layers of any size
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -50,11 +50,13 @@ def looked(
     """
     import torch
 
+    from cl_runner.maths.leading import leading
     from cl_runner.maths.subspace import without
     from cl_runner.methods.coso.sketch import sketched
 
-    U, singular, _ = torch.linalg.svd(G, full_matrices=False)
-    U = U[:, : max(settings.rank, settings.sketch)]  # the sketch wants one more singular value
+    count = max(settings.rank, settings.sketch)
+    U, singular, _ = leading(G, count + 1)  # the sketch wants one more singular value
+    U = U[:, :count]
     # Where G has too few directions, what the SVD fills up with may lie in M, and Adam would make much of it.
     U = without(U * (singular[: U.shape[1]] > noise), past)
     # Rank 0's: another library on another rank may turn directions of equal singular values.

@@ -50,6 +50,7 @@ class GORP(Method):
     dense = True
     by_shape = True
     by_order = True
+    revision = 2  # 1: a whole SVD of layers of any size
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cl_runner.maths.leading import leading
 from cl_runner.maths.subspace import without
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def looked(stage: Stage, k: int, old: Frame | None, G: Tensor, S: Tensor | None,
 
     size: of the gradient before S was taken off it. Moments stay, in the new frame's coordinates.
     """
-    U, singular, V = torch.linalg.svd(G, full_matrices=False)
+    U, singular, V = leading(G, k)
     # Where G has too few directions, what the SVD fills up with is arbitrary, and may lie in S.
-    real = singular[:k] > NOISE * size
-    U, V = without(U[:, :k] * real, S), V[:k].mT * real
+    real = singular > NOISE * size
+    U, V = without(U * real, S), V * real
     # Rank 0's: another library on another rank may choose other signs, or turn directions of equal singular values.
     U, V = stage.broadcast(U), stage.broadcast(V)
     if old is None:
