@@ -1,9 +1,10 @@
-"""A decoder-only model's training and evaluation with the heads of prompts shared, and without, in turns.
+"""A decoder-only model's passes over rows with the heads of prompts shared, and without, in turns.
 
     python -m benchmarks.heads --model FOLDER --data-dir FOLDER --tasks dbpedia,amazon,agnews
 
-For each task: the same steps of training with `training.share_prefix` auto and off, and the same rows answered, in one
-process. What the tokens allow is printed beside what came out.
+For each task: the same steps of training with `training.share_prefix` auto and off, the same rows answered, and the
+second moments of what layers read of them (`inflora`, `adapter.init: eva`), in one process. What the tokens allow is
+printed beside what came out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.common import median, parser, publish, seconds_of, take_turns
 from benchmarks.job import add_model_arguments
 from benchmarks.world import prepared, step_seconds
 from cl_runner.engine import zero as engine
+from cl_runner.methods.shared.moments import input_moments
 from cl_runner.models.heads import common_head
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import Room, Tokens, open_stage
@@ -41,6 +43,21 @@ def evaluation(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> 
     config.training.share_prefix = how  # type: ignore[assignment]
     stage = open_stage(room, config, index, evaluating=True)
     seconds = seconds_of(lambda: stage.answer(tokens.test[plan.stages[index].tasks[0]].examples))
+    stage.close()
+    return seconds
+
+
+def moments(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
+    """Seconds for the second moments of a stage's own rows."""
+    config = plan.config.model_copy(deep=True)
+    config.training.share_prefix = how  # type: ignore[assignment]
+    room.adapters.restore([], {}, None)
+    stage = open_stage(room, config, index)
+    room.method.build(stage)
+    stage.own = own = tokens.source(stage.plan)
+    stage.sharing.learn(own.examples, own.tasks)
+    with stage.without_dropout():
+        seconds = seconds_of(lambda: input_moments(stage))
     stage.close()
     return seconds
 
@@ -69,7 +86,7 @@ def main() -> None:
             mean = sum(lengths) / len(lengths)
             row: dict[str, Any] = {"task": stage.name, "head tokens": head, "tokens a row": round(mean, 1)}
             row["tokens allow"] = mean / (mean - head * (1 - 1 / given.micro_batch))
-            for what, measure in (("training", training), ("evaluation", evaluation)):
+            for what, measure in (("training", training), ("evaluation", evaluation), ("moments", moments)):
                 ways = {how: partial(measure, plan, room, tokens, index, how) for how in WAYS}
                 found = {how: median(times[1:]) for how, times in take_turns(ways, given.rounds + 1).items()}
                 row[f"{what} s"], row[f"{what} ratio"] = found["auto"], found["off"] / found["auto"]

@@ -363,9 +363,9 @@ def test_layers_that_read_all_tokens_end_to_end_are_seen_row_by_row(name: str, b
     stage = StageRun(room, config, 0)
     seen: list[Tensor] = []
 
-    def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
-        assert mask is not None
-        seen.extend(row[real] for row, real in zip(rows, mask, strict=True))
+    def see(target: str, rows: Tensor, counts: Tensor | None) -> None:
+        assert counts is not None
+        seen.extend(row[of > 0] for row, of in zip(rows, counts, strict=True))
 
     with stage.observe("inputs", see):
         stage.forward(stage.make_batch(examples_of(base), ["a"] * 3, [1.0] * 3))

@@ -62,20 +62,19 @@ class MIGU(Sequential):
         rows_of = {**stage.named("weight"), **stage.named("B")}  # what a layer's output has to do with
         heads = [rows_of[target] in parameters for target in stage.head_targets() if target in rows_of]
         batch = batch.read_to_the_end(head=any(heads))  # no rows are chosen of a head that is tied or has no pair
-        real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
 
-        def add(name: str, rows: Tensor, mask: Tensor | None) -> None:
-            counts = real[:, None] if mask is None else mask & real[:, None]
+        def add(name: str, rows: Tensor, counts: Tensor | None) -> None:
+            assert counts is not None, "no rows of this batch"
             size = (rows.float().abs() * counts[..., None]).sum((0, 1))
             self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
 
-        def outputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
+        def outputs(target: str, rows: Tensor, counts: Tensor | None) -> None:
             if rows_of.get(target) in parameters:
-                add(rows_of[target], rows, mask)
+                add(rows_of[target], rows, counts)
 
-        def inputs(target: str, rows: Tensor, mask: Tensor | None) -> None:
+        def inputs(target: str, rows: Tensor, counts: Tensor | None) -> None:
             if A.get(target) in parameters:
-                add(A[target], rows.float() @ parameters[A[target]].detach().mT, mask)
+                add(A[target], rows.float() @ parameters[A[target]].detach().mT, counts)
 
         with stage.observe("outputs", outputs), stage.observe("inputs", inputs):
             return super().loss(stage, batch)

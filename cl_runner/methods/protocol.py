@@ -221,7 +221,11 @@ class Stage(Protocol):
     def observe(
         self, what: Literal["inputs", "outputs"], see: Callable[[str, Tensor, Tensor | None], None]
     ) -> AbstractContextManager[None]:
-        """Call ``see(target, rows, mask)`` at every forward of a target layer: ``rows`` (b, t, d), mask (b, t)."""
+        """Call ``see(target, rows, counts)`` at every forward of a target layer: ``rows`` (b, t, d), counts (b, t).
+
+        counts: how many tokens of the batch's rows each is: 0 of padding and of rows without weight, more than 1 where
+        rows share the beginning of their prompts. None where a target is handed other rows (in a step of generation).
+        """
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
         """This rank's share of a source (default: the stage's own rows), as many batches on every rank.

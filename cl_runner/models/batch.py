@@ -61,6 +61,7 @@ class Batch:
     heads: tuple[int, ...] = ()  # how many tokens each row shares with all of its task; none: not known
     lengths: tuple[int, ...] = ()  # input tokens of each row, where heads are known
     behind: int = 0  # tokens that stand before the rows, for all of them, and are not among their ids
+    stands_for: Tensor | None = None  # (1, s) how many tokens of rows that count each is: of a part of a batch alone
 
     @property
     def size(self) -> int:
@@ -71,6 +72,15 @@ class Batch:
     def label_tokens(self) -> int:
         """Label tokens of weight other than 0. Waits for the device: plan steps with ``len(example.target)``."""
         return int((self.token_weights != 0).sum())
+
+    @property
+    def counts(self) -> Tensor:
+        """(b, 1), or (1, s) of each token: how many rows it is of. 0 of rows without weight, mere fillers."""
+        if self.stands_for is not None:
+            return self.stands_for
+        if not self.labels.shape[1]:  # prompts
+            return torch.ones_like(self.input_ids[:, :1])
+        return (self.token_weights != 0).any(1, keepdim=True).long()
 
     def by_row(self, tokens: Tensor) -> Tensor:
         """Of all tokens end to end, (b·s, d), as OPT's MLP reads them: row by row, (b, s, d). Others as they are."""

@@ -51,8 +51,8 @@ def by_task(tasks: Iterable[str]) -> dict[str, list[int]]:
     return groups
 
 
-def head_of(ids: Tensor) -> Batch:
-    """A head (1, h) as a batch of one row."""
+def head_of(ids: Tensor, rows: int | Tensor = 1) -> Batch:
+    """A head (1, h) of so many rows as a batch of one."""
     none = ids.new_zeros(1, 0)
     return Batch(
         input_ids=ids,
@@ -61,6 +61,7 @@ def head_of(ids: Tensor) -> Batch:
         token_weights=none.float(),
         position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
         places=torch.full((1,), SHARED, device=ids.device),
+        stands_for=torch.ones_like(ids) * rows,
     )
 
 
@@ -142,7 +143,7 @@ def logits_behind_head(model: nn.Module, batch: Batch, h: int, show: Show) -> Te
     """``logits`` of rows whose first h tokens are the same, for a model that ``goes_on``."""
     asked: Any = model
     before = batch.input_ids.shape[1] - batch.lengths[0]  # padding, of the first row
-    show(ids := head_of(batch.input_ids[:1, before : before + h]))
+    show(ids := head_of(batch.input_ids[:1, before : before + h], batch.counts.sum()))
     head = Head.read(model, ids)
     assert head is not None, "the model goes on from no head"
     show(rest := rest_of(batch, h))
@@ -166,7 +167,7 @@ def logits_in_one_row(model: nn.Module, batch: Batch, h: int, show: Show) -> Ten
     at = torch.arange(len(of), device=of.device)
     looks = ((of[:, None] == of) | (of == -1)) & (at[:, None] >= at)
     places = torch.arange(batch.size, device=of.device) if batch.places is None else batch.places
-    head = real[0] & (positions[0] < h)
+    head, counts = real[0] & (positions[0] < h), batch.counts.flatten()
     row = Batch(
         input_ids=torch.cat([batch.input_ids[0][head], batch.input_ids[own]])[None],
         attention_mask=torch.ones_like(of)[None],
@@ -174,6 +175,7 @@ def logits_in_one_row(model: nn.Module, batch: Batch, h: int, show: Show) -> Ten
         token_weights=batch.token_weights,
         position_ids=torch.cat([positions[0][head], positions[own]])[None],
         places=torch.cat([of.new_full((h,), SHARED), places[numbers]])[None],
+        stands_for=torch.cat([counts.sum().expand(h), counts[numbers]])[None],
     )
     show(row)
     labels = batch.labels != IGNORE

@@ -87,7 +87,7 @@ class Sharing:
 
     def _of_one_task(self, part: Batch) -> Tensor:
         """Behind the head where that saves enough, few tokens in one row; else row by row."""
-        model, show = self.stage.adapters.model, self.stage.dropout.part
+        model, show = self.stage.adapters.model, self.stage.show_part
         h, tokens = min(part.heads), sum(part.lengths)
         saved = (part.size - 1) * h
         if saved >= WORTH * tokens:
@@ -118,8 +118,8 @@ class Sharing:
         stage = self.stage
         if batch.condition:
             return f"{stage.room.method.name} conditions each row"
-        if stage.observed:
-            return f"{stage.room.method.name} looks at what the layers read"
+        if stage.observed and stage.head_targets():  # which is asked behind the beginning alone
+            return f"{stage.room.method.name} looks at what the output layer reads"
         return self._never()
 
     def _never(self) -> str:
@@ -139,7 +139,7 @@ class Sharing:
             return "training.dropout_by: micro drops otherwise in each row's"
         if attention_dropout(stage.room.base.model):
             return "the attention drops otherwise in each row's"
-        with stage.room.root.context():
+        with stage.room.root.context(), stage.unobserved():
             keeps = goes_on(stage.adapters.model)
         if not keeps:
             return "this model keeps no keys and values that rows could go on from"

@@ -239,13 +239,12 @@ class StageRun:
         ]
         layout = self.room.base.layout
         batch = collate([Example([layout.eos_id] * 2, [layout.eos_id] * 2)], layout, self.device)
-        observers, self._observers = self._observers, []
         condition, self.adapters.condition = self.adapters.condition, {}  # that of other rows
         try:
-            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context():
+            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context(), self.unobserved():
                 logits(self.adapters.model, batch)
         finally:
-            self._observers, self.adapters.condition = observers, condition
+            self.adapters.condition = condition
             for hook in hooks:
                 hook.remove()
         groups: dict[int, list[str]] = {}
@@ -382,6 +381,15 @@ class StageRun:
         finally:
             self._observers.remove(entry)
 
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Inside, forwards of rows that are nobody's are seen by nobody."""
+        observers, self._observers = self._observers, []
+        try:
+            yield
+        finally:
+            self._observers = observers
+
     @property
     def observed(self) -> bool:
         """Whether anybody looks at layers."""
@@ -396,19 +404,22 @@ class StageRun:
                 rows = (inputs[0] if what == "inputs" else output).detach()
                 if self._batch is not None:
                     rows = self._batch.by_row(rows)
-                see(target, rows, self._mask(target, rows))
+                see(target, rows, self._counts(target, rows))
 
         return hook
 
-    def _mask(self, target: str, rows: Tensor) -> Tensor | None:
-        """Which of a target's rows are no padding; None where the rows are not the batch's (a step of generation)."""
+    def _counts(self, target: str, rows: Tensor) -> Tensor | None:
+        """How often each of a target's rows counts; None where the rows are not the batch's (a step of generation)."""
         batch = self._batch
         if batch is None or rows.dim() != 3:
             return None
         masks = [batch.attention_mask.bool(), batch.labels != IGNORE]
         if self.room.base.encoder_decoder and ".encoder." not in f".{target}" and not _reads_encoder(target):
             masks = masks[1:]
-        return next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
+        mask = next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
+        if mask is None:  # positions of the model's own making, all of them real
+            return batch.counts.expand(rows.shape[:2]) if batch.labels.shape[1] else None
+        return mask * batch.counts
 
     def features(self, batch: Batch) -> Tensor:
         with self.adapters.without_terms(), self.room.root.context():
@@ -593,6 +604,11 @@ class StageRun:
         self._batch = batch
         self.dropout.see(batch)
         self.adapters.condition = batch.condition
+
+    def show_part(self, part: Batch) -> None:
+        """A part of the batch shown, which the model reads by itself."""
+        self._batch = part
+        self.dropout.part(part)
 
     # Ranks.
 

@@ -899,7 +899,7 @@ class Observing(Method):
 
     def loss(self, stage: Any, batch: Batch) -> Tensor:
         seen: list[str] = []
-        self.open = stage.observe("inputs", lambda target, rows, mask: seen.append(target))
+        self.open = stage.observe("inputs", lambda target, rows, counts: seen.append(target))
         self.open.__enter__()  # until after the backward
         self.seen = seen
         return super().loss(stage, batch)

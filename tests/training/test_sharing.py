@@ -21,9 +21,8 @@ from tests.methods.orders import learn, order_room
 from tests.stages import END, VOCABULARY, Outcome, distance
 
 HEADS = {"a": [7, 9, 11, 13, 15, 17], "b": [7, 9, 21, 23, 25, 27, 29, 31]}
-# Rows with something of their own before the head, or whose layers are looked at.
+# Rows with something of their own before the head.
 PLAIN = {name: f"{name} conditions each row" for name in ("l2p", "progprompt", "lfpt5", "colora", "gainlora", "sapt")}
-PLAIN |= {name: f"{name} looks at what the layers read" for name in ("migu", "doc")}
 WHOLE = "the beginning of a task's prompts is computed for every row: "
 SIZES = {"training__global_batch": 6, "training__micro_batch": 3, "training__epochs": 1}
 
@@ -97,9 +96,7 @@ def test_every_method_learns_the_same(method: str) -> None:
         if method == "osft":  # a singular vector may point either way
             found.parameters, wanted.parameters = ({"answer": o.parameters["answer"]} for o in (found, wanted))
         assert distance(found.parameters, wanted.parameters) < 1e-3
-    assert (
-        bool(shared) != bool(said) or method == "migu"
-    )  # which looks at the outputs of the second of two stages alone
+    assert bool(shared) != bool(said)
     assert said == ([WHOLE + PLAIN[method]] if method in PLAIN else [])
 
 
@@ -133,6 +130,54 @@ def test_an_adapted_head_of_the_model_learns_the_same() -> None:
     [(plain, _, _)] = on_ranks(1, learned, "inclora", "off", **own)
     [(ours, shared, _)] = on_ranks(1, learned, "inclora", "auto", **own)
     assert shared > 0
+    for found, wanted in zip(ours, plain, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        assert distance(found.parameters, wanted.parameters) < 1e-3
+
+
+def _seen(how: str, of_weight_0: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each target Σ x xᵀ and Σ 1 over what it reads of rows of two tasks, some of no weight."""
+    room, config = order_room(Place(), "inclora", ("a",), "llama", training__share_prefix=how)
+    stage = StageRun(room, config, 0)
+    room.method.build(stage)
+    parts = [rows("a", 5), rows("b", 4)]
+    examples, tasks = [e for part in parts for e in part.examples], [t for part in parts for t in part.tasks]
+    stage.sharing.learn(examples, tasks)
+    weights = [1.0] * len(tasks)
+    weights[:of_weight_0] = [0.0] * of_weight_0
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(target: str, x: Tensor, counts: Tensor | None) -> None:
+        assert counts is not None and counts.shape == x.shape[:2] and counts.dtype == torch.int64
+        moment, count = found.get(target, (torch.zeros(()), torch.zeros(())))
+        found[target] = moment + torch.einsum("bsd,bse,bs->de", x, x, counts.float()), count + counts.sum()
+
+    with torch.no_grad(), stage.observe("inputs", see):
+        stage.forward(stage.make_batch(examples, tasks, weights))
+    stage.close()
+    return found
+
+
+@pytest.mark.parametrize("of_weight_0", [0, 2])
+@pytest.mark.parametrize("packed", [1000.0, 0.0])
+def test_who_looks_at_layers_sees_the_head_once_for_every_row(
+    packed: float, of_weight_0: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cl_runner.models.heads.PACKED", packed)
+    plain, ours = _seen("off", of_weight_0), _seen("auto", of_weight_0)
+    assert list(ours) == list(plain)
+    counted = [*rows("a", 5).examples[of_weight_0:], *rows("b", 4).examples]
+    tokens = sum(len(example.source) + len(example.target) - 1 for example in counted)
+    for target, (moment, count) in plain.items():
+        assert int(ours[target][1]) == int(count) == tokens
+        torch.testing.assert_close(ours[target][0], moment, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_layer_that_is_looked_at_reads_whole_rows() -> None:
+    own = {"adapter__target_modules": ["q_proj", "lm_head"]}
+    [(plain, _, _)] = on_ranks(1, learned, "migu", "off", **own)
+    [(ours, shared, said)] = on_ranks(1, learned, "migu", "auto", **own)
+    assert shared > 0 and said == [f"{WHOLE}migu looks at what the output layer reads"]  # in the second stage
     for found, wanted in zip(ours, plain, strict=True):
         assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
         assert distance(found.parameters, wanted.parameters) < 1e-3

@@ -311,25 +311,25 @@ def test_observers_on_two_ranks_see_their_own() -> None:
 def _check_observed(kind: Kind, result: tuple[list[Any], dict[str, Tensor], Batch]) -> None:
     seen, truly, batch = result
     assert sorted(target for target, _, _ in seen) == sorted([*truly, *truly])
-    for target, rows, mask in seen:
+    for target, rows, counts in seen:
         assert not rows.requires_grad
         torch.testing.assert_close(rows, truly[target], rtol=1e-4, atol=1e-5)
         # T5's decoder, but for the keys and values that its cross-attention makes of the encoder's output.
         crossing = "EncDecAttention" in target and target.endswith((".k", ".v"))
         of_labels = kind == "t5" and target.startswith("decoder.") and not crossing
         expected = batch.labels != IGNORE if of_labels else batch.attention_mask.bool()
-        assert mask.dtype == torch.bool and torch.equal(mask, expected), target
+        assert torch.equal(counts, expected.long()), target
 
 
-def test_observers_of_a_generation_get_no_wrong_mask() -> None:
+def test_observers_of_a_generation_get_no_wrong_counts() -> None:
     stage = opened("t5")
     seen: list[Any] = []
     with stage.observe("inputs", lambda *given: seen.append(given)):
         stage.generate(some_rows(2).examples)
-    encoder = [(rows, mask) for target, rows, mask in seen if target.startswith("encoder.")]
-    assert encoder and all(mask.shape == rows.shape[:2] for rows, mask in encoder)
-    decoder = [mask for target, rows, mask in seen if "decoder" in target and "SelfAttention" in target]
-    assert len(decoder) > len(encoder) and not any(mask is not None for mask in decoder)
+    encoder = [(rows, counts) for target, rows, counts in seen if target.startswith("encoder.")]
+    assert encoder and all(counts.shape == rows.shape[:2] for rows, counts in encoder)
+    decoder = [counts for target, rows, counts in seen if "decoder" in target and "SelfAttention" in target]
+    assert len(decoder) > len(encoder) and not any(counts is not None for counts in decoder)
 
 
 # --- generation
@@ -495,15 +495,17 @@ def test_shared_inputs_and_masks_of_other_families() -> None:
     assert sorted(cross) in [sorted(group) for group in stage.input_groups()]
     assert [len(group) for group in stage.input_groups() if "out_proj" in group[0] or "fc1" in group[0]] == [1] * 8
     batch = collate([Example([5, 6, 7, END], [8, END]), Example([5, END], [8, 9, 9, END])], stage.room.base.layout)
-    masks: dict[str, Any] = {}
-    with stage.observe("inputs", lambda target, rows, mask: masks.update({target: mask})):
+    seen: dict[str, Any] = {}
+    with stage.observe("inputs", lambda target, rows, counts: seen.update({target: counts})):
         stage.input_groups()  # no forward that an observer should see
         stage._look_for_shared_inputs()
-        assert not masks
+        assert not seen
         stage.forward(batch)
-    for target, mask in masks.items():
+    for target, counts in seen.items():
         of_source = target in cross or ".encoder." in target
-        assert torch.equal(mask, batch.attention_mask.bool() if of_source else batch.labels != IGNORE), target
+        assert torch.equal(counts, (batch.attention_mask.bool() if of_source else batch.labels != IGNORE).long()), (
+            target
+        )
 
 
 # --- ranks

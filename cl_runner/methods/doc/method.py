@@ -110,13 +110,12 @@ class DOC(Sequential):
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
         if self._step != stage.progress.step:
             self._step, self._inputs = stage.progress.step, {}
-        real = (batch.token_weights != 0).any(1)  # a rank without rows computes on one that does not count
 
-        def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
+        def see(target: str, rows: Tensor, counts: Tensor | None) -> None:
             import torch
 
-            counted = (real[:, None].expand(rows.shape[:2]) if mask is None else mask & real[:, None]).float()
-            total = torch.cat([(rows.float() * counted[..., None]).sum((0, 1)), counted.sum()[None]])
+            assert counts is not None, "no rows of this batch"
+            total = torch.cat([(rows.float() * counts[..., None]).sum((0, 1)), counts.sum()[None]])
             self._inputs[target] = self._inputs[target] + total if target in self._inputs else total
 
         with stage.observe("inputs", see):

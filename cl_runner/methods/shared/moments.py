@@ -30,25 +30,30 @@ def input_sums(stage: Stage, source: Source | None = None) -> Iterator[tuple[tup
 
     groups = {targets[0]: targets for targets in stage.input_groups()}
     moments: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    real = torch.ones((), dtype=torch.bool)
+    tokens: dict[str, Tensor] = {}
 
-    def see(target: str, rows: Tensor, mask: Tensor | None) -> None:
+    def see(target: str, rows: Tensor, counts: Tensor | None) -> None:
         if target not in groups:
             return
-        counted = real[:, None].expand(rows.shape[:2]) if mask is None else mask & real[:, None]
-        x = (rows * counted[..., None]).double().flatten(0, 1)
+        assert counts is not None, "no rows of this batch"
+        x, times = rows[counts > 0].double(), counts[counts > 0]
         if target not in moments:
             moments[target] = x.new_zeros(x.shape[1], x.shape[1])
-            counts[target] = counted.new_zeros((), dtype=torch.int64)
+            tokens[target] = times.new_zeros(())
         with torch.autocast(rows.device.type, enabled=False):
-            moments[target].addmm_(x.mT, x)  # in place: nothing else of this size
-        counts[target] += counted.sum()
+            moments[target].addmm_((x * times[:, None]).mT, x)  # in place: nothing else of this size
+        tokens[target] += times.sum()
 
     with torch.no_grad(), stage.observe("inputs", see):
-        for batch in stage.batches(source):
-            real = (batch.token_weights != 0).any(1)  # a rank without rows sees one that does not count
+        for batch in stage.batches(by_length(source or stage.own_rows())):
             stage.forward(batch)
     # One by one out of the dictionary, so that none is held beside its sum.
     for name in sorted(moments):
-        yield groups[name], stage.sum(moments.pop(name)), int(stage.sum(counts[name]))
+        yield groups[name], stage.sum(moments.pop(name)), int(stage.sum(tokens[name]))
+
+
+def by_length(source: Source) -> Source:
+    """The same rows task by task, the longest first: next to no padding, and what does not fit into memory shows."""
+    rows = range(len(source.examples))
+    size = [len(example.source) + len(example.target) for example in source.examples]
+    return source.take(sorted(rows, key=lambda row: (source.tasks[row], -size[row])))
