@@ -30,6 +30,8 @@ from cl_runner.terminal.progress import duration
 from cl_runner.terminal.stopping import Stopped
 from cl_runner.training.reuse import decided, decided_alone
 
+REASONS = 5  # that are told of runs that would be refused
+
 
 def sweep(
     file: Path,
@@ -54,7 +56,7 @@ def sweep(
     check_platform()
     kind, config = _engine(asked, engine, slots)
     processes = kind.processes(config)
-    runs = [_planned(file, cell, processes) for cell in cells(asked, output_dir)]
+    runs = _all_planned(file, cells(asked, output_dir), processes)
     share(runs)
     if form == "dry-run":
         found = cost(runs, _silent if as_json else say) if measure else None
@@ -82,15 +84,36 @@ def sweep(
     return _tell(queue.standing, folder, as_json)
 
 
-def _planned(file: Path, cell: Cell, processes: int) -> PlannedRun:
-    """A run as ``train`` would prepare it, of so many processes. Raises UserError where it would be refused."""
+def _all_planned(file: Path, wanted: Sequence[Cell], processes: int) -> list[PlannedRun]:
+    """Every run. Raises UserError where some would be refused: each reason once, with the first run that it is of."""
+    found: list[PlannedRun] = []
+    refused: dict[str, list[str]] = {}  # reason → whose it is
+    for cell in wanted:
+        tried = _planned(cell, processes)
+        if isinstance(tried, UserError):
+            refused.setdefault(str(tried), []).append(cell.label or "the run")
+        else:
+            found.append(tried)
+    if not refused:
+        return found
+    reasons = []
+    for why, (first, *others) in list(refused.items())[:REASONS]:
+        more = f" (and {_counted(len(others), 'run')} more)" if others else ""
+        reasons.append(f"{first}: {why}{more}")
+    if len(refused) > REASONS:
+        reasons.append(f"and {_counted(len(refused) - REASONS, 'reason')} more")
+    raise UserError(f"{file}: {'; '.join(reasons)}")
+
+
+def _planned(cell: Cell, processes: int) -> PlannedRun | UserError:
+    """A run as ``train`` would prepare it, of so many processes; why it would be refused."""
     settings = dict(cell.settings)
     reuses = bool(settings.pop("output.reuse", False))
     try:
         request = _request(Cell(cell.label, settings))
         run = Prepared.of(request, None, None, restart=False, elsewhere=processes)
     except UserError as error:
-        raise UserError(f"{file}: {cell.label or 'the run'}: {error}") from None
+        return error
     config, shown = run.resolved.config, run.plan.shown()
     batch = (str(config.training.micro_batch), str(config.training.global_batch))
     return PlannedRun(

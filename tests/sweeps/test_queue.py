@@ -153,6 +153,20 @@ def test_what_no_engine_would_run(tmp_path: Path, more: dict[str, Any], flags: t
     assert told.code == 2 and words in told.line, told.err
 
 
+def test_every_reason_is_told_once_with_how_many_runs_it_is_of(tmp_path: Path, here: type[Here]) -> None:
+    grid = {"order": ["one.yaml", "two.yaml"], "method": ["olora", "olorra"], "method.lambda1": [0.5, -1]}
+    written(tmp_path, grid=grid)
+    told = swept(tmp_path)
+    assert told.code == 2 and not here.started and not (tmp_path / "runs").exists()
+    assert told.line.startswith("cl-runner: trial.yaml: one olora method.lambda1=-1 seed 1: --set method.lambda1=-1: ")
+    first, second = told.line.split("; one olorra method.lambda1=0.5 seed 1: ")
+    assert first.endswith(" (and 1 run more)") and "did you mean 'olora'" in second
+    assert second.endswith(" (and 3 runs more)")
+
+    written(tmp_path, grid={"method.lambda1": [-1, -2, -3, -4, -5, -6, -7]})
+    assert swept(tmp_path).line.endswith("; and 2 reasons more")
+
+
 def test_two_sweeps_at_once_are_refused(tmp_path: Path, here: type[Here]) -> None:
     from cl_runner.runs import lock
 
