@@ -130,7 +130,8 @@ class EWCLoRA(Method):
         together, rows = stage.config.training.global_batch, len(source.examples)
         chunks = [range(first, min(first + together, rows)) for first in range(0, rows, together)]
         for chunk in chunks:
-            [gradients] = stage.update_gradients(partial(self.loss, stage), stage.batches(source.take(chunk)))
+            batches = stage.batches(source.take(chunk).by_length())
+            [gradients] = stage.update_gradients(partial(self.loss, stage), batches)
             for target, gradient in gradients.items():
                 total[target] += gradient.square()
         return {target: squares / len(chunks) for target, squares in total.items()}

@@ -133,8 +133,9 @@ def surprise(stage: Stage, examples: Sequence[Example], of: Literal["sequence", 
     total = torch.zeros(len(examples), device=stage.device)
     if of == "sequence" and not stage.encoder_decoder:
         examples = [e._replace(source=e.source[:1], target=[*e.source[1:], *e.target]) for e in examples]
-    # A batch knows the tasks of its rows: here these are their numbers.
-    rows = Source(examples, [str(i) for i in range(len(examples))])
+    # A batch knows the tasks of its rows: here these are their numbers. The longest first: next to no padding.
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source) - len(examples[i].target))
+    rows = Source([examples[i] for i in order], list(map(str, order)))
     with torch.no_grad(), stage.without_dropout():
         for batch in stage.batches(rows):
             counts = batch.token_weights != 0

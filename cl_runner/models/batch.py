@@ -99,6 +99,27 @@ class Batch:
         }
         return replace(self._each(lambda value: value[rows]), **own)
 
+    def row(self, number: int) -> Batch:
+        """One row by itself, without padding unless a method has conditioned it, maybe by position.
+
+        Waits for the device.
+        """
+        one = self.slice(slice(number, number + 1))
+        if one.condition:
+            return one
+        s, t = int(one.attention_mask.sum()), int((one.labels != IGNORE).sum())
+        at_left = one.position_ids is not None  # where padding is
+        inputs, labels = (slice(-n, None) if at_left and n else slice(n) for n in (s, t))
+        return replace(
+            one,
+            input_ids=one.input_ids[:, inputs],
+            attention_mask=one.attention_mask[:, inputs],
+            labels=one.labels[:, labels],
+            token_weights=one.token_weights[:, labels],
+            position_ids=None if one.position_ids is None else one.position_ids[:, inputs],
+            decoder_input_ids=None if one.decoder_input_ids is None else one.decoder_input_ids[:, labels],
+        )
+
     def read_to_the_end(self, head: bool) -> Batch:
         """Decoder-only rows with their last label token too, a column more; for those who look at layers.
 

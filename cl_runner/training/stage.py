@@ -311,7 +311,7 @@ class StageRun:
     ) -> Iterator[dict[str, Tensor]]:
         if per_example:
             for batch in batches:
-                rows = (batch.slice(slice(row, row + 1)) for row in range(batch.size))
+                rows = map(batch.row, range(batch.size))
                 yield from (self._update_gradient(loss, row) for row in rows if row.label_tokens)
             return
         total = {target: torch.zeros(shape, device=self.device) for target, shape in self.targets().items()}
@@ -350,7 +350,7 @@ class StageRun:
         for batch in batches:
             # The rows of a batch share the graph of its condition, if that has one.
             shared = any(value.requires_grad for value in batch.condition.values())
-            rows = (batch.slice(slice(row, row + 1)) for row in range(batch.size))
+            rows = map(batch.row, range(batch.size))
             with evaluating(self.adapters.model):
                 mine = [self._one_gradient(loss, row, shared) for row in rows if row.label_tokens]
             yield from self._of_every_rank(mine)

@@ -19,6 +19,7 @@ from cl_runner.errors import UserError
 from cl_runner.methods import METHODS, make_method, method_class, method_schema
 from cl_runner.methods import protocol as protocol
 from cl_runner.methods.protocol import Method, Progress, Source, Stage, StagePlan, State, overrides
+from cl_runner.models.batch import Example
 from cl_runner.training.prepare import open_stage
 from cl_runner.training.stage import StageRun, commit_update
 from tests.adapters.families import adapters_of, base_model, logits, off, random_pair
@@ -239,6 +240,13 @@ def test_unknown_methods_and_settings_are_refused() -> None:
         with pytest.raises(ValueError, match="nonsense"):
             method_schema(name)(nonsense=1)
     assert make_method(RunConfig.model_validate({"method": {"name": "olora", "lambda1": 2}})).config.lambda1 == 2
+
+
+def test_rows_by_length_are_the_same_rows_task_by_task_the_longest_first() -> None:
+    source = Source([Example([5] * n, [2]) for n in (2, 4, 3, 9)], ["b", "a", "a", "b"], 0.5, ["0", "1", "2", "3"])
+    found = source.by_length()
+    assert [len(example.source) for example in found.examples] == [4, 3, 9, 2]
+    assert found.tasks == ["a", "a", "b", "b"] and found.ids == ["1", "2", "3", "0"] and found.weight == 0.5
 
 
 def test_progress() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_runner.models.batch import collate, token_batches
-from tests.stages import LAYOUTS, some_rows
+from cl_runner.models.batch import Example, collate, token_batches
+from tests.stages import LAYOUTS, Kind, some_rows
 
 
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), most=st.integers(1, 100))
@@ -37,3 +38,22 @@ def test_tokens_end_to_end_become_rows_again_and_nothing_else_does() -> None:
         assert batch.by_row(other) is other
     behind_a_prompt = replace(batch, condition={"prefix": torch.zeros(4, 2, 3)})
     assert behind_a_prompt.by_row(torch.randn(4 * (s + 2), 3)).shape == (4, s + 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_row_by_itself_is_the_batch_of_it_alone(kind: Kind) -> None:
+    examples = [Example([5, 6, 7], [8, 9, 2]), Example([5], [2]), Example([5, 7, 9, 6], [8, 2]), Example([6, 5], [])]
+    weights = [0.5, 2.0, 0.0, 1.0]
+    batch = replace(
+        collate(examples, LAYOUTS[kind], weights=weights),
+        tasks=("a", "b", "c", "d"),
+        heads=(1, 0, 2, 0),
+    )
+    for number, (example, weight) in enumerate(zip(examples, weights, strict=True)):
+        alone, found = collate([example], LAYOUTS[kind], weights=[weight]), batch.row(number)
+        for name in ("input_ids", "attention_mask", "labels", "token_weights", "position_ids", "decoder_input_ids"):
+            ours, wanted = getattr(found, name), getattr(alone, name)
+            assert (ours is None and wanted is None) or torch.equal(ours, wanted), name
+        assert found.tasks == (batch.tasks[number],) and found.heads == (batch.heads[number],)
+    conditioned = replace(batch, condition={"of each token": batch.input_ids.float()}).row(1)
+    assert conditioned.input_ids.shape == conditioned.condition["of each token"].shape == (1, batch.input_ids.shape[1])

@@ -115,7 +115,7 @@ def drawn_at_step(source: Source, size: int, stage: Stage) -> Source:
 
 def memory_gradient(method: Method, stage: Stage, source: Source) -> dict[str, Tensor]:
     """Gradient of the mean loss per label token of a source, by name; the same on every rank. *Collective*."""
-    (found,) = stage.gradient(lambda batch: method.loss(stage, batch), stage.batches(source))
+    (found,) = stage.gradient(lambda batch: method.loss(stage, batch), stage.batches(source.by_length()))
     return found
 
 

@@ -45,15 +45,8 @@ def input_sums(stage: Stage, source: Source | None = None) -> Iterator[tuple[tup
         tokens[target] += times.sum()
 
     with torch.no_grad(), stage.observe("inputs", see):
-        for batch in stage.batches(by_length(source or stage.own_rows())):
+        for batch in stage.batches((source or stage.own_rows()).by_length()):
             stage.forward(batch)
     # One by one out of the dictionary, so that none is held beside its sum.
     for name in sorted(moments):
         yield groups[name], stage.sum(moments.pop(name)), int(stage.sum(tokens[name]))
-
-
-def by_length(source: Source) -> Source:
-    """The same rows task by task, the longest first: next to no padding, and what does not fit into memory shows."""
-    rows = range(len(source.examples))
-    size = [len(example.source) + len(example.target) for example in source.examples]
-    return source.take(sorted(rows, key=lambda row: (source.tasks[row], -size[row])))

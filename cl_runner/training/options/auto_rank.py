@@ -122,7 +122,7 @@ def _orthonormal(stage: StageRun) -> dict[str, Tensor]:
 
 def _gradients(stage: StageRun, source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Target → gradient by its A, and by its B, fp64."""
-    [found] = stage.gradient(partial(stage.room.method.loss, stage), stage.batches(source))
+    [found] = stage.gradient(partial(stage.room.method.loss, stage), stage.batches(source.by_length()))
     by_A, by_B = ({target: found[name].double() for target, name in stage.named(role).items()} for role in "AB")
     return by_A, by_B
 

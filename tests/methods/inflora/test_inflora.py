@@ -14,10 +14,9 @@ from cl_runner.config.schema import RunConfig
 from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
-from cl_runner.methods.protocol import Source, State
+from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.gpm import Memory, designed_rows, updated
-from cl_runner.methods.shared.moments import by_length, input_moments
-from cl_runner.models.batch import Example
+from cl_runner.methods.shared.moments import input_moments
 from cl_runner.runs.commit import commit
 from cl_runner.runs.folder import RunDir
 from cl_runner.training.checkpoint import restore_stage, save_stage
@@ -28,7 +27,7 @@ from tests.distributed import on_ranks
 from tests.methods.moments import moments_by_hand
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, STEPS, THREE, off, put, values
-from tests.stages import END, Kind, naive_loss, some_rows
+from tests.stages import Kind, naive_loss, some_rows
 
 R = 3
 
@@ -238,10 +237,3 @@ def test_past_inputs_are_left_alone_to_the_rounding_of_the_forward(
     other = torch.randn(used, n, generator=dice)
     share = effect(past) / effect(past.norm() / other.norm() * other)
     assert least <= share < most
-
-
-def test_rows_are_looked_at_task_by_task_the_longest_first() -> None:
-    source = Source([Example([5] * n, [END]) for n in (2, 4, 3, 9)], ["b", "a", "a", "b"], 0.5, ["0", "1", "2", "3"])
-    found = by_length(source)
-    assert [len(example.source) for example in found.examples] == [4, 3, 9, 2]
-    assert found.tasks == ["a", "a", "b", "b"] and found.ids == ["1", "2", "3", "0"] and found.weight == 0.5
