@@ -12,7 +12,7 @@
 #             scripts/tune.sh has found: for `python scripts/leaderboard.py`
 # On SmolLM2-135M (scripts/get_smollm2.sh smollm2) and real rows, DATA=FOLDER, the benchmark's:
 #   coefficients   of penalties, on train rows that no other study reads: amazon → dbpedia
-#   real           ten methods on dbpedia → amazon → agnews
+#   real           eleven methods on dbpedia → amazon → agnews
 #   real-eight     four methods on eight tasks
 #   real-rank      rank × epochs on dbpedia → amazon → agnews
 # FOLDER=… is where results stand, RUNS=… where runs go (default runs/studies).
@@ -93,7 +93,9 @@ case "$name" in
   coefficients)
     mkdir -p "$runs" && validation
     for which in inclora "olora method.lambda1=0.02 0.1" "nlora method.lambda1=30 3000" "ewc method.lambda1=400 4000" \
-      "sparse-orth method.lambda1,method.lambda2=30,2000 300,20000" "inflora method.threshold=0.95 0.99"; do
+      "sparse-orth method.lambda1,method.lambda2=30,2000 300,20000" "inflora method.threshold=0.95 0.99" \
+      "gainlora training.lr=5e-4 1.5e-3" "sapt method.kappa=0.1 1" "ewc-lora method.lambda1=1e3 1e4" \
+      "jumplora method.lambda1=3e3 3e4"; do
       vary=()
       [ "$which" = inclora ] || vary=(--vary "${which#* }")
       real --orders "$runs/amazon-dbpedia.yaml" --methods "${which%% *}" --seeds 1 "${vary[@]}" -- \
@@ -105,6 +107,7 @@ case "$name" in
       methods="seqlora inclora olora inflora"
       [ $seed = 2 ] || methods+=" nlora sparse-orth ewc replay pertask mtl"
       real --orders order1-three --methods "$methods" --seeds $seed -- --data-dir "$DATA"
+      real --orders order1-three --methods gainlora --seeds $seed --vary training.lr=1.5e-3 -- --data-dir "$DATA"
     done
     ;;
   real-eight)
