@@ -30,7 +30,7 @@ from cl_runner.terminal.progress import duration
 from cl_runner.terminal.stopping import Stopped
 from cl_runner.training.reuse import decided, decided_alone
 
-REASONS = 5  # that are told of runs that would be refused
+REASONS = 5  # that are told of why runs would be refused
 
 
 def sweep(
@@ -85,7 +85,7 @@ def sweep(
 
 
 def _all_planned(file: Path, wanted: Sequence[Cell], processes: int) -> list[PlannedRun]:
-    """Every run. Raises UserError where some would be refused: each reason once, with the first run that it is of."""
+    """Every run. Raises UserError where some would be refused, with the first reasons, each once with its first run."""
     found: list[PlannedRun] = []
     refused: dict[str, list[str]] = {}  # reason → whose it is
     for cell in wanted:
@@ -96,13 +96,14 @@ def _all_planned(file: Path, wanted: Sequence[Cell], processes: int) -> list[Pla
             found.append(tried)
     if not refused:
         return found
-    reasons = []
+    told = []
     for why, (first, *others) in list(refused.items())[:REASONS]:
         more = f" (and {_counted(len(others), 'run')} more)" if others else ""
-        reasons.append(f"{first}: {why}{more}")
-    if len(refused) > REASONS:
-        reasons.append(f"and {_counted(len(refused) - REASONS, 'reason')} more")
-    raise UserError(f"{file}: {'; '.join(reasons)}")
+        told.append(f"{first}: {why}{more}")
+    if len(told) > 1:
+        told = [f"({number}) {reason}" for number, reason in enumerate(told, 1)]
+    left = f" and {_counted(len(refused) - REASONS, 'reason')} more" if len(refused) > REASONS else ""
+    raise UserError(f"{file}: {' '.join(told)}{left}")
 
 
 def _planned(cell: Cell, processes: int) -> PlannedRun | UserError:

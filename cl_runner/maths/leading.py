@@ -14,15 +14,21 @@ def leading(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Exact where a side is small or k is near to it. Elsewhere by a random block that is turned towards them (Halko,
     Martinsson and Tropp 2011, arXiv 0909.4061), in a fraction of the time (``benchmarks/leading.py``). The vectors are
-    orthonormal in any case; where singular values hardly fall, as those of noise, they may miss some percent of the
-    energy that the leading ones have. Numbers are drawn by a seed of their own: no other generator is moved, and equal
+    orthonormal in any case; where singular values hardly fall, as those of noise, they may miss a tenth of the energy
+    that the leading ones have. Numbers are drawn by a seed of their own: nothing else is drawn otherwise, and equal
     matrices have equal results.
     """
     block, side = k + max(16, k // 8), min(G.shape)
     if side <= max(SMALL, 3 * block):
         U, singular, V = torch.linalg.svd(G, full_matrices=False)
         return U[:, :k], singular[:k], V[:k].mT
-    with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
-        torch.manual_seed(0)
-        U, singular, V = torch.svd_lowrank(G, q=block, niter=TURNS)
+    # svd_lowrank takes no generator; torch.manual_seed would move those of all devices.
+    generator = torch.cuda.default_generators[G.get_device()] if G.is_cuda else torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(0)
+    try:
+        with torch.autocast(G.device.type, enabled=False):
+            U, singular, V = torch.svd_lowrank(G, q=block, niter=TURNS)
+    finally:
+        generator.set_state(before)
     return U[:, :k], singular[:k], V[:, :k]

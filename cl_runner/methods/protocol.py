@@ -228,8 +228,9 @@ class Stage(Protocol):
     ) -> AbstractContextManager[None]:
         """Call ``see(target, rows, counts)`` at every forward of a target layer: ``rows`` (b, t, d), counts (b, t).
 
-        counts: how many tokens of the batch's rows each is: 0 of padding and of rows without weight, more than 1 where
-        rows share the beginning of their prompts. None where a target is handed other rows (in a step of generation).
+        counts: int64, how many tokens of the batch's rows each is: 0 of padding and of rows without weight, more than 1
+        where rows share the beginning of their prompts, which is then a forward by itself, or stands with all rows in
+        one. None where a target is handed other rows (in a step of generation).
         """
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:

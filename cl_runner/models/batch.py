@@ -100,7 +100,7 @@ class Batch:
         return replace(self._each(lambda value: value[rows]), **own)
 
     def row(self, number: int) -> Batch:
-        """One row by itself, without padding unless a method has conditioned it, maybe by position.
+        """One row of a collated batch by itself, without padding unless a method has conditioned it, maybe by position.
 
         Waits for the device.
         """

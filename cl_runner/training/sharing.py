@@ -122,6 +122,11 @@ class Sharing:
             return f"{stage.room.method.name} looks at what the output layer reads"
         return self._never()
 
+    def decide(self) -> None:
+        """Try now what the first batch would, where any may share."""
+        if self._heads and self.stage.config.training.share_prefix != "off":
+            self._never()
+
     def _never(self) -> str:
         """Why this stage's batches never share; empty: they may."""
         if self._always is None:

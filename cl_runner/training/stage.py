@@ -322,6 +322,7 @@ class StageRun:
 
     def _update_gradient(self, loss: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
         """Of one forward: ``Σ δ xᵀ`` over its positions, δ the gradient by a layer's output for its input x."""
+        self.sharing.decide()  # by a trial that the hooks below must not see
         found: dict[str, Tensor] = {}
 
         def watched(target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -417,8 +418,9 @@ class StageRun:
         if self.room.base.encoder_decoder and ".encoder." not in f".{target}" and not _reads_encoder(target):
             masks = masks[1:]
         mask = next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
-        if mask is None:  # positions of the model's own making, all of them real
-            return batch.counts.expand(rows.shape[:2]) if batch.labels.shape[1] else None
+        if mask is None:  # positions of the model's own making are taken for real ones
+            own = batch.labels.shape[1] and rows.shape[0] == batch.size
+            return batch.counts.expand(rows.shape[:2]) if own else None
         return mask * batch.counts
 
     def features(self, batch: Batch) -> Tensor:

@@ -158,13 +158,16 @@ def test_every_reason_is_told_once_with_how_many_runs_it_is_of(tmp_path: Path, h
     written(tmp_path, grid=grid)
     told = swept(tmp_path)
     assert told.code == 2 and not here.started and not (tmp_path / "runs").exists()
-    assert told.line.startswith("cl-runner: trial.yaml: one olora method.lambda1=-1 seed 1: --set method.lambda1=-1: ")
-    first, second = told.line.split("; one olorra method.lambda1=0.5 seed 1: ")
+    of_first = "(1) one olora method.lambda1=-1 seed 1: --set method.lambda1=-1: "
+    assert told.line.startswith(f"cl-runner: trial.yaml: {of_first}")
+    first, second = told.line.split(" (2) one olorra method.lambda1=0.5 seed 1: ")
     assert first.endswith(" (and 1 run more)") and "did you mean 'olora'" in second
     assert second.endswith(" (and 3 runs more)")
 
     written(tmp_path, grid={"method.lambda1": [-1, -2, -3, -4, -5, -6, -7]})
-    assert swept(tmp_path).line.endswith("; and 2 reasons more")
+    assert swept(tmp_path).line.endswith(" and 2 reasons more")
+    written(tmp_path, grid={"order": ["one.yaml"], "method.lambda1": [-1, 7]})
+    assert "(1)" not in swept(tmp_path).line
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path: Path, here: type[Here]) -> None:

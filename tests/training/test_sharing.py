@@ -13,7 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.methods import METHODS
 from cl_runner.methods.protocol import Source, StagePlan
 from cl_runner.models.batch import Example
-from cl_runner.models.heads import logits_in_one_row
+from cl_runner.models.heads import logits_behind_head, logits_in_one_row
 from cl_runner.training.stage import StageRun
 from tests.breadth import ONE_OF_EACH_SORT, narrowed
 from tests.distributed import on_ranks
@@ -164,13 +164,42 @@ def test_who_looks_at_layers_sees_the_head_once_for_every_row(
     packed: float, of_weight_0: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cl_runner.models.heads.PACKED", packed)
-    plain, ours = _seen("off", of_weight_0), _seen("auto", of_weight_0)
+    ways: list[str] = []
+    for way in (logits_in_one_row, logits_behind_head):
+
+        def spied(*given: Any, way: Any = way) -> Tensor:
+            ways.append(way.__name__)
+            found: Tensor = way(*given)
+            return found
+
+        monkeypatch.setattr(f"cl_runner.training.sharing.{way.__name__}", spied)
+    plain = _seen("off", of_weight_0)
+    assert not ways
+    ours = _seen("auto", of_weight_0)
+    assert ways == 2 * ["logits_in_one_row" if packed else "logits_behind_head"], "once a task"
     assert list(ours) == list(plain)
     counted = [*rows("a", 5).examples[of_weight_0:], *rows("b", 4).examples]
     tokens = sum(len(example.source) + len(example.target) - 1 for example in counted)
     for target, (moment, count) in plain.items():
         assert int(ours[target][1]) == int(count) == tokens
         torch.testing.assert_close(ours[target][0], moment, rtol=1e-4, atol=1e-4)
+
+
+def _by_update(how: str) -> dict[str, Tensor]:
+    """Gradients by the update of each layer, of the first rows that a stage sees: it was left at its end."""
+    room, config = order_room(Place(), "ewc-lora", ("a",), "llama", training__share_prefix=how)
+    stage = StageRun(room, config, 0)
+    room.method.build(stage)
+    own = rows("a", 6)
+    stage.sharing.learn(own.examples, own.tasks)
+    [found] = stage.update_gradients(lambda batch: room.method.loss(stage, batch), stage.batches(own))
+    stage.close()
+    return found
+
+
+def test_gradients_by_an_update_are_the_same_even_where_nothing_was_read_before() -> None:
+    plain, ours = _by_update("off"), _by_update("auto")
+    assert any(g.abs().max() > 0 for g in plain.values()) and distance(ours, plain) < 1e-5
 
 
 def test_an_output_layer_that_is_looked_at_reads_whole_rows() -> None:

@@ -36,13 +36,13 @@ def input_sums(stage: Stage, source: Source | None = None) -> Iterator[tuple[tup
         if target not in groups:
             return
         assert counts is not None, "no rows of this batch"
-        x, times = rows[counts > 0].double(), counts[counts > 0]
+        x = rows.double().mul_(counts[..., None].double().sqrt()).flatten(0, 1)  # one that is of n rows counts n times
         if target not in moments:
             moments[target] = x.new_zeros(x.shape[1], x.shape[1])
-            tokens[target] = times.new_zeros(())
+            tokens[target] = counts.new_zeros(())
         with torch.autocast(rows.device.type, enabled=False):
-            moments[target].addmm_((x * times[:, None]).mT, x)  # in place: nothing else of this size
-        tokens[target] += times.sum()
+            moments[target].addmm_(x.mT, x)  # in place: nothing else of this size
+        tokens[target] += counts.sum()
 
     with torch.no_grad(), stage.observe("inputs", see):
         for batch in stage.batches((source or stage.own_rows()).by_length()):
