@@ -163,6 +163,7 @@ def figure(entries: Sequence[Entry], title: str, file: Path) -> None:
 
     several = Counter(entry.key for entry in entries)
     panels, axes = pyplot.subplots(1, 2, figsize=(13, 8), constrained_layout=True, sharey=True)
+    labels: dict[Any, list[Any]] = {axis: [] for axis in axes}
     for axis, cost, said in zip(axes, ("seconds", "megabytes"), ("train s", "MB after the last stage"), strict=True):
         on = []
         for entry, best in zip(entries, fronts(entries, cost), strict=True):
@@ -173,7 +174,9 @@ def figure(entries: Sequence[Entry], title: str, file: Path) -> None:
             axis.plot(*at, "s" if entry.marks else "o", color=colour, markersize=4)
             alone = several[entry.key] == 1  # else its settings tell it from others
             name = entry.key + entry.marks if alone else entry.name.replace("`", "")
-            axis.annotate(name, at, fontsize=6.5, xytext=(3, 2), textcoords="offset points")
+            line = {"arrowstyle": "-", "linewidth": 0.3, "color": "tab:grey", "shrinkA": 0, "shrinkB": 0}
+            where = {"xytext": (3, 2), "textcoords": "offset points", "arrowprops": line}
+            labels[axis].append(axis.annotate(name, at, fontsize=6.5, **where))
             if best:
                 on.append(at)
         axis.step(*zip(*sorted(on), strict=True), where="post", color="tab:red", linewidth=0.8) if on else None
@@ -183,8 +186,26 @@ def figure(entries: Sequence[Entry], title: str, file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("AA, %")
     panels.suptitle(title, fontsize="medium")
+    panels.canvas.draw()  # from now on it is known where everything is
+    for each in labels.values():
+        apart(each, panels.canvas.get_renderer())
     panels.savefig(file, dpi=120)
     pyplot.close(panels)
+
+
+def apart(labels: Iterable[Any], renderer: Any) -> None:
+    """Move each label up or down until it lies on none before it, if a few points will do."""
+    from matplotlib.text import Text
+
+    taken: list[Any] = []
+    for label in labels:
+        for height in (2, -6, 9, -13, 16, -20, 23, -27, 30, -34, 37, -41, 44):
+            label.set_position((3 if abs(height) < 10 else 8, height))
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without its line
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def page(found: Mapping[tuple[str, str, bool], Sequence[Entry]], file: Path, command: str) -> str:
