@@ -23,17 +23,24 @@ from cl_runner.methods.shared.moments import input_moments
 from cl_runner.models.heads import common_head
 from cl_runner.training.plan import Plan
 from cl_runner.training.prepare import Room, Tokens, open_stage
+from cl_runner.training.stage import StageRun
 
 WAYS = ("auto", "off")
 
 
-def training(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
-    """Seconds of a step, the median of a stage's."""
+def opened(plan: Plan, room: Room, index: int, how: str) -> StageRun:
+    """A stage that is about to train, the first of its kind."""
     config = plan.config.model_copy(deep=True)
     config.training.share_prefix = how  # type: ignore[assignment]
     room.adapters.restore([], {}, None)
     stage = open_stage(room, config, index)
     room.method.build(stage)
+    return stage
+
+
+def training(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
+    """Seconds of a step, the median of a stage's."""
+    stage = opened(plan, room, index, how)
     return median(step_seconds(stage, tokens.source(stage.plan).examples))
 
 
@@ -49,11 +56,7 @@ def evaluation(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> 
 
 def moments(plan: Plan, room: Room, tokens: Tokens, index: int, how: str) -> float:
     """Seconds for the second moments of a stage's own rows."""
-    config = plan.config.model_copy(deep=True)
-    config.training.share_prefix = how  # type: ignore[assignment]
-    room.adapters.restore([], {}, None)
-    stage = open_stage(room, config, index)
-    room.method.build(stage)
+    stage = opened(plan, room, index, how)
     stage.own = own = tokens.source(stage.plan)
     stage.sharing.learn(own.examples, own.tasks)
     with stage.without_dropout():
