@@ -47,6 +47,8 @@ class Sharing:
             return
         for task, rows in by_task(tasks).items():
             self._heads[task] = common_head((examples[row].source for row in rows), self._heads.get(task))
+        if any(self._heads.values()):
+            self._will_share()  # tried here, where nobody looks at layers yet
 
     def with_heads(self, batch: Batch, examples: Sequence[Example], tasks: Sequence[str]) -> Batch:
         """The batch, that knows how much of each row is its task's head; of rows that do not begin so, nothing."""
@@ -122,11 +124,6 @@ class Sharing:
             return f"{stage.room.method.name} looks at what the output layer reads"
         return self._never()
 
-    def decide(self) -> None:
-        """Try now what the first batch would, where any may share."""
-        if self._heads and self.stage.config.training.share_prefix != "off":
-            self._never()
-
     def _never(self) -> str:
         """Why this stage's batches never share; empty: they may."""
         if self._always is None:
@@ -144,7 +141,7 @@ class Sharing:
             return "training.dropout_by: micro drops otherwise in each row's"
         if attention_dropout(stage.room.base.model):
             return "the attention drops otherwise in each row's"
-        with stage.room.root.context(), stage.unobserved():
+        with stage.room.root.context():
             keeps = goes_on(stage.adapters.model)
         if not keeps:
             return "this model keeps no keys and values that rows could go on from"

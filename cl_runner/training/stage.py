@@ -239,12 +239,13 @@ class StageRun:
         ]
         layout = self.room.base.layout
         batch = collate([Example([layout.eos_id] * 2, [layout.eos_id] * 2)], layout, self.device)
+        observers, self._observers = self._observers, []
         condition, self.adapters.condition = self.adapters.condition, {}  # that of other rows
         try:
-            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context(), self.unobserved():
+            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context():
                 logits(self.adapters.model, batch)
         finally:
-            self.adapters.condition = condition
+            self._observers, self.adapters.condition = observers, condition
             for hook in hooks:
                 hook.remove()
         groups: dict[int, list[str]] = {}
@@ -322,7 +323,6 @@ class StageRun:
 
     def _update_gradient(self, loss: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
         """Of one forward: ``Σ δ xᵀ`` over its positions, δ the gradient by a layer's output for its input x."""
-        self.sharing.decide()  # by a trial that the hooks below must not see
         found: dict[str, Tensor] = {}
 
         def watched(target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -381,15 +381,6 @@ class StageRun:
             yield
         finally:
             self._observers.remove(entry)
-
-    @contextmanager
-    def unobserved(self) -> Iterator[None]:
-        """Inside, forwards of rows that are nobody's are seen by nobody."""
-        observers, self._observers = self._observers, []
-        try:
-            yield
-        finally:
-            self._observers = observers
 
     @property
     def observed(self) -> bool:

@@ -65,7 +65,7 @@ class Gates:
             rows += [of_task[i] for i in drawn.tolist()]
         totals: list[Tensor] = []  # per task: features and rows; over all: second moments
         for batch in stage.batches(own.take(rows)):
-            real = (batch.token_weights != 0).any(1)  # not those that only fill a rank's share
+            real = batch.counts[:, 0]  # not those that only fill a rank's share
             z = stage.features(batch).double() * real[:, None]  # (b, d)
             which = one_hot([new.index(task) for task in batch.tasks], len(new), batch).double() * real[:, None]
             parts = [which.mT @ z, which.sum(0), z.mT @ z]

@@ -154,7 +154,7 @@ class GainLoRA(Routed):
         count = torch.zeros((), dtype=torch.float64, device=stage.device)
         with torch.no_grad():
             for batch in stage.batches():
-                real = (batch.token_weights != 0).any(1)  # not those that only fill a rank's share
+                real = batch.counts[:, 0]  # not those that only fill a rank's share
                 p0 = mean_embedding(stage, batch)
                 for name, p in zip(NAMES, (p0[None], *path(gate, p0)), strict=True):
                     rows = p[0].double() * real[:, None]

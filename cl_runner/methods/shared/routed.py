@@ -110,7 +110,7 @@ class Routed(Method):
 
         found = self.weights(stage, batch)
         if batch.places is not None:  # of a step: what the new pair counts for
-            real = (batch.token_weights != 0).any(1)
+            real = batch.counts[:, 0]
             self._note(stage, (found.detach()[:, -1] * real).sum(), real.sum())
         return {WEIGHTS: found}
 
@@ -139,7 +139,7 @@ class Routed(Method):
         parts = []
         with torch.no_grad():
             for batch in stage.batches():
-                real = (batch.token_weights != 0).any(1).double()  # not those that only fill a rank's share
+                real = batch.counts[:, 0].double()  # not those that only fill a rank's share
                 weights = batch.condition[WEIGHTS].double()
                 parts.append(torch.cat([(weights * real[:, None]).sum(0), real.sum()[None]]))
         total = stage.sum(torch.stack(parts).sum(0))
