@@ -538,6 +538,10 @@ def analyze(
         int | None,
         typer.Option("--gradients", metavar="ROWS", help="Cosines of the tasks' gradients, of so many rows.", min=1),
     ] = None,
+    routes: Annotated[
+        int | None,
+        typer.Option("--routes", metavar="ROWS", help="Whose part answers each task, of so many test rows.", min=1),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="Loss on a text, or JSONL, before and after stages.")
     ] = None,
@@ -555,7 +559,7 @@ def analyze(
 
     form = _form(json=as_json, csv=csv)
     asked = command.Asked(
-        layers, model, intruders, top_k, epsilon, gradients, text, unseen or [], data_dir, trust_remote_code
+        layers, model, intruders, top_k, epsilon, gradients, routes, text, unseen or [], data_dir, trust_remote_code
     )
     with cache_alone():  # what a run's folder names is not fetched
         command.analyze(what or [], asked, root=Path(output_dir or "runs"), form=form)

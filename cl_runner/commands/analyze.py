@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What is computed after a run: as many entries of ΔW as a core goes through in so much of the run's time, or seconds.
 SHARE, LITTLE, PACE = 0.02, 2.0, 3e7  # the last in a second: benchmarks/analysis.py, of T5-large's shape
 TOP_K, EPSILON = 10, 0.5  # of intruder dimensions, as published
-COSTLY = ("intruders", "gradients", "drift")  # of it what is computed only when it is asked for
+COSTLY = ("intruders", "gradients", "routes", "drift")  # of it what is computed only when it is asked for
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Asked:
 
     model: the base, by name or folder; of a run it is known. intruders: whether they are counted, which takes long,
     among the ``top_k`` first singular vectors, by |cos| under ``epsilon``. gradients: so many train rows of each of a
-    run's tasks. text: a file. unseen: tasks, or orders, by name. data_dir: where the rows of both are.
+    run's tasks; routes: so many test rows. text: a file. unseen: tasks, or orders, by name. data_dir: where the rows of
+    both are.
     trust: the code that a base brings may be run.
     """
 
@@ -51,6 +52,7 @@ class Asked:
     top_k: int | None = None
     epsilon: float | None = None
     gradients: int | None = None
+    routes: int | None = None
     text: Path | None = None
     unseen: Sequence[str] = ()
     data_dir: str | None = None
@@ -59,7 +61,12 @@ class Asked:
     @property
     def of_models(self) -> list[str]:
         """The flags given that ask the models of a run."""
-        given = {"--gradients": self.gradients, "--text": self.text, "--unseen": self.unseen}
+        given = {
+            "--gradients": self.gradients,
+            "--routes": self.routes,
+            "--text": self.text,
+            "--unseen": self.unseen,
+        }
         return [flag for flag, value in given.items() if value]
 
 

@@ -1,4 +1,4 @@
-"""The part of ``cl-runner analyze`` that loads a run's model and asks it: gradients of tasks, base drift."""
+"""The part of ``cl-runner analyze`` that loads a run's model and asks it: gradients of tasks, routes, base drift."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ask(
     others = _unseen(asked.unseen, run.about()["tasks"])
     with light_imports():
         from cl_runner.engine.process import here
-        from cl_runner.report.asked_models import DriftSection, GradientsSection
+        from cl_runner.report.asked_models import DriftSection, GradientsSection, RoutesSection
         from cl_runner.training import look
         from cl_runner.training.base_drift import read_texts
 
@@ -46,13 +46,17 @@ def ask(
     sections: list[Section] = []
     gone: list[str] = []
     texts = read_texts(asked.text) if asked.text else []
+    own = own_settings(run, model=asked.model, data_dir=asked.data_dir, trust=asked.trust)
     if asked.gradients:
-        own = own_settings(run, model=asked.model, data_dir=asked.data_dir, trust=asked.trust)
         found = look.gradients(own, run, names, asked.gradients, shapes, place, bar)
         sections.append(GradientsSection(asked.gradients, found, asked.layers))
+    if asked.routes:
+        ways, gone = look.routes(own, run, names, asked.routes, place, bar)
+        sections.append(RoutesSection(asked.routes, ways))
     if texts or others:
         data = look.unseen(others, resolved, run) if others else None
-        left, gone = look.drift(resolved, run, names, texts, data, place, bar)
+        left, more = look.drift(resolved, run, names, texts, data, place, bar)
+        gone += more
         rows = {name: len(each) for name, each in data.test.items()} if data else {}
         made_up = [name for name in rows if data and data.test[name].synthetic]
         sections.append(DriftSection(str(asked.text) if asked.text else None, rows, made_up, left))

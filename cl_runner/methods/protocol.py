@@ -494,6 +494,13 @@ class Method:
         """
         return None
 
+    def routes(self, stage: Stage, batch: Batch) -> Tensor | None:
+        """Runs when ``analyze --routes`` asks: what each stage's part counts for in each row's answer, (b, stages).
+
+        Default: None, no part is weighed by the row.
+        """
+        return None
+
     def loss(self, stage: Stage, batch: Batch) -> Tensor:
         """Runs at every micro-batch. Default: the weighted token loss."""
         from cl_runner.models.forward import token_loss

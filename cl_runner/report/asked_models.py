@@ -1,4 +1,4 @@
-"""What the models of a run answered ``analyze``: gradients of its tasks, what is left of the base."""
+"""What the models of a run answered ``analyze``: gradients of its tasks, whose part answers whom, base drift."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cl_runner.metrics.drift import Known
+from cl_runner.metrics.routes import Routes
 from cl_runner.metrics.updates.gradients import TaskGradients
 from cl_runner.report.tables import number
 from cl_runner.report.update_numbers import plain, plain_values, short, table, update_name
@@ -67,6 +68,50 @@ class GradientsSection:
             shown = table("", *(str(j + 1) for j in part))
             for i, task in enumerate(tasks):
                 shown.add_row(update_name(i, task), *(cells[i][j] for j in part))
+            yield shown
+
+
+@dataclass(frozen=True)
+class RoutesSection:
+    """rows: of each task, at most. found: after each stage whose model is there."""
+
+    rows: int
+    found: Sequence[Routes]
+    key: ClassVar[str] = "routes"
+
+    def to_json(self) -> dict[str, Any]:
+        """Of each task what every part counts for, the mean over rows."""
+        return {
+            "rows": self.rows,
+            "at": [
+                {
+                    "stage": each.stage,
+                    "parts": list(each.parts),
+                    "weights": {task: [plain(value) for value in of] for task, of in each.weights.items()},
+                }
+                for each in self.found
+            ],
+        }
+
+    def columns(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """None: they are of no layer."""
+        return {}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.found:
+            return
+        last = self.found[-1]
+        yield Text(
+            f"\nwhat each stage's part (across) counts for with each task's rows, the mean of {self.rows}: after "
+            f"{last.stage}"
+        )
+        width, names = 6, 1 + max(len(update_name(t, task)) for t, task in enumerate(last.weights))
+        across = max((options.max_width - names) // width, 1)
+        for start in range(0, len(last.parts), across):
+            part = range(start, min(start + across, len(last.parts)))
+            shown = table("", *(str(t + 1) for t in part))
+            for t, (task, weights) in enumerate(last.weights.items()):
+                shown.add_row(update_name(t, task), *(number(weights[i], 2) for i in part))
             yield shown
 
 

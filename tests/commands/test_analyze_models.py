@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -184,6 +186,54 @@ def test_cosines_of_gradients(run: Path, family: str, monkeypatch: pytest.Monkey
     assert call("analyze", "it", "--gradients=4", layers, "--json", cwd=run.parents[1]).json["gradients"] == whole
 
 
+def gates(held: dict[str, Tensor], e: Tensor) -> list[float]:
+    """GainLoRA's, of a prompt's embeddings (tokens, d)."""
+    found = []
+    for G1, G2, k in zip(*(held[f"method.router.{name}"].double() for name in ("G1", "G2", "k")), strict=True):
+        p2 = functional.silu(G2 @ functional.silu(G1 @ e.mean(0)))
+        c = 4 * float(k @ p2) / float(k.norm() * p2.norm())
+        found.append(abs(2 / (1 + math.exp(-c)) - 1))
+    return found
+
+
+def attention(held: dict[str, Tensor], e: Tensor) -> list[float]:
+    """SAPT's, of a prompt's embeddings (tokens, d)."""
+    W1, W2, gain, bias, keys = (held[f"method.router.{name}"].double() for name in ("W1", "W2", "gain", "bias", "keys"))
+    v = functional.silu(W2 @ (W1 @ e.amax(0)))
+    q = (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt() * gain + bias
+    each = [math.exp(float(key @ q) / math.sqrt(len(q))) for key in keys]
+    return [one / sum(each) for one in each]
+
+
+ROUTERS = {"gainlora": gates, "sapt": attention}
+
+
+@pytest.mark.parametrize("method", [*narrowed(ROUTERS, ["gainlora"])])
+@pytest.mark.parametrize("family", [*narrowed(FAMILIES, ["t5"])])
+def test_whose_pair_answers_whom(method: str, family: str, tmp_path: Path) -> None:
+    """After each stage, against the gates written out prompt by prompt, from what the stage has left."""
+    (tmp_path / "three.yaml").write_text(ORDER)
+    given = ("--method", method, *FAMILIES[family], "--name=it")
+    assert call("train", "--order", "three.yaml", *given, cwd=tmp_path).code == 0
+    run = tmp_path / "runs/it"
+    before = results(run)
+    with variables(COLUMNS="80"):
+        lines = call("analyze", "it", "--routes=3", "--layers=q", cwd=tmp_path).out.splitlines()
+    found = json.loads((run / "analysis.json").read_text())["routes"]
+    assert results(run) == before and found["rows"] == 3 and [at["stage"] for at in found["at"]] == STAGES
+    plain = Plain(run, family, 0)
+    embed = plain.model.get_input_embeddings()
+    for t, at in enumerate(found["at"]):
+        assert at["parts"] == STAGES[: t + 1] and list(at["weights"]) == STAGES[: t + 1]
+        held = load_file(run / "stages" / f"{t + 1:02d}-{STAGES[t]}" / "state.safetensors")
+        for task, weights in at["weights"].items():
+            prompts = [rows(run, task, "test")[0][place] for place in (0, 1, 2)]  # 3 of 4, evenly spread
+            each = [ROUTERS[method](held, embed(torch.tensor(plain.ids(prompt)))) for prompt in prompts]
+            assert weights == pytest.approx(list(np.mean(each, 0)), rel=1e-4, abs=1e-6)
+    last = [[float(cell) for cell in line.split()[2:]] for line in lines[-3:]]
+    assert last == [pytest.approx(each, abs=6e-3) for each in found["at"][-1]["weights"].values()]
+
+
 def test_on_a_terminal_and_kept(run: Path) -> None:
     cwd = run.parents[1]
     given = ("--gradients=2", "--text=text.txt", "--unseen=yelp", "--layers=q")
@@ -211,6 +261,9 @@ REFUSED = [
     (("it", "--text=one.jsonl"), r"--text: no text in it has two tokens$"),
     (("it", "--text=half.jsonl"), r"--text half.jsonl:1: is no JSON$"),
     (("it", "--gradients=0"), r"--gradients"),
+    (("it", "--routes=0"), r"--routes"),
+    (("it", "--routes=2"), r"--routes: olora does not weigh the parts of its stages by the row$"),
+    (("adapters", "--routes=2"), r"--routes: asks the models of a run; of adapters there are none$"),
     (("adapters", "--gradients=2"), r"--gradients: asks the models of a run; of adapters there are none$"),
     (("adapters", "--text=text.txt"), r"--text: asks the models of a run; of adapters there are none$"),
 ]

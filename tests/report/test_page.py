@@ -334,6 +334,7 @@ def analysis(run: RunDir) -> dict[str, Any]:
         "by_layer": {"q": {"by_update": by_update}},
         "intruders": {"by_update": [{"left": 7 + t, "right": 0} for t in range(3)]},
         "gradients": {"tasks": names, "at": [{"stage": "base", **cosines}, {"stage": "agnews", **cosines}]},
+        "routes": {"at": [{"stage": "agnews", "parts": names, "weights": {name: [0.5, 0.0, 1.0] for name in names}}]},
         "drift": {"tasks": {}, "at": at},
         "notes": ["a note"],
         "skipped": [EVIL],
@@ -350,7 +351,8 @@ def test_the_page_has_what_was_analysed(tmp_path: Path) -> None:
     assert "2 amazon 2.5 2 3.25 0.25 50 8 0" in page.text
     assert EVIL in page.text and "cl-runner analyze mine" not in page.text
     names = [drawn.name for drawn in figures(read_page(run.dir))]
-    assert names == ["accuracy", "over-stages", "answers", "training", "overlap", "spectra", "gradients", "drift"]
+    wanted = ["accuracy", "over-stages", "answers", "training", "overlap", "spectra", "gradients", "routes", "drift"]
+    assert names == wanted
 
 
 def test_analysis_counts_while_it_is_of_these_stages_and_all_layers(tmp_path: Path) -> None:

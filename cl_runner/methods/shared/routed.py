@@ -114,6 +114,9 @@ class Routed(Method):
             self._note(stage, (found.detach()[:, -1] * real).sum(), real.sum())
         return {WEIGHTS: found}
 
+    def routes(self, stage: Stage, batch: Batch) -> Tensor | None:
+        return self.weights(stage, batch)
+
     def _note(self, stage: Stage, *parts: Tensor) -> None:
         step = stage.progress.step
         before = self._new[1] if self._new and self._new[0] == step else [0.0, 0.0]

@@ -96,6 +96,20 @@ def gradients(analysis: Mapping[str, Any]) -> Drawn | None:
         return Drawn("gradients", "cosines of the tasks' mean gradients", figure)
 
 
+def routes(analysis: Mapping[str, Any]) -> Drawn | None:
+    """What each stage's part counts for with each task's rows, after the last stage; ``None`` where not asked for."""
+    found = analysis.get("routes")
+    if not found or not found["at"] or len(found["at"][-1]["parts"]) < 2:
+        return None
+    last = found["at"][-1]
+    tasks, weights = list(last["weights"]), list(last["weights"].values())
+    parts = [f"{t} {name}" for t, name in enumerate(last["parts"], 1)]
+    with _maps(1, len(parts), parts) as (figure, [axis]):
+        text = [["" if v is None else f"{v:.2f}" for v in row] for row in weights] if len(parts) <= 8 else None
+        heat(axis, weights, columns=parts, rows=tasks, low=0, high=1, map=SHARE, text=text)
+        return Drawn("routes", "what each stage's part (across) counts for with each task's rows (down)", figure)
+
+
 def drift(analysis: Mapping[str, Any]) -> Drawn | None:
     """What is left of the base, stage by stage: loss on text, choices on unseen tasks; ``None`` where not asked for."""
     found = analysis.get("drift")

@@ -17,7 +17,7 @@ from cl_runner.report.figures.answers import Answered, answers
 from cl_runner.report.figures.scores import accuracy_matrix, over_stages
 from cl_runner.report.figures.style import Drawn
 from cl_runner.report.figures.training import Curves, training_curves
-from cl_runner.report.figures.updates import drift, gradients, overlaps, spectra, told
+from cl_runner.report.figures.updates import drift, gradients, overlaps, routes, spectra, told
 from cl_runner.report.forgotten import are, whose_text
 from cl_runner.report.page.render import render
 from cl_runner.report.tables import RunSummary, number
@@ -68,6 +68,7 @@ class Figures:
     overlap: Drawn | None
     spectra: Drawn | None
     gradients: Drawn | None
+    routes: Drawn | None
     drift: Drawn | None
 
     def __iter__(self) -> Iterator[Drawn]:
@@ -87,6 +88,7 @@ def figures(page: RunPage) -> Figures:
         overlaps(page.analysis) if page.analysis else None,
         spectra(page.analysis) if page.analysis else None,
         gradients(page.analysis) if page.analysis else None,
+        routes(page.analysis) if page.analysis else None,
         drift(page.analysis) if page.analysis else None,
     )
 
