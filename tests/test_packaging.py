@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import wide
 from tests.command_line import SMALL
 from tests.packages import archived, built
 
@@ -59,6 +60,7 @@ def test_the_wheel_knows_the_versions_that_were_tested(unpacked: Path) -> None:
     assert (unpacked / "cl_runner" / "constraints.txt").read_text() == (REPO / "constraints.txt").read_text()
 
 
+@wide
 @pytest.mark.slow
 def test_a_run_from_the_wheel_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
     few = ("--preset", "tiny", "--data", "synthetic", *SMALL)

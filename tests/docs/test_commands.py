@@ -14,7 +14,7 @@ from cl_runner.cli import app
 from cl_runner.commands.request import Request
 from cl_runner.errors import UserError
 from cl_runner.registry import METHODS
-from tests.breadth import narrowed
+from tests.breadth import narrowed, wide
 from tests.command_line import NANO, call, tree
 from tests.pages import REPO, blocks, commands, pages
 
@@ -126,6 +126,7 @@ def _run(words: list[str], folder: Path, where: str) -> None:
     assert result.code == 0, f"{where}: cl-runner {' '.join(words)}\n{result.err}"
 
 
+@wide
 @pytest.mark.slow
 def test_the_tutorial(tmp_path: Path) -> None:
     assert follow(REPO / "docs" / "tutorial.md", tmp_path) >= 11

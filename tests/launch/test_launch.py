@@ -99,12 +99,13 @@ def kill_rank_1(parent: int, launcher: int, ranks: Mapping[int, int]) -> None:
     os.kill(ranks[1], signal.SIGKILL)
 
 
+@wide
 @pytest.mark.parametrize(
     ("end", "code", "says"),
     [
         (term_parent, 130, r"stopped in stage 1 \(dbpedia\); kept: dbpedia to step \d+; go on: cl-runner train"),
-        pytest.param(kill_launcher, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended", marks=wide),
-        pytest.param(kill_rank_1, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended", marks=wide),
+        (kill_launcher, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended"),
+        (kill_rank_1, 1, r"failed in stage 1 \(dbpedia\): another process of the run ended"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

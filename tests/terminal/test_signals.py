@@ -46,6 +46,7 @@ def stage_of(said: str) -> str:
     return found[2]
 
 
+@wide
 def test_sigterm(cwd: Path) -> None:
     process = start(*NAMED, "--json", cwd=cwd)
     run = cwd / "runs" / "mine"

@@ -22,6 +22,7 @@ from cl_runner.runs.resume_guard import FREE
 from cl_runner.settings import tells_apart
 from cl_runner.trackers import processes
 from cl_runner.trackers.processes import Trackers, refuse_missing
+from tests.breadth import wide
 from tests.command_line import call, finish, logged, results, start
 from tests.commands.test_errors import refused
 from tests.conftest import Finished
@@ -133,6 +134,7 @@ def test_whatever_trackers_do_the_run_is_the_same_to_the_bit(
     assert "average_accuracy" in told[3][2] and "train/loss" in told[1][2]
 
 
+@wide
 @pytest.mark.slow
 def test_a_run_that_is_killed_is_stopped_for_its_tracker_and_goes_on_in_it(finished: Finished, plugin: Path) -> None:
     cwd = plugin.parent

@@ -132,7 +132,7 @@ def test_a_run_says_it_of_every_stage_and_keeps_it(finished: Finished) -> None:
 
 def test_a_penalty_that_leaves_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "three.yaml").write_text(ORDER)
-    sets = ("--set", "training.epochs=20", "--set", "stages.2.method.lambda1=1e9")
+    sets = ("--set", "training.epochs=4", "--set", "stages.2.method.lambda1=1e9")
     result = call("train", "--order", "three.yaml", "--method", "nlora", *NANO, *sets, cwd=tmp_path)
     assert result.code == 0, result.err
     [told] = [line for line in result.err.splitlines() if "warning" in line]

@@ -355,6 +355,7 @@ def test_two_ranks_stop_at_one_step(cwd: Path) -> None:
     assert logged(cwd / "runs/left") == logged(cwd / "runs/whole")
 
 
+@wide
 def test_kill_9(cwd: Path) -> None:
     """A process of its own, killed while it trains; the next one finds what it kept."""
     given = (*ARGUMENTS, "--set=training.epochs=40", "--set=output.checkpoint.every_steps=1", "--name", "left")
