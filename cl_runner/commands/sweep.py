@@ -14,6 +14,7 @@ from cl_runner.commands.request import Request
 from cl_runner.commands.train import Prepared, check_platform
 from cl_runner.config.validation import first_fault
 from cl_runner.errors import UserError
+from cl_runner.models.hub_files import asked_once
 from cl_runner.registry import ENGINES
 from cl_runner.runs import lock
 from cl_runner.runs.shapes import read_metrics
@@ -88,12 +89,13 @@ def _all_planned(file: Path, wanted: Sequence[Cell], processes: int) -> list[Pla
     """Every run. Raises UserError where some would be refused, with the first reasons, each once with its first run."""
     found: list[PlannedRun] = []
     refused: dict[str, list[str]] = {}  # reason → whose it is
-    for cell in wanted:
-        tried = _planned(cell, processes)
-        if isinstance(tried, UserError):
-            refused.setdefault(str(tried), []).append(cell.label or "the run")
-        else:
-            found.append(tried)
+    with asked_once():
+        for cell in wanted:
+            tried = _planned(cell, processes)
+            if isinstance(tried, UserError):
+                refused.setdefault(str(tried), []).append(cell.label or "the run")
+            else:
+                found.append(tried)
     if not refused:
         return found
     told = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from cl_runner.errors import UserError, did_you_mean
 from cl_runner.models import folder_check
@@ -49,26 +50,53 @@ class Repository:
         return None
 
 
+_Answer: TypeAlias = "Set[str] | UserError | None"  # names of files, why not, or that none came
+_answers: dict[Located, _Answer] | None = None  # while the hub is asked once a model
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Of each model the hub is asked what it holds once, whether it answers, refuses or cannot be reached."""
+    global _answers
+    before, _answers = _answers, {} if _answers is None else _answers
+    try:
+        yield
+    finally:
+        _answers = before
+
+
 def listing(located: Located) -> folder_check.Files:
     """The repository's files: as the hub lists them, or, where it cannot be reached, as the local cache has them.
 
     Raises UserError: no such repository or revision, no access, or neither network nor cache.
     """
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import is_offline_mode
 
     if not is_offline_mode():
-        try:
-            # One request without retries, so that a machine without network answers at once.
-            info = HfApi().model_info(located.name_or_path, revision=located.revision, timeout=_SECONDS)
-        except Exception as error:
-            if not is_unreachable(error):
-                raise _explained(located, error) from error
-        else:
-            return Repository(located, {s.rfilename for s in info.siblings or [] if "/" not in s.rfilename})
+        answers = {} if _answers is None else _answers
+        if located not in answers:
+            answers[located] = _ask(located)
+        answer = answers[located]
+        if isinstance(answer, UserError):
+            raise answer
+        if answer is not None:
+            return Repository(located, answer)
     here = cached(located)
     if here is None:
         raise _offline(located)
     return folder_check.Folder(here, located.name_or_path)
+
+
+def _ask(located: Located) -> _Answer:
+    """The names of the files at a repository's top; what the hub says against it; None where it cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        # One request without retries, so that a machine without network answers at once.
+        info = HfApi().model_info(located.name_or_path, revision=located.revision, timeout=_SECONDS)
+    except Exception as error:
+        return None if is_unreachable(error) else _explained(located, error)
+    return {sibling.rfilename for sibling in info.siblings or [] if "/" not in sibling.rfilename}
 
 
 def fetch(located: Located) -> Path:

@@ -193,6 +193,43 @@ def test_a_repository_without_weights_or_of_an_encoder(server: Hub, saved: Calla
         check(locate(ModelConfig(name="org/bert")))
 
 
+def test_who_plans_many_runs_asks_once_a_model(server: Hub, saved: Callable[[str], Path]) -> None:
+    """Whatever it answers; each is told the same, and later the hub is asked again."""
+    server.repositories["org/gpt"] = files_of(saved("gpt2"))
+
+    def told(name: str) -> str:
+        try:
+            return str(check(locate(ModelConfig(name=name))))
+        except UserError as error:
+            return str(error)
+
+    def asked() -> int:
+        return sum(path.startswith("/api/models/") for path in server.asked)
+
+    names = ["org/gpt", "org/missing", "big/gated", "org/gpt"]
+    alone = [told(name) for name in names]
+    assert len(set(alone)) == 3 and asked() == 4
+    with hub_files.asked_once():
+        assert [told(name) for name in names + names] == alone + alone
+        assert asked() == 7
+    assert [told(name) for name in names] == alone and asked() == 11
+
+
+def test_without_network_many_runs_wait_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    def no_answer(self: object, name: str, **_: object) -> None:
+        tries.append(name)
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_answer)
+    with hub_files.asked_once():
+        for _ in range(3):
+            with pytest.raises(UserError, match=r"org/gpt is not in the local cache"):
+                check(locate(ModelConfig(name="org/gpt")))
+    assert tries == ["org/gpt"]
+
+
 def test_no_network_and_nothing_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable(monkeypatch)
     start = time.monotonic()

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from cl_runner.registry import ENGINES
@@ -168,6 +169,22 @@ def test_every_reason_is_told_once_with_how_many_runs_it_is_of(tmp_path: Path, h
     assert swept(tmp_path).line.endswith(" and 2 reasons more")
     written(tmp_path, grid={"order": ["one.yaml"], "method.lambda1": [-1, 7]})
     assert "(1)" not in swept(tmp_path).line
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once(
+    tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def no_answer(self: object, name: str, **_: object) -> None:
+        tries.append(name)
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_answer)
+    written(tmp_path, grid={"order": ["one.yaml"], "model.name": ["org/none"], "method.lambda1": [0.1, 0.2, 0.3]})
+    told = swept(tmp_path).line
+    assert "org/none is not in the local cache" in told and told.endswith(" (and 2 runs more)")
+    assert tries == ["org/none"]
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path: Path, here: type[Here]) -> None:
