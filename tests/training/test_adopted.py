@@ -39,12 +39,30 @@ def taken_from(run: Path) -> dict[str, dict[str, object]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two orders of tasks in common."""
-    (tmp_path / "three.yaml").write_text(ORDER)
-    (tmp_path / "other.yaml").write_text(OTHER)
+    return with_orders(tmp_path)
+
+
+def with_orders(folder: Path) -> Path:
+    (folder / "three.yaml").write_text(ORDER)
+    (folder / "other.yaml").write_text(OTHER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = with_orders(tmp_path_factory.mktemp("trained"))
+    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+    return folder
+
+
+@pytest.fixture
+def lent(trained: Path, tmp_path: Path) -> Path:
+    """The same, and a run of one of them, ``first``."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-@pytest.mark.parametrize("form", narrowed(FORMS, ["lora", "full", "dora"]))
+@pytest.mark.parametrize("form", narrowed(FORMS, ["lora", "full"]))
 def test_tasks_of_another_order_are_those_that_would_have_been_trained(folder: Path, form: str) -> None:
     asked = ("--method", "pertask", *FORMS[form])
     train(folder, "--order", "three.yaml", *asked, "--name", "first")
@@ -78,77 +96,70 @@ def test_tasks_of_another_order_are_those_that_would_have_been_trained(folder: P
     "setting",
     ["seed=7", "training.lr=2e-2", "tasks.agnews.training.lr=2e-2", "stages.1.training.lr=2e-2", "eval.probe_every=1"],
 )
-def test_what_touches_a_task_is_looked_at_task_by_task(folder: Path, setting: str) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
+def test_what_touches_a_task_is_looked_at_task_by_task(lent: Path, setting: str) -> None:
     asked = ("--order", "other.yaml", "--method", "pertask", "--set", setting, "--name", "taken", *REUSE)
-    train(folder, *asked)
+    train(lent, *asked)
     one = {"tasks.agnews.training.lr=2e-2", "stages.1.training.lr=2e-2"}  # agnews comes first here
-    assert set(taken_from(folder / "runs/taken")) == ({"dbpedia", "amazon"} if setting in one else set())
+    assert set(taken_from(lent / "runs/taken")) == ({"dbpedia", "amazon"} if setting in one else set())
 
 
-def test_a_damaged_stage_and_other_code_are_not_taken_over(folder: Path) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    weights = folder / "runs/first/stages/01-dbpedia/adapter/adapter_model.safetensors"
+def test_a_damaged_stage_and_other_code_are_not_taken_over(lent: Path) -> None:
+    weights = lent / "runs/first/stages/01-dbpedia/adapter/adapter_model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     asked = ("--order", "other.yaml", "--method", "pertask", *REUSE)
-    train(folder, *asked, "--name", "damaged")
-    assert set(taken_from(folder / "runs/damaged")) == {"agnews", "amazon"}
-    shutil.rmtree(folder / "runs/damaged")
-    file = folder / "runs/first/environment.json"
+    train(lent, *asked, "--name", "damaged")
+    assert set(taken_from(lent / "runs/damaged")) == {"agnews", "amazon"}
+    shutil.rmtree(lent / "runs/damaged")
+    file = lent / "runs/first/environment.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "code": "0" * 8}))
-    train(folder, *asked, "--name", "code")
-    assert not taken_from(folder / "runs/code")
+    train(lent, *asked, "--name", "code")
+    assert not taken_from(lent / "runs/code")
 
 
-def test_what_another_precision_computed_is_not_taken_over(folder: Path) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    file = folder / "runs/first/run.json"
+def test_what_another_precision_computed_is_not_taken_over(lent: Path) -> None:
+    file = lent / "runs/first/run.json"
     about = json.loads(file.read_text())
     about["identity"]["computes"] = "bf16"
     file.write_text(json.dumps(about))
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
-    assert not taken_from(folder / "runs/taken")
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    assert not taken_from(lent / "runs/taken")
 
 
 @pytest.mark.parametrize("log", [None, '{"stage": "dbpedia", "st'])
-def test_a_log_that_is_gone_or_broken_fails_nobody(folder: Path, log: str | None) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    file = folder / "runs/first/log.jsonl"
+def test_a_log_that_is_gone_or_broken_fails_nobody(lent: Path, log: str | None) -> None:
+    file = lent / "runs/first/log.jsonl"
     file.unlink() if log is None else file.write_text(log)
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
-    assert set(taken_from(folder / "runs/taken")) == (set() if log else {"agnews", "dbpedia", "amazon"})
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    assert set(taken_from(lent / "runs/taken")) == (set() if log else {"agnews", "dbpedia", "amazon"})
 
 
-def test_what_is_begun_anew_takes_nothing_over(folder: Path) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE, "--restart")
-    assert not taken_from(folder / "runs/taken-2") and not stages_of(folder / "runs/taken-2")
-    assert bits(folder / "runs/taken-2") == bits(folder / "runs/taken")
+def test_what_is_begun_anew_takes_nothing_over(lent: Path) -> None:
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE, "--restart")
+    assert not taken_from(lent / "runs/taken-2") and not stages_of(lent / "runs/taken-2")
+    assert bits(lent / "runs/taken-2") == bits(lent / "runs/taken")
 
 
-def test_a_report_says_whose_stages_they_are(folder: Path) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
+def test_a_report_says_whose_stages_they_are(lent: Path) -> None:
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "taken", *REUSE)
     said = "taken over of other runs, not trained again: agnews (of first), dbpedia (of first), amazon (of first)"
-    assert said in " ".join(call("report", "taken", cwd=folder).out.split())
-    one, other = (json.loads(call("report", run, "--json", cwd=folder).out) for run in ("taken", "first"))
+    assert said in " ".join(call("report", "taken", cwd=lent).out.split())
+    one, other = (json.loads(call("report", run, "--json", cwd=lent).out) for run in ("taken", "first"))
     assert one["megabytes"] > other["megabytes"], "four pairs, not three"
 
 
-def test_a_run_that_took_stages_over_lends_them_and_goes_on_after_a_stop(folder: Path) -> None:
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "first")
-    train(folder, "--order", "other.yaml", "--method", "pertask", "--name", "second", *REUSE)
-    shutil.rmtree(folder / "runs/first")
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "third", *REUSE)
-    assert set(taken_from(folder / "runs/third")) == {"dbpedia", "amazon", "agnews"}
-    third = folder / "runs/third"
+def test_a_run_that_took_stages_over_lends_them_and_goes_on_after_a_stop(lent: Path) -> None:
+    train(lent, "--order", "other.yaml", "--method", "pertask", "--name", "second", *REUSE)
+    shutil.rmtree(lent / "runs/first")
+    train(lent, "--order", "three.yaml", "--method", "pertask", "--name", "third", *REUSE)
+    assert set(taken_from(lent / "runs/third")) == {"dbpedia", "amazon", "agnews"}
+    third = lent / "runs/third"
     whole = bits(third)
     for stage in ("02-amazon", "03-agnews"):
         shutil.rmtree(third / "stages" / stage)
     (third / "status.json").write_text(json.dumps({"state": "stopped"}))
-    train(folder, "--order", "three.yaml", "--method", "pertask", "--name", "third", *REUSE)
+    train(lent, "--order", "three.yaml", "--method", "pertask", "--name", "third", *REUSE)
     assert bits(third) == whole and set(taken_from(third)) == {"dbpedia", "amazon", "agnews"}
 
 
