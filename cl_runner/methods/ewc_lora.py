@@ -12,7 +12,7 @@ from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.methods.protocol import Method, PairSettings, State
 from cl_runner.methods.shared.fisher import negative_log_likelihood
-from cl_runner.methods.shared.limits import refuse_borrowing, refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_borrowing, refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.tensors import added
 
@@ -78,6 +78,7 @@ class EWCLoRA(Method):
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         refuse_borrowing(config, "ewc-lora penalises B A as the update")
+        refuse_by_task(config, "fisher")  # F is a sum over tasks
         if shapes is not None:
             of = f"adapter.target_modules: F and gradients of {len(shapes)} layers"
             refuse_too_large(of, 3 * self.state_bytes(shapes, 0, 0) / 1e9, self.config.max_gb, "name fewer layers")

@@ -81,6 +81,12 @@ class Progress:
     step: int
     steps: int
     loss: Tensor | None
+    left_out: int = 0  # of the steps done, those that moved nothing (training.non_finite)
+
+    @property
+    def taken(self) -> int:
+        """Steps that were taken: what Adam's moments are made of."""
+        return self.step - self.left_out
 
     @property
     def share(self) -> float:

@@ -125,7 +125,9 @@ class PSLoRA(Method):
         said = f"warning: a·|X| is at most {most:.2g}, where signs count for nothing; set a larger method.a"
         self._said = said if idle else ""
         if self.carries_sum:
-            self.sums = {target: self.sums[target] + X if self.sums else X for target, X in update.items()}
+            # Before the first stage an adapter that the run began from, if it did from one.
+            past = self.sums or {target: S for target in update if (S := stage.past_update(target)) is not None}
+            self.sums = {target: past[target] + X if target in past else X for target, X in update.items()}
 
     def said(self, stage: Stage) -> str:
         return self._said

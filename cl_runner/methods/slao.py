@@ -12,6 +12,7 @@ from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
 from cl_runner.methods.shared.fisher import fisher
+from cl_runner.methods.shared.limits import refuse_by_task
 from cl_runner.methods.shared.rows import drawn
 from cl_runner.methods.shared.sequential import Sequential
 from cl_runner.methods.shared.tensors import copies, under, within
@@ -69,6 +70,7 @@ class SLAO(Sequential):
         self.deficient: list[str] = []  # targets whose A had no full rank as the stage began
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_by_task(config, "fisher_beta")  # Σ F is of all past tasks, or of none
         if config.adapter.borrows or config.adapter.init == "loftq":
             raise UserError(
                 f"adapter.init={config.adapter.init}: the pair begins with a part of the weight, and slao begins each "

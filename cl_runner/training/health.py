@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,16 @@ class PenaltyWatch:
         """Whether there is a gradient to compare."""
         return self._own is not None
 
-    def compare(self, whole: Mapping[str, Tensor]) -> None:
-        """After the backward, before clipping: ``whole`` mean gradients by name, of loss and penalty together."""
+    def compare(self, whole: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+        """After the backward, before clipping: ``whole`` mean gradients by name, of loss and penalty together.
+
+        mean: over the ranks, of which each may have a share of the penalty of its own (treelora). *Collective*.
+        """
         assert self._own is not None, "see() comes before compare()"
-        task = [g - self._own[name].to(g) if name in self._own else g for name, g in whole.items()]
+        own = {name: mean(g) for name, g in self._own.items()}
+        task = [g - own[name].to(g) if name in own else g for name, g in whole.items()]
         below = _norm(task)
-        self.ratio = _norm(list(self._own.values())) / below if below else None
+        self.ratio = _norm(list(own.values())) / below if below else None
         self._own = None
 
     def state(self) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def _gradients(
     looking = watch if meter.due(stage.step + 1) else None
     loss, penalty, batch, losses = _micro_batches(stage, plan, rows, batches, hooks, looking)
     if watch.waits:
-        watch.compare(engine.whole_gradients())
+        watch.compare(engine.whole_gradients(), stage.mean)
     if stage.room.method.edits_before_clip:
         _edit(stage, hooks)
     norm = engine.clip([loss] if penalty is None else [loss, penalty])

@@ -111,7 +111,8 @@ class StageRun:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.step, self.steps, self.task_loss)
+        left_out = self.engine.skipped if self.engine is not None else 0
+        return Progress(self.step, self.steps, self.task_loss, left_out)
 
     @property
     def device(self) -> torch.device:

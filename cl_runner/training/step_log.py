@@ -87,7 +87,7 @@ class Meter:
             self.tick(stage.step, None, None)
             return
         self.loss = _finite(float(stage.mean(loss)))
-        self.penalty = None if penalty is None else _finite(float(penalty))
+        self.penalty = None if penalty is None else _finite(float(stage.mean(penalty)))
         if self.loss is not None and (warning := self.explosion.see(stage.step, self.loss)):
             self.warn(warning)
         now = time.perf_counter()

@@ -280,6 +280,36 @@ def _ranks(place: Place) -> dict[str, Tensor]:
 
 
 @wide
+def _chunks(place: Place) -> None:
+    room, config = order_room(place, "ewc-lora", **{**THREE, "training__global_batch": 4}, method__fisher="batch")
+    rows = opposed(0, rows=10)
+    learn(room, config, 0, rows)
+    hand, _ = order_room(place, "inclora")
+    hand.adapters.live = None
+    hand.adapters.replace("hand", {target: past.sum.clone() for target, past in room.adapters.past.items()})
+    chunks = [rows.examples[first : first + 4] for first in (0, 4, 8)]
+    for target, F in fisher_by_loop(hand, "t5", chunks, summed=False).items():  # type: ignore[arg-type]
+        assert off(room.method.fisher[target], F) < 1e-3
+
+
+def test_the_fisher_of_batches_is_a_mean_over_them_a_short_last_one_too() -> None:
+    on_ranks(1, _chunks)
+
+
+def test_a_slow_copy_that_would_answer_without_the_merge_is_refused() -> None:
+    def check(**own: Any) -> None:
+        config = RunConfig.model_validate({"method": {"name": "pslora", **own}, "options": {"slow_copy": {}}})
+        check_method(config, make_method(config).plan(["a", "b"]))
+
+    check(merge=False)
+    with pytest.raises(UserError) as refused:
+        check()
+    assert str(refused.value) == (
+        "options.slow_copy: pslora changes an update as it is folded, and the copy would answer without that; leave it "
+        "out"
+    )
+
+
 def test_two_ranks_do_what_one_does() -> None:
     two_do_what_one_does(_ranks)
 
@@ -365,7 +395,16 @@ def test_of_entries_of_equal_size_pslora_keeps_the_older() -> None:
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
-    [("pslora", "loss", False), ("pslora", "merge", False), ("pslora", "history", "merged"), ("oliera", "order", 1)],
+    [
+        ("pslora", "loss", False),
+        ("pslora", "merge", False),
+        ("pslora", "history", "merged"),
+        ("oliera", "order", 1),
+        ("gorp", "full", ["q"]),
+        ("slao", "fisher_beta", 0.5),
+        ("ewc-lora", "fisher", "batch"),
+        ("doc", "components", 3),
+    ],
 )
 def test_what_holds_for_all_tasks_is_refused_for_one(name: str, key: str, value: Any) -> None:
     config = RunConfig.model_validate({"method": {"name": name}, "tasks": {"b": {f"method.{key}": value}}})

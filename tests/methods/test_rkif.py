@@ -204,8 +204,11 @@ def _not_finite(place: Place) -> None:
         outcome = learn(room, config, 1, opposed(1))
     finally:
         rkif.memory_gradient = real
-    assert outcome.trained.skipped == OUTER and bool(vector(values(room)).isfinite().all())
-    assert outcome.losses[-1] < outcome.losses[0]
+    assert outcome.trained.skipped == OUTER
+    plain, config = order_room(place, "seqlora", **THREE)
+    for index in range(2):
+        learn(plain, config, index, opposed(index))
+    assert torch.equal(vector(values(room)), vector(values(plain)))
 
 
 def test_an_outer_step_that_is_not_finite_is_left_out() -> None:

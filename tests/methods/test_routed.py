@@ -154,3 +154,28 @@ def test_what_cannot_work_is_refused(name: str) -> None:
     assert room.method.grows(config, [(1024, 512)] * 10) == (
         "carries 0.492 MB a task, 1.47 MB in all: pairs of 10 layers"
     )
+
+
+def _logged(place: Place, method: str) -> None:
+    """Stages of one step: each logs what the new pair counts for with its own rows, and nothing of the stage before."""
+    room, config = order_room(place, method, **{**THREE, "training__epochs": 1}, **OWN[method])
+    for index in range(2):
+        seen: list[Tensor] = []
+        weigh = room.method.weights
+
+        def spy(stage: Any, batch: Any, weigh: Any = weigh, seen: Any = seen) -> Tensor:
+            found: Tensor = weigh(stage, batch)
+            if batch.places is not None:
+                seen.append(found.detach()[:, -1])
+            return found
+
+        room.method.weights = spy  # type: ignore[attr-defined]
+        rows = learn(room, config, index, opposed(index)).rows
+        del room.method.weights  # type: ignore[attr-defined]
+        of_last = torch.cat(seen)[-6:]  # sapt has a row twice, and so two steps
+        assert rows[-1]["new_weight"] == pytest.approx(float(of_last.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ROUTED)
+def test_what_a_stage_of_one_step_logs_is_its_own(method: str) -> None:
+    on_ranks(1, _logged, method)

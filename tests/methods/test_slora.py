@@ -18,8 +18,8 @@ from cl_runner.methods.slora.cutting import choices, chosen, cut, leading_output
 from cl_runner.training.stage import StageRun
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
-from tests.methods.steps import STEPS, THREE, by_hand, off, opposed, values, vector
-from tests.stages import Kind
+from tests.methods.steps import LR, STEPS, THREE, off, opposed, put, values, vector
+from tests.stages import Kind, naive_loss
 
 
 def naive_choice(W0: Tensor, D: np.ndarray[Any, Any], rank: int) -> int:
@@ -86,15 +86,24 @@ def _steps(place: Place) -> None:
         room.method.build(stage)
         stage.close()
         start = values(room)
+        if index:
+            hand.adapters.live = None
+            hand.adapters.replace("cut", {target: past.sum.clone() for target, past in room.adapters.past.items()})
+            hand.adapters.begin("hand")
         learn(room, config, index, opposed(index))
-        if index == 0:
-            wanted = by_hand("llama", start, opposed(index).examples, STEPS)
-            for target in room.adapters.layers:
-                D = wanted[f"{target}.lora_B"].double() @ wanted[f"{target}.lora_A"].double()
-                U, S, V = torch.linalg.svd(D)
-                pair = room.adapters.folded[0]
-                assert off(pair.B[target] @ pair.A[target], S[0] * U[:, :1] @ V[:1]) < 5e-3
-    assert len(room.adapters.folded) == 2 and hand.adapters.folded == []
+        put(hand, start)
+        parameters = hand.adapters.parameters()
+        optimizer = torch.optim.AdamW(list(parameters.values()), lr=LR, weight_decay=0.0)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            naive_loss(hand.adapters.model, "llama", opposed(index).examples).backward()
+            optimizer.step()
+        for target in room.adapters.layers:
+            D = parameters[f"{target}.lora_B"].detach().double() @ parameters[f"{target}.lora_A"].detach().double()
+            U, S, V = torch.linalg.svd(D)
+            pair = room.adapters.folded[index]
+            assert off(pair.B[target] @ pair.A[target], S[0] * U[:, :1] @ V[:1]) < 5e-3
+    assert len(room.adapters.folded) == 2
 
 
 def test_steps_by_hand_and_then_the_cut() -> None:

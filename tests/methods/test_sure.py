@@ -120,6 +120,31 @@ def test_memory_and_steps_at_accumulation_3(kind: Kind, score: str, ranks: int) 
     on_ranks(ranks, _whole_steps, kind, score)
 
 
+def _replayed(place: Place, size: int | None) -> list[int]:
+    """How many rows of the memory a step takes, those that fill a rank's share not counted."""
+    from cl_runner.methods import sure
+
+    room, config = order_room(place, "sure", **THREE, method__memory_size=N, method__memory_batch=size)
+    learn(room, config, 0, opposed(0))
+    counts: list[int] = []
+    real = sure.memory_gradient
+
+    def spy(method: Any, stage: Any, source: Source) -> Values:
+        counts.append(len(source.examples))
+        return real(method, stage, source)
+
+    sure.memory_gradient = spy  # type: ignore[assignment]
+    try:
+        learn(room, config, 1, opposed(1))
+    finally:
+        sure.memory_gradient = real
+    return counts
+
+
+def test_a_step_replays_as_many_rows_as_are_set_or_half_of_its_own() -> None:
+    assert on_ranks(1, _replayed, 2) == [[2, 2]] and on_ranks(1, _replayed, None) == [[3, 3]]
+
+
 def _first_task(place: Place) -> None:
     """At the first stage it is seqlora, whatever the memory; the next one, without replay, too."""
     ends = []

@@ -165,6 +165,19 @@ def test_a_penalty_sees_its_rows_from_the_first_stage_on(room: Path) -> None:
     assert row["penalty"] == pytest.approx(0.5 * total, rel=1e-4)
 
 
+def test_the_sum_of_past_updates_has_it(room: Path) -> None:
+    """PS-LoRA's S after the first stage is it plus the stage's X, which merged is what it has of the larger entries."""
+    train(room, "t5", "sum", "--method", "pslora")
+    stage = room / "runs" / "sum" / "stages" / "01-dbpedia"
+    S = load_file(stage / "state.safetensors")
+    merged, given = LoraFolder(stage / "adapter"), LoraFolder(room / "of-t5")
+    for layer in merged.shapes:
+        M, theirs = merged.of(layer).whole(), given.of(layer).whole()
+        X = S[f"method.{layer}"] - theirs
+        assert float(theirs.norm()) > 1e-3 and 0 < float((X.abs() > theirs.abs()).double().mean()) < 1
+        torch.testing.assert_close(M, torch.where(X.abs() > theirs.abs(), X, theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_analyze_tells_what_stages_changed_beside_it(room: Path, case: tuple[Case, Path]) -> None:
     """ΔW of the first stage is what its folder has over the adapter, whichever way the run holds that."""
     _, run = case

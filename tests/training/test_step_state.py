@@ -28,6 +28,8 @@ from tests.stages import END
 
 HOLDS = {"lwf", "lfpt5", "shared-basis", "colora", "coso", "treelora", "doc", "gorp", "gainlora", "sure", "rkif"}
 STEPS = 4  # two epochs of two steps
+# Else after 2 of 4: inside of an epoch's search; behind a cycle, before the end of another.
+AT: dict[str, tuple[int, dict[str, Any]]] = {"treelora": (3, {}), "rkif": (4, {"training__epochs": 4})}
 SLOW = {"options__slow_copy": {"beta": 0.7}}
 AFTER = {
     "shared-basis": 2,
@@ -127,8 +129,9 @@ def _entered(place: Place, method: str, at: int, drop: str, settings: dict[str, 
 SAME = {"parts": {}, "log": False, "values": [], "carried": []}
 
 
-def entered(ranks: int, method: str, at: int = 2, drop: str = "", **settings: Any) -> dict[str, Any]:
-    found = on_ranks(ranks, _entered, method, at, drop, settings)
+def entered(ranks: int, method: str, at: int | None = None, drop: str = "", **settings: Any) -> dict[str, Any]:
+    where, longer = AT.get(method, (2, {}))
+    found = on_ranks(ranks, _entered, method, at or where, drop, {**longer, **settings})
     return {key: next((one[key] for one in found if one[key]), found[0][key]) for key in found[0]}
 
 

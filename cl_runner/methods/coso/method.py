@@ -106,10 +106,11 @@ class CoSO(Method):
         whole = gradient if output else gradient.mT  # (d, w)
         past = self.past.get(target)
         G = without(whole, past)
-        if stage.progress.step % between(self.config, stage.progress.steps) == 0:
+        done = stage.progress.taken
+        if done % between(self.config, stage.progress.steps) == 0:
             noise = NOISE * float(whole.norm())
             self.running[target] = looked(stage, self.config, self.running.get(target), G, past, noise)
-        update = self.running[target].step(G, stage.progress.step, lr)
+        update = self.running[target].step(G, done, lr)
         update = update if output else update.mT
         decay = stage.config.training.weight_decay
         return update - lr * decay * stage.terms()[target].update().detach() if decay else update

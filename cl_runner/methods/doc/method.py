@@ -12,7 +12,7 @@ from cl_runner.adapters.kind import Need
 from cl_runner.config.schema import RunConfig, Section
 from cl_runner.errors import UserError
 from cl_runner.methods.protocol import State
-from cl_runner.methods.shared.limits import refuse_too_large, size
+from cl_runner.methods.shared.limits import refuse_by_task, refuse_too_large, size
 from cl_runner.methods.shared.sequential import Sequential
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class DOC(Sequential):
         self._step = -1  # whose inputs these are: a step that is left out takes none away
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        refuse_by_task(config, "components")
         if shapes is None:
             return
         past, rows = self.config.components * (self.stages - 1), min(m for m, _ in shapes)

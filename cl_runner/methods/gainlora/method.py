@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 class GainLoRA(Routed):
     """p0 is the mean embedding of the prompt's own tokens (the official code's mean is over the padded batch, so that
     a row's gates depend on the rows beside it). A gate begins with the last one's G1 and G2 and with a k off all past
-    p2; what past gates read is then left alone by every step, so that past prompts, but for the share 1 − ε of their
-    energy, find the new gate shut. Where past p2 have left no direction (ours), k stays as it was drawn.
+    p2; what past gates read is then left alone by every step, so that past prompts find the new gate shut, as far as
+    they lie in its memory. ε is of the squares of a second moment's singular values, as in GPM: of prompts that begin
+    alike one direction may make it up, and what else is in them opens the gate. Where past p2 have left no direction
+    (ours), k stays as it was drawn.
 
     Published with learning rate 3e-4, constant, 10 epochs, batch 32, r 8, alpha 32.
     """

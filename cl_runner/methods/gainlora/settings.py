@@ -25,8 +25,9 @@ class Settings(Section):
         0.995,
         gt=0,
         le=1,
-        description="ε of what gates read, at the first task: share of its energy that later gates leave alone; grows "
-        "linearly to 1, for a task after the last (published; the official code always counts 15 tasks).",
+        description="ε of what gates read, at the first task: share of the squares of its moment's singular "
+        "values that later gates leave alone; grows linearly to 1, for a task after the last (published; the official "
+        "code always counts 15 tasks).",
     )
     input_threshold: float = Field(
         0.995, gt=0, le=1, description="The same of what layers read, for A (published; branch: inflora)."

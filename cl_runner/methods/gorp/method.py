@@ -65,7 +65,7 @@ class GORP(Method):
         self._columns = 0  # numbers in one task's bases, at most
 
     def check(self, config: RunConfig, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        refuse_by_task(config, "frame", "k")  # past bases lie in the frame
+        refuse_by_task(config, "frame", "k", "full")  # past bases are of what trains, and lie in the frame
         refuse_falling(self.config.threshold, self.config.last_threshold)
         if self.targets is not None:
             in_full(self.targets, self.config.full)
@@ -143,7 +143,7 @@ class GORP(Method):
         from cl_runner.maths.subspace import without
         from cl_runner.methods.gorp.moving import looked
 
-        S, done, norm = self.past.get(name), stage.progress.step, float(gradient.norm())
+        S, done, norm = self.past.get(name), stage.progress.taken, float(gradient.norm())
         on_outputs = S if self.config.frame == "full" else None
         G = without(without(gradient, on_outputs), on_outputs)
         if name not in self.frames or done % self.config.every == 0:

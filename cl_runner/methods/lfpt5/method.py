@@ -12,7 +12,7 @@ from cl_runner.methods.lfpt5.settings import Settings
 from cl_runner.methods.lfpt5.writing import longest, write
 from cl_runner.methods.protocol import Source, State
 from cl_runner.methods.shared.distillation import divergence
-from cl_runner.methods.shared.frame import Frame
+from cl_runner.methods.shared.frame import WRITING, Frame
 from cl_runner.methods.shared.memory import Memory
 from cl_runner.methods.shared.prompting import Prompting
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from cl_runner.methods.protocol import Stage
     from cl_runner.models.batch import Batch
-
-
-WRITING = ""  # in the place of the task, of a row that is to be written: no task has that name
 
 
 class LFPT5(Prompting):

@@ -65,6 +65,9 @@ class OAAdapter(Method):
         each = 4 * sum(m * rank_at(config.adapter, (m, n)) for m, n in shapes)
         return f"carries {size(each)} a task, {size(each * self.stages)} in all: outputs of {len(shapes)} layers"
 
+    def reads_past(self) -> Mapping[str, str]:
+        return {}
+
     def build(self, stage: Stage) -> None:
         if stage.evaluating:
             return

@@ -8,7 +8,7 @@ from cl_runner.config.schema import Section
 from cl_runner.methods.protocol import Source, State
 from cl_runner.methods.sapt.settings import Settings
 from cl_runner.methods.sapt.writing import to_write, write
-from cl_runner.methods.shared.frame import Frame
+from cl_runner.methods.shared.frame import WRITING, Frame
 from cl_runner.methods.shared.memory import Memory
 from cl_runner.methods.shared.pooling import largest_embedding, largest_embeddings
 from cl_runner.methods.shared.rates import times
@@ -48,6 +48,7 @@ class SAPT(Routed):
     carried = "all pairs, keys and the query net; ā_j and pseudo inputs of each task (token ids)"
     growth = "a pair, a key and pseudo inputs a task; every forward reads all pairs"
     trains = "a LoRA pair, its key, and the query net"
+    revision = 2  # 1: rows to be written were dealt to steps by length, apart from those to be answered
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
@@ -126,12 +127,13 @@ class SAPT(Routed):
             return [own]
         self._frame = Frame.of(own.examples)
         writing = to_write(stage, self.config, self._frame, own)
-        # Each loss is to be a mean over its own tokens; a step divides by those of both.
+        # Each loss is to be a mean over its own tokens, in expectation; a step divides by those of both. As rows of two
+        # sorts they are dealt to steps whatever their lengths.
         answers, texts = (sum(len(example.target) for example in rows) for rows in (own.examples, writing))
         both, weight = answers + texts, self.config.lambda_lm
         return [
             Source(own.examples, own.tasks, both / answers * own.weight, own.ids),
-            Source(writing, own.tasks, weight * both / texts * own.weight),
+            Source(writing, [WRITING] * len(writing), weight * both / texts * own.weight),
         ]
 
     def penalty(self, stage: Stage) -> Tensor | None:

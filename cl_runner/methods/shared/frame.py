@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from cl_runner.models.batch import Example
 
 
+WRITING = ""  # in the place of the task, of a row that is to be written: no task has that name
+
+
 @dataclass
 class Frame:
     """What all inputs of a task share, as token ids: before the text, behind it; and the task's labels.

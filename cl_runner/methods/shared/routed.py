@@ -92,6 +92,7 @@ class Routed(Method):
         from cl_runner.methods.shared.routed_pairs import RoutedPairs
 
         self.router = {name: value.to(stage.device) for name, value in self.router.items()}
+        self._new = None
         if stage.evaluating:
             self._keep(stage)
             return

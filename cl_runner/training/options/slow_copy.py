@@ -47,15 +47,16 @@ class SlowCopy(Option):
         return config.options.slow_copy is not None
 
     def check(self, config: RunConfig, method: Method, shapes: Shapes | None = None) -> None:
-        if self.wanted(config, method) and method.remade:
-            raise UserError(
-                f"options.slow_copy: {method.name} {method.remade}, and the copy would answer without that; leave it "
-                "out"
-            )
-        if self.wanted(config, method) and not self.takes(type(method)):
+        if not self.wanted(config, method):
+            return
+        if not method.remade and not self.takes(type(method)):
             raise UserError(
                 f"options.slow_copy: {method.name} trains neither a pair nor all weights, and it carries on by itself; "
                 "leave it out"
+            )
+        if why := method.remade or ("changes an update as it is folded" if method.fold_loses else ""):
+            raise UserError(
+                f"options.slow_copy: {method.name} {why}, and the copy would answer without that; leave it out"
             )
         settings = config.options.slow_copy
         if settings is not None and settings.next == "both" and not isinstance(method, Sequential):

@@ -13,6 +13,7 @@ from cl_runner.engine.process import Place
 from cl_runner.errors import UserError
 from cl_runner.methods import make_method
 from cl_runner.methods.gainlora.gating import of_length, off_past, openness, path
+from cl_runner.methods.protocol import Source
 from cl_runner.methods.shared.gpm import Memory
 from cl_runner.training.compatibility import check_method
 from tests.breadth import wide
@@ -116,6 +117,82 @@ def test_past_prompts_find_a_new_gate_shut_after_any_steps() -> None:
     assert max(found) < 1e-5
     [found] = on_ranks(1, _shut, True)
     assert found[0] < 1e-5 < 1e-2 < found[-1]  # which the official code's rows of their former length give up
+
+
+# Real rows, with nothing of the method's but what it leaves: prompts' embeddings by hand, spans by SVD.
+
+
+def prompts(index: int) -> Tensor:
+    """The mean embedding of each row's prompt (b, d), fp64."""
+    table = tiny_model("t5").get_input_embeddings().weight.detach().double()
+    return torch.stack([table[torch.tensor(e.source)].mean(0) for e in opposed(index).examples])
+
+
+def read_by(gate: Any, p0: Tensor) -> dict[str, Tensor]:
+    """What G1, G2 and k of one gate read of prompts (b, ·)."""
+    p1 = silu(p0 @ gate["G1"].double().T)
+    return {"G1": p0, "G2": p1, "k": silu(p1 @ gate["G2"].double().T)}
+
+
+def _real(place: Place) -> None:
+    """At ε 1 real past prompts find each new gate shut; k begins as the first direction of the rows off the past."""
+    room, config = order_room(place, "gainlora", **THREE, method__threshold=1.0)
+    learn(room, config, 0, Source(opposed(0).examples[:3], ["a"] * 3))
+    router = {name: value[0].clone() for name, value in room.method.router.items()}
+    past, own = prompts(0)[:3], prompts(1)
+    seen, _ = watched(room, config, 1)
+    for at in seen:
+        assert max(float(one_gate({n: at[n].double() for n in GATE}, p, "cosine")) for p in past) < 1e-5
+    assert min(float(one_gate({n: seen[-1][n].double() for n in GATE}, p, "cosine")) for p in own[3:]) > 0.1
+    held = torch.linalg.svd(read_by(router, past)["k"].T)[0][:, :3]
+    mine = read_by(router, own)["k"]
+    moment = mine.T @ mine / len(mine)
+    first = torch.linalg.svd(moment - held @ (held.T @ moment))[0][:, 0]
+    k = seen[0]["k"].double()
+    assert float((k @ first).abs() / k.norm()) > 1 - 1e-5
+
+
+def test_real_past_prompts_find_a_new_gate_shut_and_k_begins_with_what_is_new() -> None:
+    on_ranks(1, _real)
+
+
+def _rank(moment: Tensor, held: Tensor, share: float) -> Tensor:
+    """``held`` (n, k) and the fewest leading directions off it that leave 1 − share of the moment's squares."""
+    rest = moment - held @ (held.T @ moment)
+    U, S, _ = torch.linalg.svd(rest)
+    count = 0
+    while float(S[count:].square().sum() / moment.square().sum()) > 1 - share:
+        count += 1
+    return torch.cat([held, U[:, :count]], 1)
+
+
+def _memories(place: Place) -> None:
+    """What is remembered after two tasks, its ε on the way to 1; of the first layers' input by an ε of its own."""
+    first = {"G1": 0.9, "G2": 0.9, "k": 0.9, "x": 0.6}
+    room, config = order_room(place, "gainlora", **THREE, method__threshold=0.9, method__input_threshold=0.6)
+    model = tiny_model("t5")
+    norm, table = model.encoder.block[0].layer[0].layer_norm, model.get_input_embeddings()
+    held: dict[str, Tensor] = {}
+    ranks = []
+    for index in range(2):
+        own = opposed(index).examples[3 * index :]
+        learn(room, config, index, Source(own, ["ab"[index]] * len(own)))
+        gate = {name: value[index] for name, value in room.method.router.items()}
+        rows = read_by(gate, prompts(index)[3 * index :])
+        with torch.no_grad():
+            rows["x"] = torch.cat([norm(table(torch.tensor(e.source))) for e in own]).double()
+        for name, x in rows.items():
+            before = held.get(name, torch.zeros(x.shape[1], 0, dtype=torch.float64))
+            held[name] = _rank(x.T @ x / len(x), before, first[name] + (1 - first[name]) * index / 3)
+        ours = {**room.method.memories, "x": room.method.memories["encoder.block.0.layer.0.SelfAttention.q"]}
+        for name, basis in held.items():
+            torch.testing.assert_close(_dense(ours[name]), basis @ basis.T, rtol=1e-4, atol=1e-4)
+        ranks.append({name: basis.shape[1] for name, basis in held.items()})
+    assert all(ranks[1][name] > ranks[0][name] for name in held), ranks
+
+
+def test_memories_are_those_of_real_rows_by_hand() -> None:
+    on_ranks(1, _memories)
 
 
 def test_a_change_off_the_past_and_a_length() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from cl_runner.methods.sapt.attention import moved, scores
 from cl_runner.methods.sapt.writing import longest, to_write, write
 from cl_runner.methods.shared.frame import Frame
 from cl_runner.models.batch import Example
+from cl_runner.training.sampling import BatchPlan, StepWeights
 from cl_runner.training.stage import StageRun
 from tests.breadth import wide
 from tests.distributed import on_ranks
 from tests.methods.orders import learn, order_room
 from tests.methods.steps import LR, THREE, Values, off, opposed, values
-from tests.stages import END, Kind, naive_loss, tiny_config, tiny_model
+from tests.stages import END, VOCABULARY, Kind, naive_loss, tiny_config, tiny_model
 
 NET = ("W1", "W2", "gain", "bias")
 
@@ -110,6 +112,37 @@ def _mixed(place: Place) -> None:
 
 def test_the_mix() -> None:
     on_ranks(1, _mixed)
+
+
+def _dealt(place: Place) -> list[float]:
+    """What the answers count for in each full step, texts being far longer than answers."""
+    batch = {"training__global_batch": 32, "training__length_window": 8}
+    room, config = order_room(place, "sapt", **batch, method__pseudo_tokens=64)
+    stage = StageRun(room, config, 0)
+    room.method.build(stage)
+    dice = random.Random(0)
+    sources = [[dice.randrange(30, VOCABULARY) for _ in range(dice.randint(20, 50))] + [END] for _ in range(320)]
+    own = Source([Example(source, [10, END]) for source in sources], ["a"] * 320)
+    sources_of = room.method.training_data(stage, own)
+    stage.close()
+    examples = [e for source in sources_of for e in source.examples]
+    tasks = [task for source in sources_of for task in source.tasks]
+    shares = [source.weight for source in sources_of for _ in source.examples]
+    plan = BatchPlan.make(len(examples), config.training, 1)
+    weights = StepWeights(plan, "global", [len(e.target) for e in examples], shares)
+    lengths = [len(e.source) + len(e.target) for e in examples]
+    found = []
+    for rows in plan.step_rows(1, 0, lengths, len(set(tasks)) > 1):
+        answers = [row for row in rows if row < len(own.examples)]
+        found.append(sum(2 * weight for weight in weights.of(rows, answers)))  # of two tokens each
+    return found
+
+
+def test_every_step_has_rows_to_answer_and_rows_to_write() -> None:
+    """However long texts are: the mean over answers is in each step what it is to be, but for the lot."""
+    [found] = on_ranks(1, _dealt)
+    assert len(found) == 20 and min(found) > 0.4 and max(found) < 1.9
+    assert sum(found) / len(found) == pytest.approx(1, abs=0.1)
 
 
 # Whole steps.

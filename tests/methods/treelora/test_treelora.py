@@ -186,12 +186,12 @@ def test_whole_steps_by_hand(kind: Kind) -> None:
     on_ranks(1, _steps, kind)
 
 
-def _ranks(place: Place) -> tuple[Tensor, dict[str, Tensor]]:
+def _ranks(place: Place) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """Five rows in micro-batches of one: of two ranks with three each, one takes a row that does not count."""
     room, config = order_room(place, "treelora", **{**STEPS, "training__global_batch": 5, "training__micro_batch": 1})
     for index in range(3):
-        learn(room, config, index, opposed(index, rows=10))
-    return vector(values(room)), room.method.state().tensors
+        rows = learn(room, config, index, opposed(index, rows=10)).rows
+    return vector(values(room)), room.method.state().tensors, rows[-1]
 
 
 def test_two_ranks_do_what_one_does() -> None:
@@ -200,6 +200,8 @@ def test_two_ranks_do_what_one_does() -> None:
     assert torch.equal(first[0], second[0]) and off(first[0], alone[0]) < 1e-3
     for name, a in alone[1].items():
         assert torch.equal(first[1][name], second[1][name]) and off(first[1][name], a) < 1e-3 and len(a) == 3
+    for key in ("loss", "penalty", "penalty_gradient_ratio"):  # each rank has a share of its own of the penalty
+        assert first[2][key] == second[2][key] == pytest.approx(alone[2][key], rel=1e-2), key
 
 
 def _resumed(place: Place, folder: str) -> None:
