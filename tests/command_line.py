@@ -191,7 +191,8 @@ def logged(run: Path, stage: str, step: int, process: subprocess.Popen[str], sec
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         file = run / "log.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
         if any(row["stage"] == stage and row["step"] >= step for row in rows):
             return
         if process.poll() is not None:
