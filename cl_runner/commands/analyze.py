@@ -42,8 +42,7 @@ class Asked:
     model: the base, by name or folder; of a run it is known. intruders: whether they are counted, which takes long,
     among the ``top_k`` first singular vectors, by |cos| under ``epsilon``. gradients: so many train rows of each of a
     run's tasks; routes: so many test rows. text: a file. unseen: tasks, or orders, by name. data_dir: where the rows of
-    both are.
-    trust: the code that a base brings may be run.
+    both are. trust: the code that a base brings may be run.
     """
 
     layers: str | None = None

@@ -46,7 +46,8 @@ def ask(
     sections: list[Section] = []
     gone: list[str] = []
     texts = read_texts(asked.text) if asked.text else []
-    own = own_settings(run, model=asked.model, data_dir=asked.data_dir, trust=asked.trust)
+    if asked.gradients or asked.routes:
+        own = own_settings(run, model=asked.model, data_dir=asked.data_dir, trust=asked.trust)
     if asked.gradients:
         found = look.gradients(own, run, names, asked.gradients, shapes, place, bar)
         sections.append(GradientsSection(asked.gradients, found, asked.layers))

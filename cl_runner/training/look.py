@@ -69,13 +69,9 @@ def routes(
         raise UserError(f"--routes: {method.name} does not weigh the parts of its stages by the row")
     plan, order_tasks = _plan(resolved, rundir, files=("test",))
     _take_rows(plan, rundir, [task for task in order_tasks if task.name in plan.seen(len(names) - 1)], "test", rows)
-    found, gone = [], []
-    for index, name in enumerate(names):
-        try:
-            refuse_removed(rundir.stage_dir(index, name))
-        except UserError:
-            gone.append(f"routes after {name}: its model was removed (output.keep_stages)")
-            continue
+    found = []
+    there, gone = _there(rundir, names, "routes")
+    for index, name in there:
         with as_committed(plan, rundir, index, place) as (stage, tokens):
             asked = {task: tokens.test[task].examples for task in plan.seen(index)}
             tick = bar(f"routes, {name}", sum(map(len, asked.values())))
@@ -93,14 +89,9 @@ def drift(
     """
     plan, _ = _plan(resolved, rundir)
     asked = Asked(texts, data)
-    found, gone = [], []
-    for index, name in ((BASE, "base"), *enumerate(names)):
-        try:
-            if index != BASE:
-                refuse_removed(rundir.stage_dir(index, name))
-        except UserError:
-            gone.append(f"base drift after {name}: its model was removed (output.keep_stages)")
-            continue
+    found = []
+    there, gone = _there(rundir, names, "base drift")
+    for index, name in ((BASE, "base"), *there):
         with as_committed(plan, rundir, index, place) as (stage, _):
             found.append(known(stage, asked, name, index == BASE, bar))
     return found, gone
@@ -110,6 +101,19 @@ def unseen(tasks: Sequence[Task], resolved: Resolved, rundir: RunDir) -> Data:
     """The test rows of tasks that the run does not learn. Raises UserError: there are none, or it has no labels."""
     plan, _ = _plan(resolved, rundir)
     return Data.load(tasks, resolved.config, plan.stages, [task.name for task in tasks])
+
+
+def _there(rundir: RunDir, names: Sequence[str], what: str) -> tuple[list[tuple[int, str]], list[str]]:
+    """Index and name of the stages whose model is there; a line for each that is gone."""
+    there, gone = [], []
+    for index, name in enumerate(names):
+        try:
+            refuse_removed(rundir.stage_dir(index, name))
+        except UserError:
+            gone.append(f"{what} after {name}: its model was removed (output.keep_stages)")
+            continue
+        there.append((index, name))
+    return there, gone
 
 
 def _take_rows(plan: Plan, rundir: RunDir, tasks: Sequence[Task], split: Split, most: int) -> None:
