@@ -5,9 +5,9 @@
 
 Kept are digits that any CPU computes alike in fp32, where ``scripts/golden.py`` compares bits on one machine. Rows and
 token ids are compared exactly, scores within one test row, losses, penalties and gradients within ``CLOSE`` as long as
-rounding is all that two CPUs differ by. AdamW makes it grow: after twenty steps at a rate at which something is learned
-AVX-512 and SSE are 2 % apart. So one run learns, of which the first steps are compared closely and the others roughly,
-and one takes small steps, of which all are close.
+rounding is all that two CPUs differ by. AdamW makes it grow: after twenty steps at a rate at which something is
+learned losses of two CPUs are 2 % apart, and the norm of one step's gradient up to 15. So one run learns, of which the
+first steps are compared closely and the others roughly, and one takes small steps, of which all are close.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from tests.command_line import call
 
 FILE = Path(__file__).with_name("golden.json")
-CLOSE, ROUGH = 1e-4, 0.1  # relative
+CLOSE, ROUGH, ROUGH_NORM = 1e-4, 0.1, 0.3  # relative
 ROW = 100 / 24  # percent: one test row of data.max_test
 SHOWN = 6  # differences that a message names
 TASKS = ("agnews", "dbpedia")
@@ -112,7 +112,7 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for part, alike in ALIKE.items()
         for then, here in [[about["runs"].get(model, {}).get(part, {}) for about in (golden, now)]]
         for key in {**then, **here}
-        if key not in then or key not in here or not alike(then[key], here[key])
+        if key not in then or key not in here or not alike(key, then[key], here[key])
     ]
 
 
@@ -136,11 +136,15 @@ def message(golden: Mapping[str, Any], now: Mapping[str, Any], found: list[str])
     )
 
 
-ALIKE: dict[str, Callable[[Any, Any], bool]] = {
-    "exact": lambda then, now: then == now,
-    "close": lambda then, now: abs(now - then) <= CLOSE * abs(then),
-    "rough": lambda then, now: abs(now - then) <= ROUGH * abs(then),
-    "scores": lambda then, now: abs(now - then) <= ROW + 1e-3,
+def _roughly(key: str, then: float, now: float) -> bool:
+    return abs(now - then) <= (ROUGH_NORM if key.startswith("gradient_norm") else ROUGH) * abs(then)
+
+
+ALIKE: dict[str, Callable[[str, Any, Any], bool]] = {
+    "exact": lambda key, then, now: then == now,
+    "close": lambda key, then, now: abs(now - then) <= CLOSE * abs(then),
+    "rough": _roughly,
+    "scores": lambda key, then, now: abs(now - then) <= ROW + 1e-3,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -419,30 +421,48 @@ def test_a_run_is_the_same_and_the_last_look_is_its_evaluation(tmp_path: Path, w
     assert any(score for row in rows for score in row.get("probe", {}).values()), "nothing was ever right"
 
 
-FALLS = ("--method", "seqlora", "--set=training.lr=0.1")  # at stage 3 an old task is answered worse
+SEQ = ("--method", "seqlora")
 
 
 def test_two_ranks_ask_the_same_rows(tmp_path: Path) -> None:
-    assert train(tmp_path, *FALLS, *ON, "--name", "one").code == 0
-    arguments = ("train", "--order", "three.yaml", *RUN, *FALLS, *ON, "--name", "two")
+    assert train(tmp_path, *SEQ, *ON, "--name", "one").code == 0
+    arguments = ("train", "--order", "three.yaml", *RUN, *SEQ, *ON, "--name", "two")
     first, second = command_on_ranks(2, *arguments, cwd=tmp_path)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     one, two = ([row for row in log_of(tmp_path / "runs" / name) if "probe" in row] for name in ("one", "two"))
     assert one == two and len(one) == 11
 
 
-def test_a_run_that_is_stopped_goes_on_without_the_limit(tmp_path: Path) -> None:
+def amazon_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third stage amazon is as it was learned until step 3, and a row of eight worse from then on."""
+    ask = Probe._asked
+
+    def asked(self: Probe) -> list[scoring.Scored]:
+        if self.stage.index < 2:
+            return ask(self)
+        fallen = {"dbpedia": 0.0, "amazon": 12.5 if self.stage.step >= 3 else 0.0}
+        return [
+            replace(one, score=(self.learned[one.task] or 0.0) - fallen[one.task]) if one.task in fallen else one
+            for one in ask(self)
+        ]
+
+    monkeypatch.setattr(Probe, "_asked", asked)
+
+
+def test_a_run_that_is_stopped_goes_on_without_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    amazon_falls(monkeypatch)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for cwd in (whole, cut):
         cwd.mkdir()
-    assert train(whole, *FALLS).code == 0
-    words = (*FALLS, *ON, "--set=eval.probe_warn=0", "--set=eval.probe_stop=0")
+    assert train(whole, *SEQ).code == 0
+    words = (*SEQ, *ON, "--set=eval.probe_warn=0", "--set=eval.probe_stop=0")
     done = train(cut, *words)
     [run] = (cut / "runs").iterdir()
     assert done.code == 1
     last = done.err.splitlines()[-1]
     assert last.startswith("stopped in stage 3 (agnews): at step 3 of 8 probes have fallen since ")
-    assert "amazon by 12.50 points to 12.50 % (eval.probe_stop is 0); kept: dbpedia, amazon; go on: " in last
+    fall = r"amazon by 12\.50 points to -?[\d.]+ % \(eval\.probe_stop is 0\); kept: dbpedia, amazon; go on: "
+    assert re.search(fall, last)
     assert last.endswith(" --set eval.probe_stop=null") and "Traceback" not in done.err
     assert sum("eval.probe_warn is 0" in line for line in (run / "run.log").read_text().splitlines()) == 1
     status = read_json(run / "status.json")
