@@ -38,7 +38,7 @@ class RehearsedStage(StageRun):
         each.close()  # type: ignore[attr-defined]
         self.owed += (time.perf_counter() - began) / ROWS * (count - 1 - ROWS)
 
-    def _by_batch(
+    def by_batch(
         self,
         examples: Sequence[Example],
         work: Callable[[int, Sequence[int]], Sequence[Result]],
@@ -48,7 +48,7 @@ class RehearsedStage(StageRun):
         number = max(1, len(token_batches(lengths(examples)[0].tolist(), self.batch_tokens)))
         taken = examples if number <= 2 * ROWS else examples[: max(1, ROWS * len(examples) // number)]
         began = time.perf_counter()
-        found = super()._by_batch(taken, work, tick, whole)
+        found = super().by_batch(taken, work, tick, whole)
         if len(taken) < len(examples):
             self.owed += (time.perf_counter() - began) * (len(examples) / len(taken) - 1)
             found += [found[row % len(taken)] for row in range(len(examples) - len(taken))]

@@ -120,7 +120,7 @@ class Sharing:
         stage = self.stage
         if batch.condition:
             return f"{stage.room.method.name} conditions each row"
-        if stage.observed and stage.head_targets():  # which is asked behind the beginning alone
+        if stage.looking.observed and stage.head_targets():  # which is asked behind the beginning alone
             return f"{stage.room.method.name} looks at what the output layer reads"
         return self._never()
 

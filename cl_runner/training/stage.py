@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,18 @@ from cl_runner.engine.optim import ParameterGroup, by_learning_rate, ordinary_gr
 from cl_runner.engine.precision import Compute
 from cl_runner.engine.process import Place
 from cl_runner.engine.zero import Autocast, Engine, gather_objects
-from cl_runner.maths.vectors import flat, unflat
 from cl_runner.methods.protocol import Method, Progress, Source, StagePlan, overrides
 from cl_runner.models.base import Base
-from cl_runner.models.batch import IGNORE, Batch, Example, Question, collate, collate_prompts, token_batches
-from cl_runner.models.choose import Choice, choose
+from cl_runner.models.batch import Batch, Example, Question, collate, collate_prompts, token_batches
+from cl_runner.models.choose import Choice
 from cl_runner.models.dropout import RowDropout
 from cl_runner.models.encoding import Encoder
-from cl_runner.models.forward import embedded, evaluating, features, logits, sampled, source_mask, unwrapped
-from cl_runner.models.likelihood import Likelihood, likelihoods
+from cl_runner.models.forward import embedded, evaluating, features, source_mask, unwrapped
+from cl_runner.models.likelihood import Likelihood
 from cl_runner.models.token_cache import lengths
-from cl_runner.models.verify import answers as verified_answers
+from cl_runner.training import asking, gradients
 from cl_runner.training.fitting import Fit
+from cl_runner.training.looking import Looking, See, Which
 from cl_runner.training.options import Option, make_options
 from cl_runner.training.sampling import derived_seed
 from cl_runner.training.sharing import Sharing
@@ -94,18 +94,13 @@ class StageRun:
         self.dropout = RowDropout()
         self.sharing = Sharing(self)
         self.fit = Fit()
-        self._batch: Batch | None = None
+        self.looking = Looking(self)
         self._raw = room.root.twin()
         self._input_groups: list[tuple[str, ...]] | None = None
-        self._observers: list[tuple[str, Callable[[str, Tensor, Tensor | None], None]]] = []
-        self._hooks = [
-            layer.register_forward_hook(self._observed(target)) for target, layer in self.adapters.layers.items()
-        ]
 
     def close(self) -> None:
         """Remove the observation hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        self.looking.close()
 
     # Facts.
 
@@ -228,31 +223,8 @@ class StageRun:
 
     def input_groups(self) -> list[tuple[str, ...]]:
         if self._input_groups is None:
-            self._input_groups = self._look_for_shared_inputs()
+            self._input_groups = self.looking.shared_inputs()
         return self._input_groups
-
-    def _look_for_shared_inputs(self) -> list[tuple[str, ...]]:
-        """One small forward tells: layers that are handed the same tensor share their input."""
-        inputs: dict[str, Tensor] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, given, target=target: inputs.update({target: given[0]}))
-            for target, layer in self.adapters.layers.items()
-        ]
-        layout = self.room.base.layout
-        batch = collate([Example([layout.eos_id] * 2, [layout.eos_id] * 2)], layout, self.device)
-        observers, self._observers = self._observers, []
-        condition, self.adapters.condition = self.adapters.condition, {}  # that of other rows
-        try:
-            with torch.no_grad(), evaluating(self.adapters.model), self._raw.context():
-                logits(self.adapters.model, batch)
-        finally:
-            self._observers, self.adapters.condition = observers, condition
-            for hook in hooks:
-                hook.remove()
-        groups: dict[int, list[str]] = {}
-        for target in self.adapters.layers:
-            groups.setdefault(id(inputs.get(target, target)), []).append(target)
-        return [tuple(targets) for targets in groups.values()]
 
     # Forward and gradient, on the raw module.
 
@@ -265,7 +237,7 @@ class StageRun:
         return found
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        self._show(batch)
+        self.show(batch)
 
         def compute() -> Tensor:
             return self.sharing.logits(batch)
@@ -285,135 +257,21 @@ class StageRun:
     def gradient(
         self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        return self._each_gradient(loss, batches) if per_example else iter([self._sum_gradient(loss, batches)])
-
-    def _one_gradient(
-        self, loss: Callable[[Batch], Tensor], batch: Batch, retain_graph: bool = False
-    ) -> dict[str, Tensor]:
-        parameters = self.parameters()
-        with torch.enable_grad():
-            found = torch.autograd.grad(
-                loss(batch), list(parameters.values()), allow_unused=True, retain_graph=retain_graph
-            )
-        return {
-            name: torch.zeros_like(p) if g is None else g.float()
-            for (name, p), g in zip(parameters.items(), found, strict=True)
-        }
-
-    def _sum_gradient(self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> dict[str, Tensor]:
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters().items()}
-        with evaluating(self.adapters.model):
-            for batch in batches:
-                for name, gradient in self._one_gradient(loss, batch).items():
-                    total[name] += gradient
-        return {name: self.sum(gradient) for name, gradient in total.items()}
+        if per_example:
+            return gradients.by_row(self, loss, batches)
+        return iter([gradients.summed(self, loss, batches)])
 
     def update_gradients(
         self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], per_example: bool = False
     ) -> Iterator[dict[str, Tensor]]:
         if per_example:
-            for batch in batches:
-                rows = map(batch.row, range(batch.size))
-                yield from (self._update_gradient(loss, row) for row in rows if row.label_tokens)
-            return
-        total = {target: torch.zeros(shape, device=self.device) for target, shape in self.targets().items()}
-        for batch in batches:
-            for target, gradient in self._update_gradient(loss, batch).items():
-                total[target] += gradient
-        yield {target: self.sum(gradient) for target, gradient in total.items()}
-
-    def _update_gradient(self, loss: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Of one forward: ``Σ δ xᵀ`` over its positions, δ the gradient by a layer's output for its input x."""
-        found: dict[str, Tensor] = {}
-
-        def watched(target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                x = inputs[0].detach().flatten(0, -2).float()
-
-                def take(delta: Tensor) -> None:
-                    gradient = delta.flatten(0, -2).float().mT @ x
-                    found[target] = found[target] + gradient if target in found else gradient
-
-                output.register_hook(take)  # type: ignore[no-untyped-call]
-
-            return hook
-
-        hooks = [layer.register_forward_hook(watched(target)) for target, layer in self.adapters.layers.items()]
-        try:
-            with evaluating(self.adapters.model), torch.enable_grad():
-                torch.autograd.grad(loss(batch), list(self.parameters().values()), allow_unused=True)
-        finally:
-            for handle in hooks:
-                handle.remove()
-        shapes = self.targets()
-        return {t: found[t] if t in found else torch.zeros(shapes[t], device=self.device) for t in shapes}
-
-    def _each_gradient(self, loss: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
-        for batch in batches:
-            # The rows of a batch share the graph of its condition, if that has one.
-            shared = any(value.requires_grad for value in batch.condition.values())
-            rows = map(batch.row, range(batch.size))
-            with evaluating(self.adapters.model):
-                mine = [self._one_gradient(loss, row, shared) for row in rows if row.label_tokens]
-            yield from self._of_every_rank(mine)
-
-    def _of_every_rank(self, mine: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """Rank 0's, then rank 1's, …, on every rank."""
-        if self.ranks == 1:
-            yield from mine
-            return
-        counts = self.gather({self.rank: len(mine)})
-        like = {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.parameters().items()}
-        for owner in range(self.ranks):
-            for number in range(counts[owner]):
-                vector = flat(mine[number] if owner == self.rank else like, like)
-                torch.distributed.broadcast(vector, src=owner)
-                yield unflat(vector, like)
+            return gradients.of_updates_by_row(self, loss, batches)
+        return iter([gradients.of_updates(self, loss, batches)])
 
     # Observation.
 
-    @contextmanager
-    def observe(
-        self, what: Literal["inputs", "outputs"], see: Callable[[str, Tensor, Tensor | None], None]
-    ) -> Iterator[None]:
-        entry = (what, see)
-        self._observers.append(entry)
-        try:
-            yield
-        finally:
-            self._observers.remove(entry)
-
-    @property
-    def observed(self) -> bool:
-        """Whether anybody looks at layers."""
-        return bool(self._observers)
-
-    def _observed(self, target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # A forward inside a backward is activation checkpointing's second look at the same rows.
-            if not self._observers or torch._C._current_graph_task_id() != -1:
-                return
-            for what, see in self._observers:
-                rows = (inputs[0] if what == "inputs" else output).detach()
-                if self._batch is not None:
-                    rows = self._batch.by_row(rows)
-                see(target, rows, self._counts(target, rows))
-
-        return hook
-
-    def _counts(self, target: str, rows: Tensor) -> Tensor | None:
-        """How often each of a target's rows counts; None where the rows are not the batch's (a step of generation)."""
-        batch = self._batch
-        if batch is None or rows.dim() != 3:
-            return None
-        masks = [batch.attention_mask.bool(), batch.labels != IGNORE]
-        if self.room.base.encoder_decoder and ".encoder." not in f".{target}" and not _reads_encoder(target):
-            masks = masks[1:]
-        mask = next((mask for mask in masks if mask.shape == rows.shape[:2]), None)
-        if mask is None:  # positions of the model's own making are taken for real ones
-            own = batch.labels.shape[1] and rows.shape[0] == batch.size
-            return batch.counts.expand(rows.shape[:2]) if own else None
-        return mask * batch.counts
+    def observe(self, what: Which, see: See) -> AbstractContextManager[None]:
+        return self.looking.observe(what, see)
 
     def features(self, batch: Batch) -> Tensor:
         with self.adapters.without_terms(), self.room.root.context():
@@ -472,7 +330,7 @@ class StageRun:
         tick: Callable[[int], None] = lambda _: None,
         most: int | None = None,
     ) -> list[str]:
-        return self._answers([example._replace(target=[]) for example in examples], task, tick, most=most)
+        return asking.answers(self, [example._replace(target=[]) for example in examples], task, tick, most=most)
 
     def answer(
         self,
@@ -488,68 +346,20 @@ class StageRun:
         mode = self.config.eval.mode
         if mode == "generate":
             return self.generate(examples, task, tick)
-        return self._answers(examples, task, tick, labels if mode == "choose" else None)
-
-    def _answers(
-        self,
-        examples: Sequence[Example],
-        task: str | None,
-        tick: Callable[[int], None],
-        labels: Choice | None = None,
-        most: int | None = None,
-    ) -> list[str]:
-        layout, most = self.room.base.layout, most or self.config.eval.max_new_tokens
-        heads = self.sharing.of_prompts(examples)
-
-        def answered(_: int, numbers: Sequence[int]) -> list[str]:
-            rows = [examples[number] for number in numbers]
-            prompts = self._prompts(rows, task)
-            targets = [[] if example.target_cut else example.target for example in rows]
-            with torch.no_grad(), self.room.root.context():
-                head = heads.read(prompts)
-                prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
-                model = self.adapters.model
-                if labels is None:
-                    right = self.right(len(rows))
-                    ids, _verified = verified_answers(model, prompts, targets, layout, most, self._show, head, right)
-                else:
-                    ids = choose(model, prompts, labels, layout, self._show, head)
-            return [self.room.encoder.decode(row) for row in ids]
-
-        return self._by_batch(examples, answered, tick)
+        return asking.answers(self, examples, task, tick, labels if mode == "choose" else None)
 
     def likelihoods(
         self, questions: Sequence[Question], task: str | None = None, tick: Callable[[int], None] = lambda _: None
     ) -> list[list[Likelihood]]:
         """How likely the model makes each question's continuations, with the parameters that answer. *Collective*."""
-        layout, prompted = self.room.base.layout, [question.prompt for question in questions]
-        heads = self.sharing.of_prompts(prompted)
-
-        def looked(_: int, numbers: Sequence[int]) -> list[list[Likelihood]]:
-            rows = [prompted[number] for number in numbers]
-            prompts = self._prompts(rows, task)
-            with torch.no_grad(), self.room.root.context():
-                head = heads.read(prompts)
-                prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
-                continuations = [questions[number].continuations for number in numbers]
-                return likelihoods(self.adapters.model, prompts, continuations, layout, self._show, head)
-
-        return self._by_batch(prompted, looked, tick)
+        return asking.likelihoods(self, questions, task, tick)
 
     def sample(
         self, examples: Sequence[Example], tokens: int, top_k: int, repetition_penalty: float
     ) -> list[list[int]]:
-        layout = self.room.base.layout
+        return asking.samples(self, examples, tokens, top_k, repetition_penalty)
 
-        def drawn(number: int, rows: Sequence[int]) -> list[list[int]]:
-            prompts = self._prompts([examples[row] for row in rows], None)
-            with torch.random.fork_rng(self._gpus()), torch.no_grad(), self.room.root.context():
-                torch.manual_seed(derived_seed(self.config.seed, self.drawn_by, "sample", number))
-                return sampled(self.adapters.model, prompts, layout, tokens, top_k, repetition_penalty)
-
-        return self._by_batch(examples, drawn, whole=True)
-
-    def _by_batch(
+    def by_batch(
         self,
         examples: Sequence[Example],
         work: Callable[[int, Sequence[int]], Sequence[Result]],
@@ -584,24 +394,21 @@ class StageRun:
         """Which answers of a batch are taken for right whatever the model says: of a rehearsal alone."""
         return None
 
-    def _prompts(self, examples: Sequence[Example], task: str | None) -> Batch:
+    def prompts(self, examples: Sequence[Example], task: str | None) -> Batch:
         """Inputs alone on the device: a method's condition never sees the labels, as there are none in use."""
         prompts = self._conditioned(collate_prompts(examples, self.room.base.layout, self.device), task)
-        self._show(prompts)
+        self.show(prompts)
         return prompts
 
-    def _gpus(self) -> list[torch.device]:
-        return [self.device] if self.device.type == "cuda" else []
-
-    def _show(self, batch: Batch) -> None:
+    def show(self, batch: Batch) -> None:
         """The batch that the next forward is about, for those who look at layers alone."""
-        self._batch = batch
+        self.looking.batch = batch
         self.dropout.see(batch)
         self.adapters.condition = batch.condition
 
     def show_part(self, part: Batch) -> None:
         """A part of the batch shown, which the model reads by itself."""
-        self._batch = part
+        self.looking.batch = part
         self.dropout.part(part)
 
     # Ranks.
@@ -670,10 +477,3 @@ def commit_update(method: Method, stage: StageRun) -> None:
 
 def _added(update: Tensor, begun: Tensor | None) -> Tensor:
     return update if begun is None else update + begun.to(update)
-
-
-def _reads_encoder(target: str) -> bool:
-    """Whether a target in the decoder has the encoder's positions for rows: K and V of cross-attention."""
-    block, _, layer = target.rpartition(".")
-    crosses = any(name in block for name in ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention"))
-    return crosses and layer.startswith(("k", "v"))

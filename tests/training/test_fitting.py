@@ -231,14 +231,14 @@ def test_a_checkpoint_has_the_micro_batch_that_was_found_to_fit(tmp_path: Path) 
 def answered(place: Place, auto: bool, most: int) -> tuple[list[str], int | None]:
     config = tiny_config(training__auto_batch=auto)
     stage = open_stage(tiny_room(Large(Large.Config()), config, place), config)
-    plain = stage._prompts
+    plain = stage.prompts
 
     def prompts(examples: list[Example], task: str | None) -> Batch:
         if len(examples) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(examples, task)
 
-    stage._prompts = prompts  # type: ignore[method-assign, assignment]
+    stage.prompts = prompts  # type: ignore[method-assign, assignment]
     found = stage.answer(some_rows(20).examples)
     stage.close()
     return found, stage.fit.eval_tokens
@@ -308,14 +308,14 @@ def test_what_counts_as_out_of_memory() -> None:
 
 
 def test_a_run_says_what_fitted_of_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = StageRun._prompts
+    plain = StageRun.prompts
 
     def prompts(stage: StageRun, examples: list[Example], task: str | None) -> Batch:
         if len(examples) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(stage, examples, task)
 
-    monkeypatch.setattr(StageRun, "_prompts", prompts)
+    monkeypatch.setattr(StageRun, "prompts", prompts)
     (tmp_path / "one.yaml").write_text("name: one\ntasks: [dbpedia]\n")
     asked = (*NANO, "--set", "training.auto_batch=true", "--order", "one.yaml", "--method", "inclora", "--name", "one")
     told = call("train", *asked, cwd=tmp_path)

@@ -498,7 +498,7 @@ def test_shared_inputs_and_masks_of_other_families() -> None:
     seen: dict[str, Any] = {}
     with stage.observe("inputs", lambda target, rows, counts: seen.update({target: counts})):
         stage.input_groups()  # no forward that an observer should see
-        stage._look_for_shared_inputs()
+        stage.looking.shared_inputs()
         assert not seen
         stage.forward(batch)
     for target, counts in seen.items():
