@@ -19,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared-basis support": {"support": 0.5}, "coso": {"sketch": 4},
     "inflora": {}, "clora": {"k": 4, "subspace": "data"}, "colora": {"routing": "soft", "rounds": 2},
     "slao": {}, "merge": {}, "merge ties": {"how": "ties"}, "slao fisher": {"fisher_beta": 0.5, "fisher_samples": 4},
-    "gainlora": {}, "sapt": {"pseudo": 2},
+    "gainlora": {"centred": True}, "sapt": {"pseudo": 2},
 }  # fmt: skip
 PLAIN = ("seqlora", "olora", "clora")
 

@@ -157,6 +157,14 @@ def test_on_two_ranks_too(method: str) -> None:
     assert {key: found[key] for key in SAME} == SAME
 
 
+def test_what_prompts_are_counted_from_is_of_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AFTER, "gainlora", 0)
+    found = entered(1, "gainlora", method__centred=True)
+    assert {key: found[key] for key in SAME} == SAME
+    found = entered(1, "gainlora", drop="method", method__centred=True)
+    assert found["carried"]
+
+
 PAIR = {"method__reorthogonalise": {"every": 1, "rescale": True}, **SLOW}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("olora", {**PAIR, "training__clip": 0.5, "training__schedule": "cosine", "training__warmup": 2}),

@@ -37,7 +37,8 @@ class GainLoRA(Routed):
     p2; what past gates read is then left alone by every step, so that past prompts find the new gate shut, as far as
     they lie in its memory. ε is of the squares of a second moment's singular values, as in GPM: of prompts that begin
     alike one direction may make it up, and what else is in them opens the gate. Where past p2 have left no direction
-    (ours), k stays as it was drawn.
+    (ours), k stays as it was drawn. With ``centred`` (ours) p0 is counted from the first task's mean prompt: what all
+    prompts begin with is then no direction at all.
 
     Published with learning rate 3e-4, constant, 10 epochs, batch 32, r 8, alpha 32.
     """
@@ -58,11 +59,12 @@ class GainLoRA(Routed):
     since_second = ("lambda1",)
     trains = "a LoRA pair (inflora: its B) and its gate"
     by_order = True
-    of_all_tasks = ("hidden", "branch", "gate")
+    of_all_tasks = ("hidden", "branch", "gate", "centred")
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
         self.memories: Memories = {}  # of a gate's parts by their names, of layers by the first that shares an input
+        self.centre: Tensor | None = None  # (d): what p0 is counted from, if from anything
         self._start: dict[str, Tensor] = {}  # the gate, as changes of it are counted from
         self._past: dict[str, Memory] = {}  # memories of a gate's parts, where the stage computes
 
@@ -95,9 +97,14 @@ class GainLoRA(Routed):
 
         from cl_runner.methods.gainlora.gating import openness
 
-        p0, live = mean_embedding(stage, batch), self._live(stage)
+        p0, live = self._prompts(stage, batch), self._live(stage)
         gates = [gate for gate in (self.router, {name: value[None] for name, value in live.items()}) if gate]
         return torch.cat([openness(gate, p0, self.config.gate) for gate in gates], 1)
+
+    def _prompts(self, stage: Stage, batch: Batch) -> Tensor:
+        """p0 of each row, (b, d)."""
+        p0 = mean_embedding(stage, batch)
+        return p0 if self.centre is None else p0 - self.centre
 
     def _live(self, stage: Stage) -> dict[str, Tensor]:
         """The gate that trains, if one does."""
@@ -120,6 +127,8 @@ class GainLoRA(Routed):
 
     def build(self, stage: Stage) -> None:
         super().build(stage)
+        if self.centre is not None:
+            self.centre = self.centre.to(stage.device)
         if self._designed and not stage.evaluating:
             parameters = stage.all_parameters()
             for name in stage.named("A").values():
@@ -132,6 +141,8 @@ class GainLoRA(Routed):
 
         if self._designed:
             design(stage, self.memories)
+        if self.config.centred and self.centre is None:
+            self.centre = self._mean_prompt(stage)
         moment = self._moments(stage)["k"]
         [k] = stage.broadcast(designed_rows(moment, remembered(self.memories, "k", moment), 1))
         if k.any():
@@ -145,6 +156,19 @@ class GainLoRA(Routed):
         past = {name: remembered(self.memories, name, value) for name, value in self._start.items()}
         self._past = {name: memory for name, memory in past.items() if memory}
 
+    def _mean_prompt(self, stage: Stage) -> Tensor:
+        """The mean over the stage's own rows (d). *Collective*."""
+        import torch
+
+        total = torch.zeros(stage.embedding_width + 1, dtype=torch.float64, device=stage.device)
+        with torch.no_grad():
+            for batch in stage.batches():
+                real = batch.counts[:, :1].double()  # not those that only fill a rank's share
+                rows = torch.cat([mean_embedding(stage, batch).double(), torch.ones_like(real)], 1)
+                total += (real * rows).sum(0)
+        total = stage.sum(total)
+        return (total[:-1] / total[-1]).float()
+
     def _moments(self, stage: Stage) -> dict[str, Tensor]:
         """The mean of p pᵀ over the stage's own rows, fp64: of what each part of its gate reads. *Collective*."""
         import torch
@@ -157,7 +181,7 @@ class GainLoRA(Routed):
         with torch.no_grad():
             for batch in stage.batches():
                 real = batch.counts[:, 0]  # not those that only fill a rank's share
-                p0 = mean_embedding(stage, batch)
+                p0 = self._prompts(stage, batch)
                 for name, p in zip(NAMES, (p0[None], *path(gate, p0)), strict=True):
                     rows = p[0].double() * real[:, None]
                     totals[name] = rows.mT @ rows + totals.get(name, 0.0)
@@ -205,21 +229,27 @@ class GainLoRA(Routed):
 
     def state_bytes(self, shapes: Sequence[tuple[int, int]], trained: int, stages: int) -> int:
         d, h = min(n for _, n in shapes), self.config.hidden
+        centre = d if self.config.centred else 0
         bases = 2 * d * d + h * h + (sum(n * n for _, n in shapes) if self._designed else 0)
-        return int(super().state_bytes(shapes, trained, stages) + 4 * bases)  # fp64, half of each at most
+        return int(super().state_bytes(shapes, trained, stages) + 4 * (bases + centre))  # fp64, half of each at most
 
     def state(self) -> State:
         pairs, memories = super().state(), to_state(self.memories)
         # By name, as a file gives them back.
-        return State(dict(sorted({**pairs.tensors, **memories.tensors}.items())), {**pairs.json, **memories.json})
+        tensors = dict(sorted({**pairs.tensors, **memories.tensors, **self._centre()}.items()))
+        return State(tensors, {**pairs.json, **memories.json})
+
+    def _centre(self) -> dict[str, Tensor]:
+        return {} if self.centre is None else {"centre": self.centre}
 
     def load_state(self, state: State) -> None:
         super().load_state(state)
-        self.memories = of_state(state)
+        self.memories, self.centre = of_state(state), state.tensors.get("centre")
 
     def step_state(self) -> State:
-        return State(under("start", self._start))
+        return State({**under("start", self._start), **self._centre()})
 
     def load_step_state(self, stage: Stage, state: State) -> None:
         """A is among the parameters."""
+        self.centre = state.tensors["centre"].to(stage.device) if self.config.centred else None
         self._hold(stage, within("start", state.tensors))

@@ -20,6 +20,11 @@ class Settings(Section):
     gate: Literal["cosine", "linear"] = Field(
         "cosine", description="What opens a gate: 4·cos(k, p2) (the official code), or k·p2 (linear, the paper)."
     )
+    centred: bool = Field(
+        False,
+        description="Count p0 from the first task's mean prompt (ours), so that gates do not read what all prompts "
+        "begin with.",
+    )
     hidden: int = Field(100, ge=1, description="Width of p1 (published).")
     threshold: float = Field(
         0.995,
