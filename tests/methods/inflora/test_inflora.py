@@ -58,6 +58,7 @@ def _stages(place: Place, kind: Kind, threshold: float, by: float) -> None:
     if by != 1:
         amplify(room, by), amplify(hand, by)
     past: dict[str, Memory] = {}
+    close = 1e-3 if by == 1 else 1e-2  # beside one direction of 10,000, fp32 inputs have the others to a thousandth
     for index in range(3):
         examples = sources(index).examples
         before = moments_by_hand(room, kind, examples)
@@ -68,7 +69,7 @@ def _stages(place: Place, kind: Kind, threshold: float, by: float) -> None:
             allowed = torch.eye(len(moment), dtype=moment.dtype) - (used(past[target]) if past else 0)
             leading = torch.linalg.eigh(allowed @ moment @ moment @ allowed)[1][:, -R:]
             A = pair.A[target].double()
-            assert off(3 * A.T @ A, leading @ leading.T) < 1e-3, target  # designed, and not trained since
+            assert off(3 * A.T @ A, leading @ leading.T) < close, target  # designed, and not trained since
             torch.testing.assert_close(3 * A @ A.T, torch.eye(R).double(), atol=1e-5, rtol=0)
             assert float(pair.B[target].norm()) > 0.1 and float(pair.B[target].norm(dim=0).min()) > 0.01  # each column
             if past:
