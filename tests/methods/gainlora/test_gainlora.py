@@ -293,7 +293,12 @@ def _copied(state: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "case", "ranks"),
-    [("t5", "inflora", 1), ("llama", "olora", 2), ("t5", "centred", 2), pytest.param("t5", "renormalised", 1, marks=wide)],
+    [
+        ("t5", "inflora", 1),
+        ("llama", "olora", 2),
+        ("t5", "centred", 2),
+        pytest.param("t5", "renormalised", 1, marks=wide),
+    ],
 )
 def test_steps_against_a_loop(kind: Kind, case: str, ranks: int) -> None:
     found = on_ranks(ranks, _steps, kind, case)[0]
