@@ -92,11 +92,11 @@ case "$name" in
     done
     ;;
   beyond)
-    centred=(--methods gainlora --seeds "1 2 3" --vary)
-    tiny "${centred[@]}" training.lr,method.centred=3e-3,true
-    tiny "${centred[@]}" training.lr,method.centred,method.threshold=3e-3,true,0.9999
-    cells --orders order4 "${centred[@]}" training.lr,method.centred,method.threshold=3e-3,true,0.9999 -- \
-      --preset tiny --data synthetic --set data.max_train=200 --set data.max_test=40
+    for centred in training.lr,method.centred=3e-3,true training.lr,method.centred,method.threshold=3e-3,true,0.9999; do
+      tiny --methods gainlora --seeds "1 2 3" --vary "$centred"
+      cells --orders order4 --methods gainlora --seeds "1 2 3" --vary "$centred" -- --preset tiny --data synthetic \
+        --set data.max_train=200 --set data.max_test=40
+    done
     ;;
   coefficients)
     mkdir -p "$runs" && validation
