@@ -103,8 +103,8 @@ case "$name" in
     for which in inclora "olora method.lambda1=0.02 0.1" "nlora method.lambda1=30 3000" "ewc method.lambda1=400 4000" \
       "sparse-orth method.lambda1,method.lambda2=30,2000 300,20000" "inflora method.threshold=0.95 0.99" \
       "gainlora training.lr=5e-4 1.5e-3" \
-      "gainlora training.lr,method.centred,method.threshold=1.5e-3,true,0.995 1.5e-3,true,0.9999" "sapt method.kappa=0.1 1" "ewc-lora method.lambda1=1e3 1e4" \
-      "jumplora method.lambda1=3e3 3e4"; do
+      "gainlora training.lr,method.centred,method.threshold=1.5e-3,true,0.995 1.5e-3,true,0.9999" \
+      "sapt method.kappa=0.1 1" "ewc-lora method.lambda1=1e3 1e4" "jumplora method.lambda1=3e3 3e4"; do
       vary=()
       [ "$which" = inclora ] || vary=(--vary "${which#* }")
       real --orders "$runs/amazon-dbpedia.yaml" --methods "${which%% *}" --seeds 1 "${vary[@]}" -- \

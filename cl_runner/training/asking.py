@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from cl_runner.models.verify import answers as verified_answers
 from cl_runner.training.sampling import derived_seed
 
 if TYPE_CHECKING:
+    from cl_runner.models.batch import Batch
+    from cl_runner.models.heads import Head
+    from cl_runner.training.sharing import PromptHead
     from cl_runner.training.stage import StageRun
 
 Tick = Callable[[int], None]
@@ -39,11 +43,8 @@ def answers(
 
     def answered(_: int, numbers: Sequence[int]) -> list[str]:
         rows = [examples[number] for number in numbers]
-        prompts = stage.prompts(rows, task)
         targets = [[] if example.target_cut else example.target for example in rows]
-        with torch.no_grad(), stage.room.root.context():
-            head = heads.read(prompts)
-            prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
+        with _behind_head(stage, heads, rows, task) as (prompts, head):
             model = stage.adapters.model
             if labels is None:
                 right = stage.right(len(rows))
@@ -61,15 +62,22 @@ def likelihoods(stage: StageRun, questions: Sequence[Question], task: str | None
     heads = stage.sharing.of_prompts(prompted)
 
     def looked(_: int, numbers: Sequence[int]) -> list[list[Likelihood]]:
-        rows = [prompted[number] for number in numbers]
-        prompts = stage.prompts(rows, task)
-        with torch.no_grad(), stage.room.root.context():
-            head = heads.read(prompts)
-            prompts = replace(prompts, lengths=tuple(len(example.source) for example in rows))
-            continuations = [questions[number].continuations for number in numbers]
+        continuations = [questions[number].continuations for number in numbers]
+        with _behind_head(stage, heads, [prompted[number] for number in numbers], task) as (prompts, head):
             return likelihoods_of(stage.adapters.model, prompts, continuations, layout, stage.show, head)
 
     return stage.by_batch(prompted, looked, tick)
+
+
+@contextmanager
+def _behind_head(
+    stage: StageRun, heads: PromptHead, rows: Sequence[Example], task: str | None
+) -> Iterator[tuple[Batch, Head | None]]:
+    """Prompts, and what they begin with where that is read once; inside, the model answers."""
+    prompts = stage.prompts(rows, task)
+    with torch.no_grad(), stage.room.root.context():
+        head = heads.read(prompts)
+        yield replace(prompts, lengths=tuple(len(example.source) for example in rows)), head
 
 
 def samples(

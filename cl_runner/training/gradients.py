@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +21,9 @@ Gradient = dict[str, Tensor]
 
 def summed(stage: StageRun, loss: Loss, batches: Iterator[Batch]) -> Gradient:
     """By each parameter that trains, fp32, summed over batches and ranks. *Collective*."""
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stage.parameters().items()}
+    zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stage.parameters().items()}
     with evaluating(stage.adapters.model):
-        for batch in batches:
-            for name, gradient in _of(stage, loss, batch).items():
-                total[name] += gradient
-    return {name: stage.sum(gradient) for name, gradient in total.items()}
+        return _added(stage, zeros, (_of(stage, loss, batch) for batch in batches))
 
 
 def by_row(stage: StageRun, loss: Loss, batches: Iterator[Batch]) -> Iterator[Gradient]:
@@ -68,11 +65,8 @@ def _of_every_rank(stage: StageRun, mine: Sequence[Gradient]) -> Iterator[Gradie
 
 def of_updates(stage: StageRun, loss: Loss, batches: Iterator[Batch]) -> Gradient:
     """By ΔW (m, n) of each target, fp32, summed over batches and ranks. *Collective*."""
-    total = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
-    for batch in batches:
-        for target, gradient in _of_update(stage, loss, batch).items():
-            total[target] += gradient
-    return {target: stage.sum(gradient) for target, gradient in total.items()}
+    zeros = {target: torch.zeros(shape, device=stage.device) for target, shape in stage.targets().items()}
+    return _added(stage, zeros, (_of_update(stage, loss, batch) for batch in batches))
 
 
 def of_updates_by_row(stage: StageRun, loss: Loss, batches: Iterator[Batch]) -> Iterator[Gradient]:
@@ -107,3 +101,11 @@ def _of_update(stage: StageRun, loss: Loss, batch: Batch) -> Gradient:
             handle.remove()
     shapes = stage.targets()
     return {t: found[t] if t in found else torch.zeros(shapes[t], device=stage.device) for t in shapes}
+
+
+def _added(stage: StageRun, total: Gradient, each: Iterable[Gradient]) -> Gradient:
+    """All of them on ``total``, in place, then summed over ranks."""
+    for gradient in each:
+        for name, value in gradient.items():
+            total[name] += value
+    return {name: stage.sum(value) for name, value in total.items()}

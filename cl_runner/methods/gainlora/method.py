@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cl_runner.config.schema import RunConfig, Section
@@ -20,7 +21,7 @@ from cl_runner.methods.shared.designed import (
     to_state,
 )
 from cl_runner.methods.shared.pooling import mean_embedding
-from cl_runner.methods.shared.routed import Routed
+from cl_runner.methods.shared.routed import Routed, mean_over_rows
 from cl_runner.methods.shared.tensors import added, under, within
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class GainLoRA(Routed):
         if self._designed:
             design(stage, self.memories)
         if self.config.centred and self.centre is None:
-            self.centre = self._mean_prompt(stage)
+            self.centre = mean_over_rows(stage, partial(mean_embedding, stage))
         moment = self._moments(stage)["k"]
         [k] = stage.broadcast(designed_rows(moment, remembered(self.memories, "k", moment), 1))
         if k.any():
@@ -155,19 +156,6 @@ class GainLoRA(Routed):
         self._start = {name: value.to(stage.device) for name, value in start.items()}
         past = {name: remembered(self.memories, name, value) for name, value in self._start.items()}
         self._past = {name: memory for name, memory in past.items() if memory}
-
-    def _mean_prompt(self, stage: Stage) -> Tensor:
-        """The mean over the stage's own rows (d). *Collective*."""
-        import torch
-
-        total = torch.zeros(stage.embedding_width + 1, dtype=torch.float64, device=stage.device)
-        with torch.no_grad():
-            for batch in stage.batches():
-                real = batch.counts[:, :1].double()  # not those that only fill a rank's share
-                rows = torch.cat([mean_embedding(stage, batch).double(), torch.ones_like(real)], 1)
-                total += (real * rows).sum(0)
-        total = stage.sum(total)
-        return (total[:-1] / total[-1]).float()
 
     def _moments(self, stage: Stage) -> dict[str, Tensor]:
         """The mean of p pᵀ over the stage's own rows, fp64: of what each part of its gate reads. *Collective*."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl_runner.adapters.kind import Fold, Need, pair_parameters
@@ -136,18 +136,9 @@ class Routed(Method):
 
     def _mean_weights(self, stage: Stage) -> list[float]:
         """Over the stage's own rows. *Collective*."""
-        import torch
-
         from cl_runner.methods.shared.routed_pairs import WEIGHTS
 
-        parts = []
-        with torch.no_grad():
-            for batch in stage.batches():
-                real = batch.counts[:, 0].double()  # not those that only fill a rank's share
-                weights = batch.condition[WEIGHTS].double()
-                parts.append(torch.cat([(weights * real[:, None]).sum(0), real.sum()[None]]))
-        total = stage.sum(torch.stack(parts).sum(0))
-        found: list[float] = (total[:-1] / total[-1]).float().tolist()
+        found: list[float] = mean_over_rows(stage, lambda batch: batch.condition[WEIGHTS]).tolist()
         return found
 
     def _share(self) -> Tensor:
@@ -192,3 +183,16 @@ class Routed(Method):
         self.pairs = {target: (held[f"{target}.A"], held[f"{target}.B"]) for target in self.ranks}
         of_router = within("router", held)
         self.router = {name: of_router[name] for name in state.json["router"]}
+
+
+def mean_over_rows(stage: Stage, of: Callable[[Batch], Tensor]) -> Tensor:
+    """The mean over the stage's own rows, (k) fp32, of what ``of`` makes of each (b, k). *Collective*."""
+    import torch
+
+    parts = []
+    with torch.no_grad():
+        for batch in stage.batches():
+            real = batch.counts[:, 0].double()  # not those that only fill a rank's share
+            parts.append(torch.cat([(of(batch).double() * real[:, None]).sum(0), real.sum()[None]]))
+    total = stage.sum(torch.stack(parts).sum(0))
+    return (total[:-1] / total[-1]).float()
