@@ -108,7 +108,7 @@ def analyze_after(run: RunDir, seconds: float) -> None:
         layers = {layer: shape for each in changes for layer, shape in each.shapes.items()}
         entries = len(changes) * sum(m * n for m, n in layers.values())
         if changes and entries <= PACE * max(LITTLE, SHARE * seconds):
-            report = _report(changes, _of(run, names), run.name, Asked(), None, _notes(changes), skipped, screen)
+            report = _report(changes, _of(run, names), run.name, Asked(), None, _notes(run, changes), skipped, screen)
             _keep(run, report.to_json(), screen)
 
 
@@ -140,9 +140,15 @@ def _changes(
     return changes, skipped
 
 
-def _notes(changes: Sequence[StageChanges]) -> list[str]:
-    on = [each.name for each in changes if each.differs]
-    return [f"{', '.join(on)}: trained on; ΔW is what changed, and A has the rows of before and after"] if on else []
+def _notes(run: RunDir, changes: Sequence[StageChanges]) -> list[str]:
+    from cl_runner.runs.answering import why_no_folder
+
+    notes = []
+    if on := [each.name for each in changes if each.differs]:
+        notes.append(f"{', '.join(on)}: trained on; ΔW is what changed, and A has the rows of before and after")
+    if why := why_no_folder(run):
+        notes.append(f"the method {why}: ΔW is how that adapter changed, and its angles say nothing of the pairs'")
+    return notes
 
 
 def _of(run: RunDir, names: Sequence[str]) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def _of_run(run: RunDir, asked: Asked, screen: Screen) -> UpdatesReport:
     if asked.model is not None:
         base()  # to say first what is wrong with it
     changes, skipped = _changes(run, names, base)
-    report = _report(changes, _of(run, names), run.name, asked, base, _notes(changes), skipped, screen)
+    report = _report(changes, _of(run, names), run.name, asked, base, _notes(run, changes), skipped, screen)
     if not asked.of_models:
         return report
     from cl_runner.commands.analyze_models import ask

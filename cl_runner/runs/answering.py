@@ -13,7 +13,7 @@ from cl_runner.errors import UserError, did_you_mean
 from cl_runner.methods import METHODS, make_method
 from cl_runner.runs.commit import refuse_other, sealed
 from cl_runner.runs.folder import RunDir
-from cl_runner.runs.resume_guard import as_written
+from cl_runner.runs.resume_guard import as_written, recorded
 from cl_runner.runs.state import StageState
 
 ANSWERS = "answers.json"
@@ -78,15 +78,20 @@ def _one_of(by_task: Mapping[str, Path], task: str | None, tasks: list[str], of:
     raise UserError(f"{of}: each task is answered by a folder of its own; say which with --task: {', '.join(by_task)}")
 
 
+def why_no_folder(run: RunDir) -> str:
+    """What the run's method does so that no folder answers as it does: it …; empty where one does, or none is known.
+
+    Raises UserError where the run's settings are broken.
+    """
+    return make_method(recorded(run)).no_folder if as_written(run).method.name in METHODS.names() else ""
+
+
 def _refuse_none(run: RunDir, index: int) -> None:
-    """Refuse a method that no folder answers for. Of one that is not here nothing is known. Raises UserError."""
-    config = as_written(run)
-    if config.method.name not in METHODS.names():
-        return
-    if why := make_method(config).no_folder:
+    """Refuse a method that no folder answers for. Raises UserError."""
+    if why := why_no_folder(run):
         raise UserError(
-            f"no adapter or model answers as {config.method.name} does after stage {index + 1} of {run.path}: it "
-            f"{why}; `cl-runner eval` asks the run itself"
+            f"no adapter or model answers as {as_written(run).method.name} does after stage {index + 1} of {run.path}: "
+            f"it {why}; `cl-runner eval` asks the run itself"
         )
 
 

@@ -219,7 +219,9 @@ def test_whose_pair_answers_whom(method: str, family: str, tmp_path: Path) -> No
     before = results(run)
     with variables(COLUMNS="80"):
         lines = call("analyze", "it", "--routes=3", "--layers=q", cwd=tmp_path).out.splitlines()
-    found = json.loads((run / "analysis.json").read_text())["routes"]
+    kept = json.loads((run / "analysis.json").read_text())
+    assert kept["notes"][-1].endswith("ΔW is how that adapter changed, and its angles say nothing of the pairs'")
+    found = kept["routes"]
     assert results(run) == before and found["rows"] == 3 and [at["stage"] for at in found["at"]] == STAGES
     plain = Plain(run, family, 0)
     embed = plain.model.get_input_embeddings()
@@ -230,7 +232,8 @@ def test_whose_pair_answers_whom(method: str, family: str, tmp_path: Path) -> No
             prompts = [rows(run, task, "test")[0][place] for place in (0, 1, 2)]  # 3 of 4, evenly spread
             each = [ROUTERS[method](held, embed(torch.tensor(plain.ids(prompt)))) for prompt in prompts]
             assert weights == pytest.approx(list(np.mean(each, 0)), rel=1e-4, abs=1e-6)
-    last = [[float(cell) for cell in line.split()[2:]] for line in lines[-3:]]
+    end = next(place for place, line in enumerate(lines) if line.startswith("note: the method weighs"))
+    last = [[float(cell) for cell in line.split()[2:]] for line in lines[end - 3 : end]]
     assert last == [pytest.approx(each, abs=6e-3) for each in found["at"][-1]["weights"].values()]
 
 
