@@ -36,6 +36,10 @@ class Cell:
         """A varied setting, or ``order`` or ``method``; nothing where others alone vary it."""
         return {"order": self.order, "method": self.method, **self.settings}.get(key, "")
 
+    def line(self, keys: str) -> str:
+        """What a figure calls the line that the cell stands on, ``keys`` being those that tell lines apart."""
+        return ", ".join(f"{key.rpartition('.')[2]} {self.named(key)}" for key in keys.split(","))
+
     def mean(self, measure: str) -> float:
         return statistics.fmean(self.found[measure])
 
@@ -91,7 +95,7 @@ def table(found: Sequence[Cell]) -> str:
 
 
 def figure(found: Sequence[Cell], x: str, lines: str, file: Path) -> None:
-    """Learned and forgotten over one setting, a line for each value of another; of further ones the mean."""
+    """Learned and forgotten over one setting, a line for each value of others; of further ones the mean."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -100,11 +104,10 @@ def figure(found: Sequence[Cell], x: str, lines: str, file: Path) -> None:
     panels, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     synthetic = ", synthetic data" if any(cell.synthetic for cell in found) else ""
     for axis, measure in zip(axes, ("learning_accuracy", "forgetting"), strict=True):
-        for value in dict.fromkeys(cell.named(lines) for cell in found):
-            at = points([cell for cell in found if cell.named(lines) == value], x, measure)
-            joined = "-" if all(name.replace(".", "").isdigit() for name in at) else ""
+        for name in dict.fromkeys(cell.line(lines) for cell in found):
+            at = points([cell for cell in found if cell.line(lines) == name], x, measure)
+            joined = "-" if all(value.replace(".", "").isdigit() for value in at) else ""
             means, spreads = zip(*at.values(), strict=True)
-            name = f"{lines.rpartition('.')[2]} {value}"
             axis.errorbar(list(at), means, spreads, label=name, marker="o", capsize=2, linestyle=joined)
             if not joined:
                 axis.tick_params("x", rotation=60)
@@ -134,7 +137,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--figure", type=Path, metavar="PNG")
     parser.add_argument("--x", default="training.epochs", help="setting across (default %(default)s)")
-    parser.add_argument("--lines", default="adapter.r", help="setting that tells the lines apart (default %(default)s)")
+    parser.add_argument(
+        "--lines", default="adapter.r", help="settings that tell the lines apart, by commas (default %(default)s)"
+    )
     given = parser.parse_args()
     found = cells(given.results.read_text().splitlines())
     if given.figure:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 STUDY = Path(__file__).parents[2] / "scripts" / "study.py"
 
@@ -34,3 +35,9 @@ def test_table_and_figure(tmp_path: Path) -> None:
         "| 8 | 50.0 | 61.0 | 20.0 | 8.0 | 10 | 1 |",
     ]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_a_figure_by_several_settings() -> None:
+    found = run_path(str(STUDY))["cells"]([line(2, 1, 10.0), line(8, 1, 20.0)])
+    assert [cell.line("adapter.r") for cell in found] == ["r 2", "r 8"]
+    assert [cell.line("adapter.r,training.epochs") for cell in found] == ["r 2, epochs 1", "r 8, epochs 1"]
