@@ -1,6 +1,6 @@
 """Every method on every adapter kind, tried: two stages of four steps each, on the embedded models and synthetic rows.
 
-    python scripts/compatibility.py results.jsonl          # about half an hour on one core; goes on where it ended
+    python scripts/compatibility.py results.jsonl          # a quarter of an hour on one core; goes on where it ended
     python scripts/compatibility.py results.jsonl --table  # the table of docs/adapters.md, from the results
 
 A pair that `cl-runner list compatibility` calls possible has to train, and to score as it committed when evaluated
@@ -94,12 +94,12 @@ def _layer_kinds() -> list[str]:
 
 
 def _inits() -> list[tuple[str, ...]]:
-    """The settings of every initialisation of ``lora`` but its default."""
+    """The settings of every initialisation of ``lora`` but its default, and what begins from a base in 4 bits."""
     from typing import get_args
 
     from cl_runner.config.schema import Init
 
-    names = [name for name in get_args(Init) if name not in ("default", "corda")]
+    names = [name for name in get_args(Init) if name not in ("default", "corda", "loftq")]
     modes = [("adapter.init=corda", f"adapter.corda={mode}") for mode in ("ipm", "kpm")]
     return [*((f"adapter.init={name}",) for name in names), *modes]
 
