@@ -94,7 +94,7 @@ def _layer_kinds() -> list[str]:
 
 
 def _inits() -> list[tuple[str, ...]]:
-    """The settings of every initialisation of ``lora`` but its default, and what begins from a base in 4 bits."""
+    """The settings of every initialisation of ``lora`` but its default and ``loftq``, which wants a base in 4 bits."""
     from typing import get_args
 
     from cl_runner.config.schema import Init
