@@ -59,11 +59,16 @@ class Finished:
     peak_mb: float
 
 
-def run_process(arguments: Sequence[str], log: Path, cwd: Path = ROOT) -> Finished:
-    """Run ``python ARGUMENTS`` to its end, output to ``log``; raises RuntimeError with the log's end if it fails."""
+def run_process(arguments: Sequence[str], log: Path, cwd: Path = ROOT, **env: str) -> Finished:
+    """Run ``python ARGUMENTS`` to its end, output to ``log``; raises RuntimeError with the log's end if it fails.
+
+    ``env``: what it finds in its environment beside ours.
+    """
     started = time.perf_counter()
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT
+        )
         # wait4 knows the peak of this very child (of the largest in its family); RUSAGE_CHILDREN that of all so far.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
