@@ -13,7 +13,7 @@
 #   beyond    what is ours and in no paper, on both orders, as the table has its parts
 # On SmolLM2-135M (scripts/get_smollm2.sh smollm2) and real rows, DATA=FOLDER, the benchmark's:
 #   coefficients   of penalties, on train rows that no other study reads: amazon → dbpedia
-#   real           eleven methods on dbpedia → amazon → agnews
+#   real           fourteen methods on dbpedia → amazon → agnews
 #   real-eight     four methods on eight tasks
 #   real-rank      rank × epochs on dbpedia → amazon → agnews
 # FOLDER=… is where results stand, RUNS=… where runs go (default runs/studies).
@@ -113,8 +113,8 @@ case "$name" in
     ;;
   real)
     for seed in 1 2; do
-      methods="seqlora inclora olora inflora"
-      [ $seed = 2 ] || methods+=" nlora sparse-orth ewc replay pertask mtl"
+      methods="seqlora inclora olora inflora ewc"
+      [ $seed = 2 ] || methods+=" nlora sparse-orth ewc-lora jumplora sapt replay pertask mtl"
       real --orders order1-three --methods "$methods" --seeds $seed -- --data-dir "$DATA"
       real --orders order1-three --methods gainlora --seeds $seed --vary training.lr=1.5e-3 -- --data-dir "$DATA"
       real --orders order1-three --methods gainlora --seeds $seed \
