@@ -43,7 +43,7 @@ _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STAT
 
 def no_memory(error: BaseException) -> str:
     """A line on an error that says so, of which nothing else is known."""
-    what = "lower training.micro_batch, eval.batch_tokens or data.max_source, or take a smaller model"
+    what = "lower training.micro_batch, eval.batch_tokens, data.max_source or adapter.r, or take a smaller model"
     return f"{OUT_OF_MEMORY}: {what} ({beginning(error)})"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from cl_runner.commands.given import several
@@ -38,8 +39,9 @@ def show_list(what: str, *, as_json: bool) -> None:
     if as_json:
         print_json({what: rows})
     else:
-        head = list(rows[0])
-        print(aligned(head, [[_cell(row[key]) for key in head] for row in rows]))
+        lines, why = _short(rows) if what == "compatibility" else (rows, "")
+        head = list(lines[0])
+        print(aligned(head, [[_cell(row[key]) for key in head] for row in lines]) + why)
 
 
 def show_runs(
@@ -136,6 +138,18 @@ def _compatibility() -> list[dict[str, Any]]:
     from cl_runner.training.compatibility import compatibility
 
     return list(compatibility())
+
+
+def _short(rows: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """The table of ``compatibility`` for a screen: a letter for each thing that a kind lacks, and what each means."""
+    gaps: dict[str, str] = {}
+
+    def cell(told: str) -> str:
+        missing = told.removeprefix("no: ").split(", ") if told.startswith("no: ") else []
+        return "".join(gaps.setdefault(gap, ascii_lowercase[len(gaps)]) for gap in missing) or told
+
+    lines = [{key: cell(value) for key, value in row.items()} for row in rows]
+    return lines, "\n\nwhat a kind lacks\n" + "\n".join(f"  {letter}  {gap}" for gap, letter in gaps.items())
 
 
 def _models() -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def about_method(name: str) -> dict[str, Any]:
         **({"about": said} if (said := _said(method)) else {}),
         **({"sets": dict(beside)} if (beside := getattr(method.Config, "elsewhere", {})) else {}),
         **({"first stage": f"does not read {unread}"} if (unread := ", ".join(method.since_second)) else {}),
-        "options": {option.setting: option.title for option in make_options() if option.takes(method)},
+        "options": dict(told for option in make_options() if (told := option.offered(method))),
         "settings": settings,
     }
 

@@ -93,6 +93,7 @@ class SuRe(WithMemory):
     def end_task(self, stage: Stage) -> None:
         scores = (self._scores(stage) if self.scores is None else self.scores).tolist()
         own, self.scores = stage.own_rows(), None
+        never = bool(self.memory.tasks) and stage.progress.steps < self.config.every
         rows = by_task(own)
         quota = self.config.memory_size // len({*self.memory.tasks, *rows})
         for task, examples in self.memory.tasks.items():
@@ -106,6 +107,9 @@ class SuRe(WithMemory):
             f"memory: {quota} a task at most; mean surprise {_mean(kept):.3g} of the {len(kept)} rows kept of this "
             f"stage's {len(scores)}, of all of these {_mean(scores):.3g}"
         )
+        if never:
+            few = f"warning: nothing is replayed in a stage of {stage.progress.steps} steps"
+            self._said += f"; {few}; set method.every smaller than {self.config.every}"
 
     def said(self, stage: Stage) -> str:
         return self._said

@@ -7,6 +7,7 @@ of positions, a way of splitting text before the merges. Here everything is acco
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,7 @@ def _model(file: Path, reader: GGUFReader) -> PreTrainedModel:
             raise UserError(f"{file}: transformers cannot read its architecture ({first_line(error)})") from error
         auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config.to_dict(), str(file)) else AutoModelForCausalLM
         options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # told below, by name
         try:
             found, info = auto.from_pretrained(str(file.parent), config=config, **options)
         except torch.OutOfMemoryError:
@@ -130,6 +132,11 @@ def _account_for(file: Path, reader: GGUFReader, model: PreTrainedModel, info: d
     name = type(model).__name__
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file}: has no {missing[0]}, which {name} needs; it holds another model, or not all of one")
+    for key, held_shape, wanted in sorted(info.get("mismatched_keys") or ()):
+        raise UserError(
+            f"{file}: its {key} is {_by(held_shape)}, where {name} of the sizes that the file says has {_by(wanted)}; "
+            "it is broken"
+        )
     held, taken = sum(int(tensor.n_elements) for tensor in reader.tensors), model.num_parameters()
     if held != taken:
         # Among what transformers leaves out: biases that a config of the family has none for, Llama 3.1's rope_freqs.
@@ -144,6 +151,10 @@ def _account_for(file: Path, reader: GGUFReader, model: PreTrainedModel, info: d
             f"{file}: its positions are scaled ('{scaling}'), which transformers does not read from a GGUF file; give "
             "the model's own folder"
         )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:

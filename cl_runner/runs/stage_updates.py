@@ -85,6 +85,11 @@ class Left:
         own = any(pair.stage == self.stage for pair in saved.pairs) and saved.own in ("adapter", "state")
         return own and self.stage not in saved.dense_stages
 
+    @property
+    def merged(self) -> bool:
+        """Whether the stage's update is in one sum with those before it, wherever its pair began."""
+        return self.stage in self.record.saved.dense_stages
+
     def pair(self) -> Pair:
         """Those factors."""
         before = "next." if self.where == NEXT else ""
@@ -135,10 +140,10 @@ def _changes(run: RunDir, names: Sequence[str], index: int, base: Callable[[], B
         raise UserError("soft prompts change no weight")
     begun = None
     given = run.stage_dir(-1, GIVEN)
-    if given.is_dir() and (not index or StageState.read(folder).start == "base"):
-        begun = Left.by(given, answers=True)
-    elif index and StageState.read(folder).start != "base":
+    if index and (left.merged or StageState.read(folder).start != "base"):
         begun = Left.by(run.stage_dir(index - 1, names[index - 1]), answers=False)
+    elif given.is_dir():
+        begun = Left.by(given, answers=True)
     differs = bool(begun and left.paired and begun.trained_on_by(left))
     if left.record.saved.own == "model":
         shapes, read = _of_models(left, begun, base)

@@ -39,8 +39,9 @@ class NonFinite:
         step = f"step {self.stage.step}: the {what} is not finite"
         named = f"rows: {self._named(of)}"
         if self.stage.config.training.non_finite == "stop":
+            lower = "a lower training.lr" if penalty is None else "a lower training.lr or weight of the penalty"
             raise TrainingError(
-                f"{step}; {named}; try a lower training.lr, or leave such steps out with --set training.non_finite=skip"
+                f"{step}; {named}; try {lower}, or leave such steps out with --set training.non_finite=skip"
             )
         self.steps += 1
         if self.steps <= SAID:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from cl_runner.adapters.saved import GIVEN
 from cl_runner.atomic import append_jsonl, read_json, write_json
 from cl_runner.engine import zero as engine
 from cl_runner.engine.process import Place
+from cl_runner.errors import TrainingError
 from cl_runner.methods.protocol import Source, overrides
 from cl_runner.metrics.accuracy import Matrix
 from cl_runner.models.dropout import attention_dropout
@@ -300,16 +302,23 @@ class Run:
         return answers, scored
 
     def _health(self, room: Room, stage: StageRun, trained: Trained) -> Health:
-        """How the stage's penalty did; said on the screen where there was one, as is what method and options say."""
+        """How the stage's penalty did; said on the screen where there was one, as is what method and options say.
+
+        Raises:
+            TrainingError: the last step has left an update that no number can hold.
+        """
         stages = enumerate(self.names[: stage.index])
         files = [self.rundir.stage_dir(index, name) / "metrics.json" for index, name in stages]
         norms = [read_json(file)["training"].get("update_norm") for file in files]
+        update = room.adapters.update_norm()
+        if update is not None and not math.isfinite(update):
+            raise TrainingError("what the stage has learned, ‖ΔW‖, is not finite; try a lower learning rate")
         health = Health(
             loss=trained.loss,
             penalty=trained.penalty,
             ratio=trained.watch.ratio,
             idle=trained.watch.idle,
-            update=room.adapters.update_norm(),
+            update=update,
             earlier=max((norm for norm in norms if norm), default=None),
             first=stage.index == 0,
             expected=overrides(room.method, "penalty"),

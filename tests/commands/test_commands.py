@@ -214,6 +214,12 @@ def test_lists(finished: Finished) -> None:
         text = call("list", kind, cwd=finished.cwd)
         assert (text.code, text.err) == (0, "")
         assert all(name in text.out for name in names)
+    text, rows = (call("list", "compatibility", *form, cwd=finished.cwd) for form in ((), ("--json",)))
+    assert max(map(len, text.out.splitlines())) < 160  # a screen's
+    lacking = next(row for row in rows.json["compatibility"] if row["method"] == "olora")["vera"]
+    letters = dict(reversed(line.strip().split("  ", 1)) for line in text.out.partition("lacks\n")[2].splitlines())
+    [cells] = [line.split() for line in text.out.splitlines() if line.startswith("olora ")]
+    assert cells[3] == "".join(letters[gap] for gap in lacking.removeprefix("no: ").split(", "))
     [run] = call("list", "runs", "--json", cwd=finished.cwd).json["runs"]
     assert run.pop("average_accuracy") is not None and run.pop("forgetting") is not None and run.pop("trained_at")
     assert run == {
@@ -234,6 +240,13 @@ def test_show_method(tmp_path: Path) -> None:
     assert "2310.14152" in shown["paper"]
     assert shown["settings"]["lambda1"]["what"]
     assert "method.lambda1 = " in call("show", "olora", cwd=tmp_path).out
+    offered = {
+        name: call("show", name, "--json", cwd=tmp_path).json["options"] for name in ("seqlora", "ella", "inflora")
+    }
+    begins = {name: [title for key, title in found.items() if "adapter.init" in key] for name, found in offered.items()}
+    assert ["pissa" in title for title in begins["seqlora"]] == [True]
+    assert ["pissa" in title or "eva" not in title for title in begins["ella"]] == [False]
+    assert begins["inflora"] == []  # it makes A itself, and refuses every other
     shown = call("show", "oa", cwd=tmp_path).out
     assert "sets:                 adapter.target_modules=[outputs], unless it is given\n" in shown
     assert "Assumptions, as there is no public code: tasks' adapters stand side by side" in shown and "``" not in shown

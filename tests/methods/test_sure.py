@@ -146,14 +146,15 @@ def test_a_step_replays_as_many_rows_as_are_set_or_half_of_its_own() -> None:
 
 
 def _first_task(place: Place) -> None:
-    """At the first stage it is seqlora, whatever the memory; the next one, without replay, too."""
+    """At the first stage it is seqlora, whatever the memory; the next one, without replay, too, and that is said."""
     ends = []
     for name, own in (("seqlora", {}), ("sure", {"method__memory_size": N, "method__every": 100})):
         room, config = order_room(place, name, **THREE, **own, dropout=0.1)
-        for index in range(2):
-            learn(room, config, index, opposed(index))
+        said = ["".join(learn(room, config, index, opposed(index)).trained.said) for index in range(2)]
         ends.append(vector(values(room)))
     assert torch.equal(*ends)
+    told = f"warning: nothing is replayed in a stage of {STEPS} steps; set method.every smaller than 100"
+    assert [told in text for text in said] == [False, True]
 
 
 def test_without_replay_it_is_seqlora() -> None:

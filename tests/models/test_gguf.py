@@ -148,6 +148,8 @@ def test_what_would_be_left_out_is_refused(tiny: Callable[..., Path], tmp_path: 
     refused(
         tiny(without="blk.1.ffn_up.weight"), tmp_path, r"has no model\.layers\.1\.mlp\.up_proj\.weight, which Llama"
     )
+    wrong = tiny(**{"blk.1.ffn_up.weight": torch.ones(3, 64)})
+    refused(wrong, tmp_path, r"its model\.layers\.1\.mlp\.up_proj\.weight is 3 × 64, where Llama\w+ .* has \d+ × \d+;")
     refused(
         tiny(**{"rope_freqs.weight": torch.ones(4)}), tmp_path, r"holds [\d,]+ numbers, of which Llama\w+ has [\d,]+"
     )

@@ -28,6 +28,7 @@ QUICK = {
     "pairs of unlike rank and scale",
     "one pair that began with a part of the weight",
     "a pair for each",
+    "pairs from the base, merged",
     "matrices",
 }
 RUNS: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "one pair": ("--method", "seqlora"),
     "one pair that began with a part of the weight": ("--method", "seqlora", "--set=adapter.init=pissa"),
     "a pair for each": ("--method", "pertask"),
+    "pairs from the base, merged": ("--method", "merge"),
     "terms that are kept": ("--method", "sdlora"),
     "terms that are folded": ("--method", "shared-basis"),
     "matrices": ("--method", "coso"),
@@ -122,7 +124,8 @@ def test_a_stage_is_what_its_folder_adds_less_what_was_there(form: str, tmp_path
         assert each.shapes == {layer: tuple(delta.shape) for layer, delta in wanted.items()}
         for layer, delta in wanted.items():
             assert delta.norm() > 1e-6 and off(each.of(layer).whole(), delta) < 1e-3
-        if form not in ("terms that are kept", "another copy goes on"):  # whose norm is of the new part, or of a copy
+        # Whose norm is of the new part, of a copy, or of the pair before it is merged.
+        if form not in ("terms that are kept", "another copy goes on", "pairs from the base, merged"):
             norm = math.sqrt(sum(float(each.of(layer).whole().square().sum()) for layer in each.shapes))
             said = json.loads((stage / "metrics.json").read_text())["training"]["update_norm"]
             assert said is None if form == "all weights" else norm == pytest.approx(said, rel=1e-4)

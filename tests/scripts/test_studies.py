@@ -31,7 +31,7 @@ REPORT = {
 RUN = {**REPORT, "model": "tiny-t5", "finished": True, "megabytes": 1.0}
 RUNNER = f"#!/usr/bin/env bash\necho \"$@\" >>calls\necho '{json.dumps(REPORT)}'\n"
 TUNED = {"ella": "method.lambda1=3e4", "inclora": "training.optimizer=muon training.lr=3e-3", "mtl": "training.lr=1e-3"}
-CELLS = {"methods": 9, "methods-fifteen": 6, "rank": 72, "kinds": 84, "targets": 24, "coefficients": 21, "real": 22,
+CELLS = {"methods": 9, "methods-fifteen": 6, "rank": 72, "kinds": 84, "targets": 24, "coefficients": 21, "real": 24,
          "real-eight": 4, "real-rank": 12, "beyond": 12}  # fmt: skip
 
 

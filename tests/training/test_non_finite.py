@@ -352,6 +352,15 @@ class Cracks(SeqLoRA):
 """
 
 
+def test_an_update_that_the_last_step_left_without_bounds(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("name: one\ntasks: [dbpedia]\n")
+    once = ("--set=data.max_train=4", "--set=method.lr=1e30")  # no later step meets what the first has left
+    ended = call("train", "--order", "one.yaml", "--method", "oliera", *NANO, *once, cwd=tmp_path)
+    assert ended.code == 1
+    last = ended.err.splitlines()[-1]
+    assert "what the stage has learned, ‖ΔW‖, is not finite; try a lower learning rate" in last
+
+
 def test_a_run_ends_with_its_rows_named_and_goes_on_without_the_step(tmp_path: Path) -> None:
     (tmp_path / "cracks.py").write_text(PLUGIN)
     (tmp_path / "two.yaml").write_text("name: two\ntasks: [dbpedia, amazon]\n")

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from cl_runner.training.stage import StageRun
 
 OF_A_PAIR = ("init", "rslora", "lr_ratio_B")
+# What a pair may begin from, and a way of each.
+WAYS = {
+    "the weight (olora, pissa, corda)": "pissa",
+    "what its layers read (eva)": "eva",
+    "what 4 bits lost (loftq)": "loftq",
+}
 
 
 class Initialisation(Option):
@@ -48,6 +54,11 @@ class Initialisation(Option):
 
     def takes(self, method: type[Method]) -> bool:
         return not method.only_kind and method.past_as != "other"
+
+    def offered(self, method: type[Method]) -> tuple[str, str] | None:
+        """Those of its ways that the method, with its defaults, does not refuse."""
+        ways = [way for way, init in WAYS.items() if self.takes(method) and _goes_with(method, init)]
+        return (f"adapter.init={WAYS[ways[0]]}", f"a pair that begins from {', '.join(ways)}") if ways else None
 
     def wanted(self, config: RunConfig, method: Method) -> bool:
         return config.adapter.borrows or config.adapter.reads_inputs or config.adapter.init == "loftq"
@@ -164,6 +175,17 @@ class Initialisation(Option):
         self.began, self.spans, self.lost = {}, state.json["spans"], state.json.get("lost", {})
         if state.tensors:
             self._begin_from_weight(stage, within("A", state.tensors), within("B", state.tensors))
+
+
+def _goes_with(method: type[Method], init: str) -> bool:
+    """Whether a method with its defaults takes the initialisation."""
+    made = method(method.Config())
+    made.plan(["one", "two"])
+    try:
+        made.check(RunConfig(adapter=AdapterConfig.model_validate({"init": init})))
+    except UserError as error:
+        return not str(error).startswith("adapter.init")
+    return True
 
 
 def _check_settings(adapter: AdapterConfig) -> None:

@@ -37,6 +37,10 @@ class Option:
         """Whether a method may have it: what ``cl-runner show METHOD`` says."""
         return True
 
+    def offered(self, method: type[Method]) -> tuple[str, str] | None:
+        """What ``cl-runner show`` says of it beside a method: a setting that asks for it, and what that is."""
+        return (self.setting, self.title) if self.takes(method) else None
+
     def wanted(self, config: RunConfig, method: Method) -> bool:
         """Whether a stage with these settings has it."""
         raise NotImplementedError
