@@ -68,6 +68,11 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+def by(shape: Iterable[int]) -> str:
+    """A shape as a line has it: ``32 × 64``."""
+    return " × ".join(map(str, shape))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'olora'?"`` where something known is close, else ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

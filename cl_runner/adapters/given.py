@@ -14,7 +14,7 @@ from cl_runner.adapters.lora_folder import LoraFolder, NeedsBase
 from cl_runner.adapters.pairs import Pair
 from cl_runner.adapters.saved import given_name
 from cl_runner.config.schema import ADAPTER
-from cl_runner.errors import UserError
+from cl_runner.errors import UserError, by
 
 Number = TypeVar("Number", int, float)
 Shapes = Mapping[str, tuple[int, int]]  # layer → (m, n), out by in
@@ -56,7 +56,7 @@ class Given:
             if linear is not None and of_base is None:
                 raise UserError(f"{ADAPTER}: {path} adapts {layer}, which is no linear layer of {base}")
             if of_base is not None and of_base != shape:
-                raise UserError(f"{ADAPTER}: {path}: {layer} is {_by(shape)}, and {_by(of_base)} in {base}")
+                raise UserError(f"{ADAPTER}: {path}: {layer} is {by(shape)}, and {by(of_base)} in {base}")
         others = [layer for layer in shapes if layer not in self.targets]
         if others:
             named = ",".join(endings([*shapes, *self.targets]))
@@ -165,7 +165,3 @@ def endings(layers: Iterable[str]) -> list[str]:
 def _commonest(values: Iterable[Number]) -> Number:
     every = list(values)
     return max(dict.fromkeys(every), key=every.count)
-
-
-def _by(shape: tuple[int, int]) -> str:
-    return " × ".join(map(str, shape))

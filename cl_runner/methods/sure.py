@@ -109,7 +109,7 @@ class SuRe(WithMemory):
         )
         if never:
             few = f"warning: nothing is replayed in a stage of {stage.progress.steps} steps"
-            self._said += f"; {few}; set method.every smaller than {self.config.every}"
+            self._said = f"{few}; set method.every smaller than {self.config.every}; {self._said}"
 
     def said(self, stage: Stage) -> str:
         return self._said

@@ -7,7 +7,6 @@ of positions, a way of splitting text before the merges. Here everything is acco
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from cl_runner.atomic import write_folder
-from cl_runner.errors import UserError
+from cl_runner.errors import UserError, by
 from cl_runner.models import gguf_header
 from cl_runner.models.architecture import is_encoder_decoder
 from cl_runner.models.folder_check import whole
@@ -112,8 +111,12 @@ def _model(file: Path, reader: GGUFReader) -> PreTrainedModel:
         except Exception as error:  # each config class, and the reader of each architecture, fails in its own way
             raise UserError(f"{file}: transformers cannot read its architecture ({first_line(error)})") from error
         auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config.to_dict(), str(file)) else AutoModelForCausalLM
-        options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
-        options["ignore_mismatched_sizes"] = True  # told below, by name
+        options: dict[str, Any] = {
+            "gguf_file": file.name,
+            "dtype": torch.float32,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # refused below, by name
+        }
         try:
             found, info = auto.from_pretrained(str(file.parent), config=config, **options)
         except torch.OutOfMemoryError:
@@ -132,9 +135,10 @@ def _account_for(file: Path, reader: GGUFReader, model: PreTrainedModel, info: d
     name = type(model).__name__
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file}: has no {missing[0]}, which {name} needs; it holds another model, or not all of one")
-    for key, held_shape, wanted in sorted(info.get("mismatched_keys") or ()):
+    if unlike := sorted(info["mismatched_keys"]):
+        key, shape, wanted = unlike[0]
         raise UserError(
-            f"{file}: its {key} is {_by(held_shape)}, where {name} of the sizes that the file says has {_by(wanted)}; "
+            f"{file}: its {key} is {by(shape)}, where {name} of the sizes that the file says has {by(wanted)}; "
             "it is broken"
         )
     held, taken = sum(int(tensor.n_elements) for tensor in reader.tensors), model.num_parameters()
@@ -151,10 +155,6 @@ def _account_for(file: Path, reader: GGUFReader, model: PreTrainedModel, info: d
             f"{file}: its positions are scaled ('{scaling}'), which transformers does not read from a GGUF file; give "
             "the model's own folder"
         )
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:

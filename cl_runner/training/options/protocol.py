@@ -34,7 +34,7 @@ class Option:
     # Before anything is loaded.
 
     def takes(self, method: type[Method]) -> bool:
-        """Whether a method may have it: what ``cl-runner show METHOD`` says."""
+        """Whether a method may have it."""
         return True
 
     def offered(self, method: type[Method]) -> tuple[str, str] | None:
